@@ -1,0 +1,149 @@
+"""``GaLoreConfig``: the only place where a knob of the method is declared.
+
+The YAML keys under ``galore:``, the command-line flags, the README's table, the resolved configuration of a run and
+the check at resume are all generated from the fields below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from galore_trainer.errors import OptionError
+
+ProjType = Literal["std", "reverse_std", "left", "right"]
+HeadSharing = Literal["shared", "grouped", "per_head", "joint"]
+HeadChoice = Literal["random", "energy", "fixed"]
+Svd = Literal["randomized", "exact"]
+MomentumTransfer = Literal["rotate", "align", "keep", "reset"]
+
+ALL_LINEAR = "all-linear"
+
+
+def knob(default: Any, help: str, *, trajectory: bool = False, minimum: float | None = None) -> Any:
+    """Declare one field: its default, its help, and whether changing it at resume would break the run.
+
+    Args:
+        default: value used when neither YAML nor a flag sets the field.
+        help: one sentence; it is the flag's help and the README's table row.
+        trajectory: True when saved optimizer state is meaningless under another value, so that resume refuses it.
+        minimum: smallest accepted number, checked by ``GaLoreConfig``.
+    """
+    metadata = {"help": help, "trajectory": trajectory, "minimum": minimum}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaLoreConfig:
+    """How gradients are projected. Every field is optional; an impossible value raises ``OptionError``.
+
+    Names follow GaLore, transformers and peft where they have one. The learning rate, betas, eps and weight decay
+    belong to the optimizer, not to this class.
+    """
+
+    rank: int = knob(32, "Directions kept of each projected gradient.", trajectory=True, minimum=1)
+    rank_pattern: dict[str, int] = knob(
+        {}, "Ranks for single modules, {name ending or regex: rank}, as in peft.", trajectory=True
+    )
+    update_proj_gap: int = knob(200, "Steps between two refreshes of the projection.", trajectory=True, minimum=1)
+    scale: float = knob(10.0, "Factor on the lifted update: a projected weight moves with lr x scale.", minimum=0.0)
+    plain_lr_ratio: float = knob(1.0, "Factor on lr for the parameters that are not projected.", minimum=0.0)
+    proj_type: ProjType = knob(
+        "std", "Side of the projection: std (the shorter one), reverse_std, left, right.", trajectory=True
+    )
+    target_modules: str | list[str] = knob(
+        ALL_LINEAR,
+        "What is projected: all-linear (the linear layers of the blocks), one regex, or name endings, as in peft.",
+        trajectory=True,
+    )
+    head_sharing: HeadSharing = knob(
+        "shared", "Whose gradient gives q, k, v their basis: shared (one head), grouped, per_head, joint.",
+        trajectory=True,
+    )
+    head_group_size: int = knob(1, "Query heads in a group when head_sharing is grouped.", trajectory=True, minimum=1)
+    head_choice: HeadChoice = knob(
+        "random", "Which head lends its basis: random, energy (the largest gradient), fixed (the first).",
+        trajectory=True,
+    )
+    svd: Svd = knob("randomized", "How a basis is found: randomized subspace iteration, or an exact SVD.")
+    subspace_iterations: int = knob(2, "Power iterations of the randomized SVD.", minimum=0)
+    oversampling: int | None = knob(
+        None, "Extra directions the randomized SVD looks at; unset means max(8, rank / 8).", minimum=0
+    )
+    momentum_transfer: MomentumTransfer = knob(
+        "rotate", "What happens to the moments at a refresh: rotate, align (signs only), keep (GaLore), reset."
+    )
+    stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
+
+    def __post_init__(self) -> None:
+        """Check every field; see ``OptionError`` for what a refusal says."""
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            option = f"galore.{field.name}"
+            check_type(option, value, hints[field.name])
+            low = field.metadata["minimum"]
+            if low is not None and value is not None and not (math.isfinite(value) and value >= low):
+                kind = "an integer" if isinstance(value, int) else "a finite number"
+                raise OptionError(option, value, f"{kind} of at least {low:g}")
+        if isinstance(self.target_modules, list) and not self.target_modules:
+            raise OptionError("galore.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
+        for key, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise OptionError(f"galore.rank_pattern[{key!r}]", rank, "an integer of at least 1")
+
+    def resolved_oversampling(self, rank: int) -> int:
+        """Oversampling for a matrix of this rank: the field, or max(8, rank / 8)."""
+        return self.oversampling if self.oversampling is not None else max(8, rank // 8)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dictionaries, in declaration order."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def trajectory_fields(cls) -> tuple[str, ...]:
+        """Names of the fields whose saved state cannot continue under another value."""
+        return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["trajectory"])
+
+
+def check_type(option: str, value: Any, hint: Any) -> None:
+    """Raise ``OptionError`` unless ``value`` fits the annotation ``hint`` (scalars, Literal, list, dict, unions)."""
+    if not _fits(value, hint):
+        raise OptionError(option, value, describe_type(hint))
+
+
+def describe_type(hint: Any) -> str:
+    """An annotation in words, for help texts and errors: ``one of a, b``, ``an integer``, ..."""
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    if hint in words:
+        return words[hint]
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(a) for a in get_args(hint))
+    if get_origin(hint) is list:
+        return "a list"
+    if get_origin(hint) is dict:
+        return "a mapping"
+    return " or ".join(describe_type(a) for a in get_args(hint)) or str(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in arguments)
+    if origin is list:
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(_fits(v, arguments[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(
+            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+        )
+    if arguments:  # a union
+        return any(_fits(value, a) for a in arguments)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)

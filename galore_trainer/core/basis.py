@@ -1,0 +1,79 @@
+"""Where a projection comes from: a registry of functions ``f(G, rank, side, ...) -> P`` with orthonormal columns.
+
+The right basis is [..., n, r] (top right singular vectors of ``G``), the left one [..., m, r] (top left ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from galore_trainer.core.linalg import subspace_iteration, thin_singular_vectors
+
+BasisFunction = Callable[..., Tensor]
+BASES: dict[str, BasisFunction] = {}
+
+
+def register(name: str) -> Callable[[BasisFunction], BasisFunction]:
+    """Make a function available as a value of ``svd``."""
+
+    def add(function: BasisFunction) -> BasisFunction:
+        BASES[name] = function
+        return function
+
+    return add
+
+
+def sketch_width(rank: int, oversampling: int, m: int, n: int) -> int:
+    """Columns k of the test matrix: rank plus oversampling, never more than the smaller side."""
+    return min(rank + oversampling, m, n)
+
+
+@register("exact")
+def exact(G: Tensor, rank: int, side: str, *, omega: Tensor | None = None, iterations: int = 0,
+          raw_signs: bool = False) -> Tensor:
+    """The leading singular vectors of ``G``.
+
+    Args:
+        G: [..., m, n] float32.
+        rank: r, at most min(m, n).
+        side: ``right`` or ``left``.
+        omega: not used; every basis function takes the same arguments.
+        iterations: not used.
+        raw_signs: keep the signs of ``torch.linalg.svd``, as GaLore does. Where signs do not matter, a matrix with
+            one side at most half the other goes through its small Gram matrix, which is faster.
+
+    Returns:
+        P [..., n, r] for the right side, [..., m, r] for the left.
+    """
+    m, n = G.shape[-2:]
+    if not raw_signs and 2 * min(m, n) <= max(m, n):
+        thin, wide = thin_singular_vectors(G if m <= n else G.mT, rank)
+        return wide if (side == "right") == (m <= n) else thin
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    return Vh[..., :rank, :].mT.contiguous() if side == "right" else U[..., :rank].contiguous()
+
+
+@register("randomized")
+def randomized(G: Tensor, rank: int, side: str, *, omega: Tensor, iterations: int = 2,
+               raw_signs: bool = False) -> Tensor:
+    """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
+
+    Args:
+        G: [..., m, n] float32.
+        rank: r, at most k.
+        side: ``right`` or ``left``.
+        omega: Gaussian test matrix [..., n, k]; k = min(m, n) takes the exact path, since nothing would be saved.
+        iterations: power iterations q.
+        raw_signs: passed on to the exact path.
+
+    Returns:
+        P as ``exact`` does.
+    """
+    if omega.shape[-1] >= min(G.shape[-2:]):
+        return exact(G, rank, side, raw_signs=raw_signs)
+    Q = subspace_iteration(G, omega, iterations)  # [..., m, k]
+    U, V = thin_singular_vectors(Q.mT @ G, rank)  # of B = Q^T G, [..., k, n]
+    return V if side == "right" else Q @ U

@@ -1,0 +1,157 @@
+"""GaLore-AdamW on one logical matrix: the algorithm on one page.
+
+Legend (shapes without the leading ``blocks`` dimension):
+    W  weight            m x n        P  basis, orthonormal columns   n x r (right) | m x r (left)
+    G  gradient          m x n        R  projected gradient           m x r (right) | r x n (left)
+    M, V  moments of R, same shape    N  normalised update            same shape as R
+    t  steps in the moments           ok  1.0 if every entry of R is finite, else 0.0: then nothing moves
+
+One step, with P fixed between two refreshes:
+
+    R = project(G)
+    M <- b1 M + (1 - b1) R                  V <- b2 V + (1 - b2) R * R
+    N  = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
+    W <- W - lr wd W - lr scale lift(N)
+
+Functions return new tensors; ``apply_update_`` alone changes its first argument. No function waits for the device.
+Sources: Zhao et al., arXiv 2403.03507; Liao et al., arXiv 2412.19820; moment rotation as in LDAdam, arXiv 2410.16103.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MatrixState(NamedTuple):
+    """What is kept of a matrix between steps, in float32: basis, two moments, and their age (a scalar tensor)."""
+
+    P: Tensor
+    M: Tensor
+    V: Tensor
+    t: Tensor
+
+
+def matmul_fp32(A: Tensor, B: Tensor) -> Tensor:
+    """A B accumulated and returned in float32; bfloat16 factors stay bfloat16 where the device multiplies them so."""
+    if A.dtype == B.dtype == torch.float32:
+        return A @ B
+    if A.is_cuda and A.dtype == torch.bfloat16:
+        return torch.bmm(A, B.to(A.dtype), out_dtype=torch.float32)
+    return A.float() @ B.float()
+
+
+def project(G: Tensor, P: Tensor, side: str) -> Tensor:
+    """R = G P (right) or P^T G (left)."""
+    P = P.to(G.dtype)
+    return matmul_fp32(G, P) if side == "right" else matmul_fp32(P.mT, G)
+
+
+def lift(N: Tensor, P: Tensor, side: str) -> Tensor:
+    """N P^T (right) or P N (left): back to the weight's shape."""
+    return matmul_fp32(N, P.mT) if side == "right" else matmul_fp32(P, N)
+
+
+def decay_sum(beta: float, t: Tensor) -> Tensor:
+    """1 - beta^t, accurate in float32 for small t and beta near one."""
+    return -torch.expm1(t * math.log(beta)) if beta > 0.0 else torch.ones_like(t)
+
+
+def all_finite(Rs: list[Tensor]) -> Tensor:
+    """1.0 if every entry of every tensor is finite, else 0.0 (a scalar tensor on their device).
+
+    A non-finite entry of G makes its row or column of R non-finite, so looking at R is enough.
+    """
+    return torch.stack([torch.isfinite(R).all() for R in Rs]).all().to(torch.float32)
+
+
+def step_moments(
+    state: MatrixState, R: Tensor, ok: Tensor, *, betas: tuple[float, float], eps: float
+) -> tuple[MatrixState, Tensor]:
+    """Take R into the moments and normalise: (new state, N). Where ``ok`` is 0 the state stays and N is 0."""
+    b1, b2 = betas
+    R = torch.where(ok > 0.0, R, 0.0)
+    M = torch.lerp(state.M, R, ok * (1.0 - b1))
+    V = torch.lerp(state.V, R * R, ok * (1.0 - b2))
+    t = state.t + ok
+    t1 = t.clamp(min=1.0)  # t = 0 only before the first finite gradient: M = V = 0, and N must be 0, not NaN
+    N = ok * (M / decay_sum(b1, t1)) / ((V / decay_sum(b2, t1)).sqrt() + eps).clamp(min=torch.finfo(R.dtype).tiny)
+    return MatrixState(state.P, M, V, t), N
+
+
+def change_basis(
+    state: MatrixState, P: Tensor, side: str, mode: str, *, betas: tuple[float, float]
+) -> MatrixState:
+    """Put a new basis in the state and carry the moments over.
+
+    keep: moments stay, whatever the new signs are (GaLore). align: moments stay, each new column takes the sign that
+    overlaps with the old one. rotate: moments are mapped by C = P_old^T P, second moments as in LDAdam. reset: zero.
+    """
+    old, M, V, t = state
+    if mode == "reset":
+        return MatrixState(P, torch.zeros_like(M), torch.zeros_like(V), torch.zeros_like(t))
+    if mode == "align":
+        overlap = (old * P).sum(dim=-2, keepdim=True)
+        P = torch.where(overlap < 0.0, -P, P)
+    elif mode == "rotate":
+        C = old.mT @ P  # r x r
+        along = (lambda A, C: A @ C) if side == "right" else (lambda A, C: C.mT @ A)
+        t1 = t.clamp(min=1.0)
+        f1, f2 = decay_sum(betas[0], t1), decay_sum(betas[1], t1)
+        Mh, Vh = M / f1, V / f2
+        M = along(M, C)
+        V = f2 * (along(Vh - Mh * Mh, C * C) + (M / f1) ** 2).abs()
+    return MatrixState(P, M, V, t)
+
+
+def projection_error(G: Tensor, P: Tensor, side: str) -> Tensor:
+    """||G - lift(project(G))|| / ||G|| (Frobenius, over all blocks), from norms alone since P is orthonormal."""
+    whole = torch.linalg.vector_norm(G, dtype=torch.float32)
+    kept = torch.linalg.vector_norm(project(G, P, side))
+    return (1.0 - (kept / whole) ** 2).clamp(min=0.0).sqrt()
+
+
+def apply_update_(
+    W: Tensor,
+    N: Tensor,
+    P: Tensor,
+    side: str,
+    *,
+    lr: float,
+    scale: float,
+    weight_decay: float,
+    ok: Tensor,
+    generator: torch.Generator | None = None,
+) -> None:
+    """W <- W - lr wd W - lr scale lift(N), in place; not at all where ``ok`` is 0 (N is 0 there).
+
+    Args:
+        W: [blocks, m, n]. float32 takes the product in place; other dtypes go through float32.
+        N, P, side: as returned by ``step_moments`` and kept in the state.
+        ok: scalar tensor, 1.0 or 0.0.
+        generator: rounds a bfloat16 weight stochastically; None rounds to nearest.
+    """
+    if W.dtype == torch.float32:
+        if weight_decay != 0.0:
+            W.mul_(1.0 - ok * (lr * weight_decay))
+        left, right = (N, P.mT) if side == "right" else (P, N)
+        W.baddbmm_(left, right, alpha=-lr * scale)
+        return
+    low = torch.bfloat16 if W.dtype == torch.bfloat16 and W.is_cuda else torch.float32
+    new = W.float() * (1.0 - ok * (lr * weight_decay)) - (lr * scale) * lift(N.to(low), P.to(low), side)
+    W.copy_(stochastic_round(new, generator) if generator is not None and W.dtype == torch.bfloat16 else new)
+
+
+def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down with the probability that makes the expectation exact.
+
+    A bfloat16 is the upper half of a float32: adding a uniform 16-bit integer before cutting the lower half carries
+    into the upper one with probability (lower half) / 2^16. Infinities and NaN stay as they are.
+    """
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    rounded = ((bits + noise) & -65536).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)

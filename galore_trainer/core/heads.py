@@ -1,0 +1,127 @@
+"""What the optimizer projects: a logical matrix inside a stored parameter, its heads, and who lends a basis.
+
+A stored parameter holds one or several logical matrices: a fused QKV weight holds three. A logical matrix of m rows and
+n columns is cut into ``blocks`` of equal height, each with a basis of its own:
+
+===========  ==========================  ===================================
+head_sharing  blocks                      rows that give a block its basis
+===========  ==========================  ===================================
+joint         1                           all
+shared        1                           one head (or the fewest that span the rank)
+grouped       heads / group size          the same, inside each group
+per_head      heads                       the block itself
+===========  ==========================  ===================================
+
+A stack of experts has one block for each expert. Everything downstream sees tensors [blocks, rows, n] only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["right", "left"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogicalMatrix:
+    """Where a logical matrix lies in its parameter, and how it is projected.
+
+    The stored tensor (after ``transposed``) is read as [outer, total, n] and rows ``start:start + length`` of the
+    middle dimension belong to this matrix, so m = outer * length. Plain weights have outer = 1; GPT-NeoX, whose rows
+    are interleaved per head, has outer = heads. A stack of experts [experts, rows, n] has outer = experts.
+
+    Attributes:
+        label: ``""`` where the parameter is one matrix, else ``q``, ``k`` or ``v``.
+        outer, start, length: the rows, as above.
+        columns: n.
+        transposed: stored as [n, m] (GPT-2's ``Conv1D``).
+        side: ``right`` projects columns (P is n x r), ``left`` rows (P is rows x r).
+        rank: r.
+        blocks: number of bases.
+        head_dim: rows of a head, 0 where heads play no part.
+        lenders: heads stacked to give a block its basis, 0 for the whole block.
+    """
+
+    label: str = ""
+    outer: int = 1
+    start: int = 0
+    length: int
+    columns: int
+    transposed: bool = False
+    side: Side = "right"
+    rank: int
+    blocks: int = 1
+    head_dim: int = 0
+    lenders: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows m of the whole logical matrix."""
+        return self.outer * self.length
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of one block."""
+        return self.rows // self.blocks
+
+    @property
+    def heads_per_block(self) -> int:
+        """Heads in a block, 1 where heads play no part."""
+        return self.block_rows // self.head_dim if self.head_dim else 1
+
+    @property
+    def lending_shape(self) -> tuple[int, int, int]:
+        """Shape of what ``lend`` returns: [blocks, lending rows, n]."""
+        return self.blocks, self.lenders * self.head_dim or self.block_rows, self.columns
+
+    @property
+    def basis_shape(self) -> tuple[int, int, int]:
+        """Shape of P: [blocks, n, r] or [blocks, rows, r]."""
+        return self.blocks, self.columns if self.side == "right" else self.block_rows, self.rank
+
+    @property
+    def moment_shape(self) -> tuple[int, int, int]:
+        """Shape of R, M and V: [blocks, rows, r] or [blocks, r, n]."""
+        if self.side == "right":
+            return self.blocks, self.block_rows, self.rank
+        return self.blocks, self.rank, self.columns
+
+    def _strided(self, stored: Tensor) -> Tensor:
+        by_rows = stored.mT if self.transposed else stored
+        if by_rows.dim() == 2:
+            by_rows = by_rows.unflatten(0, (self.outer, -1))
+        return by_rows.narrow(1, self.start, self.length)  # [outer, length, n], always a view
+
+    def take(self, stored: Tensor) -> Tensor:
+        """The matrix as [blocks, rows, n]: a view where strides allow, else a copy."""
+        return self._strided(stored).reshape(self.blocks, self.block_rows, self.columns)
+
+    def put(self, stored: Tensor, blocks: Tensor) -> None:
+        """Write [blocks, rows, n] back; nothing is copied where ``take`` gave a view that was changed in place."""
+        target = self._strided(stored)
+        if blocks.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+            target.copy_(blocks.reshape(target.shape))
+
+    def lend(self, blocks: Tensor, heads: Tensor | None) -> Tensor:
+        """The rows that give each block its basis.
+
+        Args:
+            blocks: [blocks, rows, n].
+            heads: indices [blocks, lenders] of the lending heads within their block; None lends the whole block.
+
+        Returns:
+            [blocks, lenders * head_dim, n], or ``blocks`` itself.
+        """
+        if heads is None:
+            return blocks
+        by_head = blocks.unflatten(1, (self.heads_per_block, self.head_dim))  # [blocks, heads, d, n]
+        block = torch.arange(self.blocks, device=heads.device)[:, None]
+        return by_head[block, heads].flatten(1, 2)
+
+    def energy(self, blocks: Tensor) -> Tensor:
+        """Squared norm of each head's gradient, [blocks, heads]."""
+        return blocks.unflatten(1, (self.heads_per_block, self.head_dim)).float().square().sum(dim=(-2, -1))

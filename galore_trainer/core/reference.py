@@ -1,0 +1,89 @@
+"""The same step in float64, slow and literal: the oracle of the tests.
+
+One class, one 2-D matrix with one basis, one equation a line, no batching, no side shared with ``core/galore.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ReferenceMatrix:
+    """A weight under GaLore-AdamW in float64.
+
+    Args:
+        W: initial weight, m x n.
+        side: ``right`` or ``left``.
+        lr, scale, betas, eps, weight_decay: as the optimizer's.
+        momentum_transfer: ``keep``, ``align``, ``rotate`` or ``reset``.
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        side: str,
+        *,
+        lr: float,
+        scale: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_transfer: str = "keep",
+    ) -> None:
+        self.W, self.side = W.double().clone(), side
+        self.lr, self.scale, self.eps, self.weight_decay = lr, scale, eps, weight_decay
+        self.b1, self.b2 = betas
+        self.momentum_transfer = momentum_transfer
+        self.P: Tensor | None = None
+        self.t = 0
+
+    def exact_basis(self, G: Tensor, rank: int) -> Tensor:
+        """The leading singular vectors of a block of rows, by a full SVD."""
+        U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+        return Vh[:rank].T if self.side == "right" else U[:, :rank]
+
+    def refresh(self, P_new: Tensor) -> None:
+        """Change the basis and carry the moments over."""
+        P_new = P_new.double().clone()
+        if self.P is None:
+            rank = P_new.shape[1]
+            m, n = self.W.shape
+            shape = (m, rank) if self.side == "right" else (rank, n)
+            self.M = torch.zeros(shape, dtype=torch.float64)
+            self.V = torch.zeros(shape, dtype=torch.float64)
+        elif self.momentum_transfer == "reset":
+            self.M.zero_()
+            self.V.zero_()
+            self.t = 0
+        elif self.momentum_transfer == "align":
+            for j in range(P_new.shape[1]):
+                if torch.dot(self.P[:, j], P_new[:, j]) < 0:
+                    P_new[:, j] = -P_new[:, j]
+        elif self.momentum_transfer == "rotate":
+            C = self.P.T @ P_new
+            M_hat = self.M / (1 - self.b1**self.t)
+            V_hat = self.V / (1 - self.b2**self.t)
+            if self.side == "right":
+                self.M = self.M @ C
+                variance = (V_hat - M_hat**2) @ C**2
+            else:
+                self.M = C.T @ self.M
+                variance = (C**2).T @ (V_hat - M_hat**2)
+            M_hat_new = self.M / (1 - self.b1**self.t)
+            self.V = (1 - self.b2**self.t) * torch.abs(variance + M_hat_new**2)
+        self.P = P_new
+
+    def step(self, G: Tensor) -> None:
+        """One update of the weight with the gradient ``G``, m x n."""
+        assert self.P is not None, "refresh first"
+        G = G.double()
+        self.t += 1
+        R = G @ self.P if self.side == "right" else self.P.T @ G
+        self.M = self.b1 * self.M + (1 - self.b1) * R
+        self.V = self.b2 * self.V + (1 - self.b2) * R * R
+        M_hat = self.M / (1 - self.b1**self.t)
+        V_hat = self.V / (1 - self.b2**self.t)
+        N = M_hat / (torch.sqrt(V_hat) + self.eps)
+        lifted = N @ self.P.T if self.side == "right" else self.P @ N
+        self.W = self.W - self.lr * self.weight_decay * self.W - self.lr * self.scale * lifted

@@ -1,0 +1,25 @@
+"""The one error a user sees: which option, what was got, what is wanted, and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class OptionError(ValueError):
+    """A setting that cannot be honoured.
+
+    Args:
+        option: dotted name as the user writes it, for example ``galore.rank`` or ``data.source``.
+        got: what the user gave; shown with ``repr``.
+        wanted: what would have been accepted, in words.
+        way_out: what to do now, in words; may be empty where ``wanted`` says it all.
+    """
+
+    def __init__(self, option: str, got: Any, wanted: str, way_out: str = "") -> None:
+        self.option, self.got, self.wanted, self.way_out = option, got, wanted, way_out
+        text = f"{option}: got {got!r}, wanted {wanted}."
+        super().__init__(f"{text} {way_out}" if way_out else text)
+
+    def __reduce__(self) -> tuple[type[OptionError], tuple[str, Any, str, str]]:
+        """Pickle by the constructor's arguments, so that the error crosses process borders whole."""
+        return type(self), (self.option, self.got, self.wanted, self.way_out)

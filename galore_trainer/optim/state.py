@@ -1,0 +1,41 @@
+"""What ``torch.optim.Optimizer.load_state_dict`` does not do: keep dtypes, and refuse a state of another method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from galore_trainer.errors import OptionError
+
+WAY_OUT = (
+    "Resume with the saved value, or start a new run from the checkpoint's weights "
+    "(model_name_or_path: the checkpoint's folder, another output_dir, no resume)."
+)
+
+
+def check_same_method(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """Raise ``OptionError`` where saved groups belong to another method, other settings or other parameters."""
+    if not any("projected" in g for g in saved):
+        raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
+    for before, now in zip([g for g in saved if g["projected"]], [g for g in own if g["projected"]], strict=False):
+        for key, value in now["galore"].items():
+            if before.get("galore", {}).get(key) != value:
+                option = "seed" if key == "seed" else f"galore.{key}"
+                raise OptionError(option, value, f"{before.get('galore', {}).get(key)!r} as in the checkpoint", WAY_OUT)
+    names_before, names_now = ([n for g in groups for n in g.get("names", [])] for groups in (saved, own))
+    if names_before != names_now:
+        changed = sorted(set(names_before) ^ set(names_now))[:5] or ["the same names in another order"]
+        raise OptionError("parameters", changed, "the parameters of the checkpoint, in its order", WAY_OUT)
+    if [(g["projected"], len(g["params"])) for g in saved] != [(g["projected"], len(g["params"])) for g in own]:
+        raise OptionError("parameters", "other groups", "the checkpoint's projected and plain groups", WAY_OUT)
+
+
+def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put saved state tensors back in their own dtype (torch casts them to the parameter's)."""
+    saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    for i, p in zip(saved_ids, params, strict=True):
+        for key, value in state_dict["state"].get(i, {}).items():
+            if isinstance(value, torch.Tensor):
+                optimizer.state[p][key] = value.to(device=p.device, copy=True)

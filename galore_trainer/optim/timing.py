@@ -1,0 +1,40 @@
+"""Seconds spent in named parts of a step: device events on CUDA, the wall clock elsewhere; never waits by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+
+class Stopwatch:
+    """Adds up seconds by name; CUDA events are read only when ``seconds`` is asked for."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def measure(self, name: str, device: torch.device) -> Iterator[None]:
+        """Add the time of the enclosed block on ``device`` to ``name``."""
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(torch.cuda.current_stream(device))
+            yield
+            end.record(torch.cuda.current_stream(device))
+            self._events.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by name since the start; waits for the device where events are open."""
+        for name, begin, end in self._events:
+            end.synchronize()
+            self._seconds[name] += begin.elapsed_time(end) / 1000.0
+        self._events.clear()
+        return dict(self._seconds)
