@@ -1,0 +1,32 @@
+"""GaLore+ for PyTorch and the Hugging Face Trainer: full-parameter fine-tuning with low-rank gradient projection."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GaLoreConfig": "galore_trainer.config",
+    "OptionError": "galore_trainer.errors",
+    "GaLoreAdamW": "galore_trainer.optim.galore_adamw",
+    "GaLoreCallback": "galore_trainer.hf.callback",
+    "build_optimizer": "galore_trainer.hf.build",
+    "galore_plugin": "galore_trainer.hf.build",
+}
+__all__ = ["GaLoreAdamW", "GaLoreCallback", "GaLoreConfig", "OptionError", "build_optimizer", "galore_plugin"]
+
+if TYPE_CHECKING:
+    from galore_trainer.config import GaLoreConfig
+    from galore_trainer.errors import OptionError
+    from galore_trainer.hf.build import build_optimizer, galore_plugin
+    from galore_trainer.hf.callback import GaLoreCallback
+    from galore_trainer.optim.galore_adamw import GaLoreAdamW
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that the command line starts without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

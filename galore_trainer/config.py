@@ -61,12 +61,14 @@ class GaLoreConfig:
         trajectory=True,
     )
     head_sharing: HeadSharing = knob(
-        "shared", "Whose gradient gives q, k, v their basis: shared (one head), grouped, per_head, joint.",
+        "shared",
+        "Whose gradient gives q, k, v their basis: shared (one head), grouped, per_head, joint.",
         trajectory=True,
     )
     head_group_size: int = knob(1, "Query heads in a group when head_sharing is grouped.", trajectory=True, minimum=1)
     head_choice: HeadChoice = knob(
-        "random", "Which head lends its basis: random, energy (the largest gradient), fixed (the first).",
+        "random",
+        "Which head lends its basis: random, energy (the largest gradient), fixed (the first).",
         trajectory=True,
     )
     svd: Svd = knob("randomized", "How a basis is found: randomized subspace iteration, or an exact SVD.")

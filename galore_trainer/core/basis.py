@@ -32,8 +32,9 @@ def sketch_width(rank: int, oversampling: int, m: int, n: int) -> int:
 
 
 @register("exact")
-def exact(G: Tensor, rank: int, side: str, *, omega: Tensor | None = None, iterations: int = 0,
-          raw_signs: bool = False) -> Tensor:
+def exact(
+    G: Tensor, rank: int, side: str, *, omega: Tensor | None = None, iterations: int = 0, raw_signs: bool = False
+) -> Tensor:
     """The leading singular vectors of ``G``.
 
     Args:
@@ -57,8 +58,9 @@ def exact(G: Tensor, rank: int, side: str, *, omega: Tensor | None = None, itera
 
 
 @register("randomized")
-def randomized(G: Tensor, rank: int, side: str, *, omega: Tensor, iterations: int = 2,
-               raw_signs: bool = False) -> Tensor:
+def randomized(
+    G: Tensor, rank: int, side: str, *, omega: Tensor, iterations: int = 2, raw_signs: bool = False
+) -> Tensor:
     """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 
     Args:

@@ -82,9 +82,7 @@ def step_moments(
     return MatrixState(state.P, M, V, t), N
 
 
-def change_basis(
-    state: MatrixState, P: Tensor, side: str, mode: str, *, betas: tuple[float, float]
-) -> MatrixState:
+def change_basis(state: MatrixState, P: Tensor, side: str, mode: str, *, betas: tuple[float, float]) -> MatrixState:
     """Put a new basis in the state and carry the moments over.
 
     keep: moments stay, whatever the new signs are (GaLore). align: moments stay, each new column takes the sign that

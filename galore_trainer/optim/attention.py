@@ -53,9 +53,7 @@ def heads_from_config(config: Any) -> Heads | None:
         if not hidden or hidden % num_heads:
             return None
         head_dim = hidden // num_heads
-    return Heads(
-        num_heads=num_heads, num_kv_heads=_first(text, "num_key_value_heads") or num_heads, head_dim=head_dim
-    )
+    return Heads(num_heads=num_heads, num_kv_heads=_first(text, "num_key_value_heads") or num_heads, head_dim=head_dim)
 
 
 def _first(config: Any, *names: str) -> int | None:
@@ -75,7 +73,15 @@ def role_of(module_name: str) -> str | None:
 
 
 def project_heads(
-    name: str, role: str, m: int, n: int, *, model_type: str, heads: Heads | None, config: GaLoreConfig, rank: int,
+    name: str,
+    role: str,
+    m: int,
+    n: int,
+    *,
+    model_type: str,
+    heads: Heads | None,
+    config: GaLoreConfig,
+    rank: int,
     transposed: bool,
 ) -> list[LogicalMatrix]:
     """The logical matrices of an attention weight under a ``head_sharing`` other than joint: always the right side.

@@ -84,7 +84,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     # ------------------------------------------------------------------ step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -92,36 +92,39 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
-                if p.grad.is_sparse:
+                if grad.is_sparse:
                     raise OptionError(group["names"][i], "a sparse gradient", "a dense one", "Use sparse=False.")
                 if group["projected"]:
-                    self._projected_step(p, group["names"][i], group["matrices"][i], group)
+                    self._projected_step(p, grad, group["names"][i], group["matrices"][i], group)
                 else:
                     with self.stopwatch.measure("plain", p.device):
-                        self._plain_step(p, group["names"][i], group)
+                        self._plain_step(p, grad, group["names"][i], group)
         self._steps += 1
         if self._steps % NON_FINITE_LIMIT == 0:
             self.check_finite()
         return loss
 
-    def _projected_step(self, p: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]) -> None:
+    def _projected_step(
+        self, p: Tensor, grad: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
+    ) -> None:
         state = self.state[p]
         if not state:
             state.update(calls=0, refreshes=0, due=0, skipped=torch.zeros(2, dtype=torch.int32, device=p.device))
             for matrix in matrices:
                 _write(state, matrix.label, _empty_state(matrix, p.device))
-            if group["lr"] == 0.0 and not p.grad.any():
+            if group["lr"] == 0.0 and not grad.any():
                 return  # how checkpoint tools create state: nothing else may change
         if state["calls"] >= state["due"]:
             with self.stopwatch.measure("refresh", p.device):
-                self._refresh(p, name, matrices, state, group)
+                self._refresh(p, grad, name, matrices, state, group)
         with self.stopwatch.measure("update", p.device):
             rounding = self._rounding(p, name, state["calls"])
             old = [_read(state, matrix.label) for matrix in matrices]
             pairs = list(zip(matrices, old, strict=True))
-            Rs = [galore.project(matrix.take(p.grad), s.P, matrix.side) for matrix, s in pairs]
+            Rs = [galore.project(matrix.take(grad), s.P, matrix.side) for matrix, s in pairs]
             ok = galore.all_finite(Rs)
             for (matrix, s), R in zip(pairs, Rs, strict=True):
                 new, N = galore.step_moments(s, R, ok, betas=group["betas"], eps=group["eps"])
@@ -135,13 +138,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
             _count_skipped(state, ok)
         state["calls"] += 1
 
-    def _plain_step(self, p: Tensor, name: str, group: dict[str, Any]) -> None:
+    def _plain_step(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state.update(plain_state(p), calls=0, skipped=torch.zeros(2, dtype=torch.int32, device=p.device))
-            if group["lr"] == 0.0 and not p.grad.any():
+            if group["lr"] == 0.0 and not grad.any():
                 return
-        ok = plain_step(p, p.grad, state, group, self._rounding(p, name, state["calls"]))
+        ok = plain_step(p, grad, state, group, self._rounding(p, name, state["calls"]))
         _count_skipped(state, ok)
         state["calls"] += 1
 
@@ -153,16 +156,22 @@ class GaLoreAdamW(torch.optim.Optimizer):
     # ------------------------------------------------------------------ refresh
 
     def _refresh(
-        self, p: Tensor, name: str, matrices: list[LogicalMatrix], state: dict[str, Any], group: dict[str, Any]
+        self,
+        p: Tensor,
+        grad: Tensor,
+        name: str,
+        matrices: list[LogicalMatrix],
+        state: dict[str, Any],
+        group: dict[str, Any],
     ) -> None:
         """Find new bases from the current gradient; an all-zero or non-finite gradient leaves the refresh due."""
-        norm = torch.linalg.vector_norm(p.grad, dtype=torch.float32).item()
+        norm = torch.linalg.vector_norm(grad, dtype=torch.float32).item()
         if not 0.0 < norm < float("inf"):
             return
         config, refresh = self.config, state["refreshes"]
         for matrix in matrices:
             full_name = f"{name}.{matrix.label}" if matrix.label else name
-            G = matrix.take(p.grad)
+            G = matrix.take(grad)
             lending = matrix.lend(G, self._lending_heads(G, matrix, full_name, refresh)).float()
             P = BASES[config.svd](
                 lending,
@@ -243,7 +252,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 way out are named.
         """
         check_same_method(state_dict["param_groups"], self.param_groups)
-        own = [{k: g[k] for k in ("matrices", "galore") if k in g} for g in self.param_groups]
+        own: list[dict[str, Any]] = [{k: g[k] for k in ("matrices", "galore") if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, own, strict=True):
             group.update(kept)
@@ -280,5 +289,3 @@ def _count_skipped(state: dict[str, Any], ok: Tensor) -> None:
     bad = (1.0 - ok).to(torch.int32)
     in_a_row, total = state["skipped"]
     state["skipped"] = torch.stack([(in_a_row + 1) * bad, total + bad])
-
-

@@ -119,14 +119,16 @@ def _project(
 def _candidates(model: nn.Module) -> dict[str, _Candidate]:
     """Every weight that could be projected, by module name (a stack of experts: by parameter name)."""
     lists = [n for n, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+    head = output_embeddings() if output_embeddings else None
     found = {}
     for module_name, module in model.named_modules():
         name = logical_name(module_name)
         in_block = (any(module_name.startswith(f"{n}.") for n in lists) or not lists) and module is not head
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             transposed = not isinstance(module, nn.Linear)
-            found[name] = _Candidate(name, _shape(module.weight), transposed, in_block)
+            weight: Any = module.weight
+            found[name] = _Candidate(name, _shape(weight), transposed, in_block)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and "expert" in f"{name}.{key}".lower():
                 found[f"{name}.{key}"] = _Candidate(f"{name}.{key}", _shape(parameter), False, in_block)

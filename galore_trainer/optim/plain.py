@@ -1,4 +1,4 @@
-"""AdamW for what is not projected: torch's fused function, with fp32 moments and stochastic rounding for bf16 weights."""
+"""AdamW for what is not projected: torch's fused function; bf16 weights get fp32 moments and stochastic rounding."""
 
 from __future__ import annotations
 

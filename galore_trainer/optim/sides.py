@@ -16,8 +16,9 @@ def side_of(proj_type: str, m: int, n: int) -> Side:
     return "right" if (m >= n) == (proj_type == "std") else "left"
 
 
-def project_whole(shape: Sequence[int], name: str, config: GaLoreConfig, rank: int | None = None,
-                  transposed: bool = False) -> LogicalMatrix:
+def project_whole(
+    shape: Sequence[int], name: str, config: GaLoreConfig, rank: int | None = None, transposed: bool = False
+) -> LogicalMatrix:
     """The logical matrix of a weight that is projected whole: one basis, or one an expert for a 3-D stack.
 
     Args:

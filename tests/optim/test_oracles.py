@@ -106,9 +106,7 @@ def test_equals_float64_reference(shape: tuple[int, int], sharing: str, svd: str
     group = {"params": [p], "names": ["w"], "projected": True, "matrices": [[matrix]]}
     optimizer = GaLoreAdamW([group], config, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
     references = [
-        ReferenceMatrix(
-            W, side, lr=1e-2, scale=2.0, betas=(0.9, 0.99), weight_decay=0.1, momentum_transfer=transfer
-        )
+        ReferenceMatrix(W, side, lr=1e-2, scale=2.0, betas=(0.9, 0.99), weight_decay=0.1, momentum_transfer=transfer)
         for W in p.detach().chunk(blocks)
     ]
     raw: list[torch.Tensor] = []
@@ -130,7 +128,7 @@ def test_equals_float64_reference(shape: tuple[int, int], sharing: str, svd: str
 
 @pytest.mark.parametrize(("blocks", "same_as"), [(4, "per_head"), (1, "shared")])
 def test_group_size_one_is_per_head_and_all_is_shared(blocks: int, same_as: str) -> None:
-    """Groups of one head are per_head, one group of all heads is shared: the same draws, the same weights, bit for bit."""
+    """Groups of one head are per_head, one group of all heads is shared: the same weights, bit for bit."""
     from galore_trainer.optim.attention import Heads, project_heads
 
     results = []
@@ -234,7 +232,9 @@ def test_excess_error_falls_with_iterations(rank: int, iterations: int) -> None:
     excess = []
     for q in (iterations, iterations + 1):
         omega = torch.randn(1, 96, rank + 8, generator=torch.Generator().manual_seed(11))
-        excess.append((projection_error(G, randomized(G, rank, "right", omega=omega, iterations=q), "right") / best - 1).item())
+        excess.append(
+            (projection_error(G, randomized(G, rank, "right", omega=omega, iterations=q), "right") / best - 1).item()
+        )
     assert excess[1] <= excess[0] + 1e-6
     assert excess[0] <= {0: 0.10, 1: 0.02, 2: 0.01, 3: 0.005}[iterations]
     assert excess[0] >= -1e-6

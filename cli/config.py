@@ -1,0 +1,43 @@
+"""``galore-ft config list | show | validate``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from galore_trainer.cli.options import Debug, Overrides
+from galore_trainer.errors import OptionError
+from galore_trainer.run.config import METHOD_DEFAULTS, load_run_config, packaged_configs, read_packaged
+
+app = typer.Typer(help="Packaged configurations, and a check of one's own.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="One of those that 'config list' names.")]
+File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file or packaged name.")]
+
+
+@app.command("list")
+def list_configs() -> None:
+    """Name the packaged configurations."""
+    for name, text in packaged_configs().items():
+        typer.echo(f"{name:<14}{text.splitlines()[0].lstrip('# ')}")
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print a packaged configuration, to be saved and changed."""
+    typer.echo(read_packaged(name).rstrip())
+
+
+@app.command()
+def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Check every key, type and value; say which other methods the file would serve. Loads no model and no data."""
+    method = load_run_config(file, overrides or ()).method
+    typer.echo(f"{file}: valid, runs {method}.")
+    for other in METHOD_DEFAULTS:
+        if other != method:
+            try:
+                load_run_config(file, (), {"method": other})
+                typer.echo(f"--method {other}: valid.")
+            except OptionError as error:
+                typer.echo(f"--method {other}: refused. {error}")

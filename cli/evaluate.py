@@ -1,0 +1,73 @@
+"""``galore-ft eval``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from galore_trainer.cli.loading import is_main_process, load, split_overrides
+from galore_trainer.cli.options import Config, Debug, Overrides
+from galore_trainer.run.config import RESOLVED_CONFIG
+
+Target = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run's folder, a model's folder, or a hub id.")]
+Limit = Annotated[str | None, typer.Option("--limit", metavar="INTEGER", help="Problems to score (eval.limit).")]
+Predictions = Annotated[
+    str | None, typer.Option("--predictions", metavar="FILE", help="Write each prompt and prediction as JSON lines.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the scores as JSON on standard output.")]
+
+
+def evaluate(
+    model_or_run: Target,
+    config: Config = None,
+    overrides: Overrides = None,
+    *,
+    limit: Limit = None,
+    predictions: Predictions = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Score a model on held-out problems: galore-ft eval MODEL_OR_RUN [CONFIG] [key=value ...].
+
+    A run's folder brings its own configuration; any other model needs CONFIG to say on which data.
+    """
+    name, rest = split_overrides(config, overrides)
+    saved = Path(model_or_run).expanduser() / RESOLVED_CONFIG
+    if name is None and saved.is_file():
+        name = str(saved)
+    run = load(name, rest, {} if limit is None else {"eval.limit": limit})
+
+    from galore_trainer.run.evaluate import evaluate as evaluate_model
+
+    scores = evaluate_model(model_or_run, run, predictions_path=predictions, progress=_show_progress)
+    if is_main_process():
+        typer.echo(json.dumps(scores, indent=2, ensure_ascii=False) if as_json else "\n".join(score_lines(scores)))
+
+
+def score_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Scores as aligned lines: a proportion with its 95 % interval and count, anything else as it is."""
+    lines = []
+    for name, value in scores.items():
+        if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
+            count = f", {value['correct']} of {scores['n']}" if "correct" in value else ""
+            share, low, high = (100 * value[key] for key in ("value", "low", "high"))
+            lines.append((name, f"{share:.1f} % (95 % interval {low:.1f} to {high:.1f}{count})"))
+        elif isinstance(value, float):
+            lines.append((name, f"{value:.4g}"))
+        elif isinstance(value, str | int):
+            lines.append((name, str(value)))
+    return [f"{name:<26}{text}" for name, text in lines]
+
+
+def _show_progress(done: int, total: int) -> None:
+    if not is_main_process():
+        return
+    if sys.stderr.isatty():
+        typer.echo(f"\rgenerated {done} of {total}", nl=done == total, err=True)
+    else:
+        typer.echo(f"generated {done} of {total}", err=True)

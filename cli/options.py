@@ -1,0 +1,108 @@
+"""Command-line options written from the dataclasses: a new field is a new flag, with its help and its default."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.run.config import METHOD_DEFAULTS, RunConfig
+from galore_trainer.run.knobs import field_help, show_default
+from galore_trainer.run.layers import flag_name
+
+TOP_LEVEL = ("method", "model_name_or_path", "output_dir")
+# TrainingArguments fields that are typed most often; every other one is given as key=value.
+TRAINING: dict[str, tuple[type, str]] = {
+    "learning_rate": (float, "Learning rate of the Trainer."),
+    "max_steps": (int, "Optimizer steps; -1 means num_train_epochs decides."),
+    "seed": (int, "Seed of the run."),
+}
+
+Config = Annotated[
+    str | None,
+    typer.Argument(metavar="CONFIG", show_default=False, help="Packaged name (see 'config list') or YAML file."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", show_default=False, help="Settings by dotted key, above the file."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One generated option: the dotted key it sets, its type and its help."""
+
+    key: str
+    hint: Any
+    help: str
+
+    @property
+    def parameter(self) -> str:
+        """Name of the Python parameter that receives it."""
+        return flag_name(self.key)[2:].replace("-", "_")
+
+    def to_parameter(self) -> inspect.Parameter:
+        """The parameter Typer reads; None means that the flag was not given.
+
+        Values stay text, so that a flag, an override and a YAML line are read by one reader and refused in one voice.
+        """
+        name, kind = flag_name(self.key), inspect.Parameter.KEYWORD_ONLY
+        common: dict[str, Any] = {"help": self.help, "show_default": False}
+        if self.hint is bool:
+            option = typer.Option(f"{name}/{flag_name(self.key, negated=True)}", **common)
+            return inspect.Parameter(self.parameter, kind, default=None, annotation=Annotated[bool | None, option])
+        option = typer.Option(name, metavar=_metavar(self.hint), **common)
+        return inspect.Parameter(self.parameter, kind, default=None, annotation=Annotated[str | None, option])
+
+
+def all_flags() -> list[Flag]:
+    """Every generated option, in the order of the help page."""
+    own, knobs = get_type_hints(RunConfig), get_type_hints(GaLoreConfig)
+    run_fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    return [
+        *(Flag(name, own[name], _help(run_fields[name], name)) for name in TOP_LEVEL),
+        *(Flag(name, hint, help) for name, (hint, help) in TRAINING.items()),
+        *(
+            Flag(f"galore.{field.name}", knobs[field.name], _help(field, f"galore.{field.name}"))
+            for field in dataclasses.fields(GaLoreConfig)
+        ),
+    ]
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every generated option; it receives those that were given as ``flags``, by dotted key."""
+    flags = {flag.parameter: flag for flag in all_flags()}
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "flags"]
+    generated = [flag.to_parameter() for flag in flags.values()]
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        given = {flag.key: kwargs.pop(name) for name, flag in flags.items()}
+        command(*args, flags={key: value for key, value in given.items() if value is not None}, **kwargs)
+
+    complete = signature.replace(parameters=[*own, *generated])
+    wrapped.__signature__ = complete  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in complete.parameters.items()}
+    return wrapped
+
+
+def _help(field: dataclasses.Field[Any], key: str) -> str:
+    defaults = [show_default(field)]
+    defaults += [f"{method}: {values[key]}" for method, values in METHOD_DEFAULTS.items() if key in values]
+    return f"{field_help(field)} (default {', '.join(defaults)})"
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(str(choice) for choice in get_args(hint))
+    if get_origin(hint) is dict:
+        return "MAPPING"
+    names = {int: "INTEGER", float: "NUMBER", str: "TEXT", type(None): "none", list[str]: "LIST"}
+    return "|".join(names.get(part, "VALUE") for part in (get_args(hint) or (hint,)))

@@ -1,0 +1,55 @@
+"""``galore-ft train``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from galore_trainer.cli.loading import is_main_process, load
+from galore_trainer.cli.options import Config, Debug, Overrides, with_flags
+from galore_trainer.errors import OptionError
+
+INTERRUPTED = 130
+
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", metavar="auto|PATH", help="Go on from the last checkpoint, or from this one."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left in output_dir.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; train nothing.")]
+ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print the resolved configuration and stop.")]
+
+
+@with_flags
+def train(
+    config: Config = None,
+    overrides: Overrides = None,
+    *,
+    flags: dict[str, Any],
+    resume: Resume = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    show_config: ShowConfig = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model: galore-ft train CONFIG [key=value ...] [flags].
+
+    Values come from defaults, below the YAML file, below key=value and flags. Top-level keys are the fields of
+    transformers.TrainingArguments; a flag such as --rank is short for galore.rank=.
+    """
+    if resume and overwrite:
+        both = f"--resume {resume} and --overwrite"
+        raise OptionError("--overwrite", both, "one of the two", "To go on, leave out --overwrite.")
+    run = load(config, overrides, flags)
+    if show_config or dry_run:
+        from galore_trainer.run.plan import describe_plan
+
+        if is_main_process():
+            typer.echo((run.to_yaml() if show_config else describe_plan(run)).rstrip())
+        return
+    from galore_trainer.run.train import train as train_run
+
+    result = train_run(run, resume=resume, overwrite=overwrite)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)

@@ -1,0 +1,27 @@
+"""Which distributed backend the Trainer of this process will use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Literal
+
+Backend = Literal["single", "ddp", "fsdp", "deepspeed"]
+
+
+def training_backend(args: Any = None) -> Backend:
+    """Look at TrainingArguments (if given), accelerate's environment and accelerate's state, in this order."""
+    if args is not None:
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+            return "deepspeed"
+        if getattr(args, "fsdp", None) or getattr(args, "fsdp_plugin_args", None):
+            return "fsdp"
+    for name in ("deepspeed", "fsdp"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true", "yes"):
+            return name
+    state = sys.modules.get("accelerate.state")
+    shared = getattr(getattr(state, "AcceleratorState", None), "_shared_state", {})
+    kind = str(shared.get("distributed_type", "")).rsplit(".", 1)[-1].lower()
+    if kind in ("deepspeed", "fsdp"):
+        return kind  # type: ignore[return-value]
+    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"

@@ -1,0 +1,112 @@
+"""Two ways into the Hugging Face Trainer: ``optimizers=(build_optimizer(...), None)`` and ``**galore_plugin(...)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.errors import OptionError
+from galore_trainer.hf.backend import training_backend
+from galore_trainer.hf.callback import GaLoreCallback
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.groups import parameter_groups, plan_weights
+from galore_trainer.optim.streams import logical_name
+
+
+def build_optimizer(
+    model: nn.Module,
+    config: GaLoreConfig | None = None,
+    *,
+    lr: float = 1e-4,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    seed: int = 42,
+) -> GaLoreAdamW:
+    """The optimizer for ``Trainer(optimizers=(build_optimizer(model, config), None))``, on one process or under DDP.
+
+    Args:
+        model: a transformers model (or any module whose ``config`` tells its heads).
+        config: how to project; ``GaLoreConfig()`` if None.
+        lr: learning rate as for AdamW; projected weights move with ``lr * config.scale``, the others with
+            ``lr * config.plain_lr_ratio``.
+        weight_decay: decoupled; biases and norms are left out by the Trainer's own rule.
+        betas, eps: as in ``torch.optim.AdamW``.
+        seed: seeds the random parts; give the Trainer's, so that runs differ as the Trainer's do.
+
+    Raises:
+        OptionError: settings that do not fit the model, or a process set up for DeepSpeed or FSDP, where the Trainer
+            drops or refuses ``optimizers=``.
+    """
+    backend = training_backend()
+    if backend in ("deepspeed", "fsdp"):
+        raise OptionError(
+            "optimizers", f"an optimizer built beforehand, under {backend}", "one process or DDP",
+            f"Under {backend} the Trainer drops or refuses optimizers=; use Trainer(**galore_plugin(config, args)).",
+        )  # fmt: skip
+    return _build(model, config or GaLoreConfig(), lr, weight_decay, betas, eps, seed)
+
+
+def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
+    """Keyword arguments that put GaLore+ into any Trainer: ``Trainer(..., **galore_plugin(config, args))``.
+
+    Args:
+        config: how to project.
+        args: the Trainer's ``TrainingArguments`` (TRL's configs too); its learning_rate, weight_decay, adam_beta1,
+            adam_beta2, adam_epsilon and seed are honoured, and the Trainer's rule for what is not decayed.
+
+    Returns:
+        ``optimizer_cls_and_kwargs`` and ``callbacks``. To pass callbacks of your own, add them to that list.
+
+    Raises:
+        OptionError: ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or the process is set
+            up for DeepSpeed or FSDP, whose sharded parameters this version does not support.
+    """
+    for name, replacement in (("optim_args", "the fields of GaLoreConfig"), ("optim_target_modules", "target_modules")):
+        value = getattr(args, name, None)
+        if value:
+            raise OptionError(name, value, "nothing, beside this plugin", f"Use {replacement} instead.")
+    backend = training_backend(args)
+    if backend in ("deepspeed", "fsdp"):
+        raise OptionError(
+            "backend", backend, "one process or DDP",
+            "Parameters that are sharded over processes are not supported by this version; launch without "
+            f"{backend}, for example with `torchrun --nproc-per-node N` or `accelerate launch --multi_gpu`.",
+        )  # fmt: skip
+    settings = {
+        "config": config,
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "seed": args.seed,
+    }
+    return {"optimizer_cls_and_kwargs": (GaLoreFactory, settings), "callbacks": [GaLoreCallback()]}
+
+
+class GaLoreFactory:
+    """What the Trainer calls once it has the model: ``GaLoreFactory()(model, **settings)``."""
+
+    def __call__(self, model: nn.Module, **settings: Any) -> GaLoreAdamW:
+        """Build the optimizer; takes what ``build_optimizer`` takes and changes none of it."""
+        return _build(model, **settings)
+
+
+def _build(
+    model: nn.Module,
+    config: GaLoreConfig,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    seed: int,
+) -> GaLoreAdamW:
+    from transformers import Trainer
+
+    decayed = {logical_name(n) for n in Trainer.get_decay_parameter_names(None, model)}  # type: ignore[arg-type]
+    weights = plan_weights(model, config)
+    no_decay = {w.name for w in weights} - decayed
+    groups = parameter_groups(weights, config, lr=lr, weight_decay=weight_decay, no_decay=no_decay)
+    return GaLoreAdamW(groups, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed)

@@ -1,0 +1,128 @@
+"""``GaLoreCallback``: tells what is projected, what that loses and costs; stops a run that stands still."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from galore_trainer.errors import OptionError
+from galore_trainer.hf.table import weight_table
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
+
+logger = logging.getLogger(__name__)
+STEPS_TO_MOVE = 3
+
+
+class GaLoreCallback(TrainerCallback):
+    """Reports on a ``GaLoreAdamW`` inside a Trainer; ``galore_plugin`` adds it by itself.
+
+    At the start it prints one table of projected, plain and frozen weights. Every log gets
+
+    - ``galore/projection_error``: mean over matrices of ||G - lift(project(G))|| / ||G|| at their newest refresh,
+    - ``galore/refresh_seconds`` and ``galore/update_seconds``: since the last log (update: plain parameters too),
+    - ``galore/state_bytes``: optimizer state on this process.
+
+    They reach ``log_history`` and every callback that comes after this one; for trackers (``report_to``), which the
+    Trainer puts first, move it to the front: ``trainer.callback_handler.callbacks.insert(0, GaLoreCallback())``.
+
+    Raises:
+        OptionError: the Trainer's optimizer is not a ``GaLoreAdamW`` (for example because it dropped ``optimizers=``).
+        RuntimeError: a projected weight did not change in three steps with lr > 0 and a non-zero gradient.
+    """
+
+    def __init__(self, print_table: bool = True) -> None:
+        self.print_table = print_table
+        self._optimizer: GaLoreAdamW | None = None
+        self._before: dict[str, torch.Tensor] = {}
+        self._steps_with_lr = 0
+        self._logged: dict[str, float] = {}
+        self._skipped: dict[str, int] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that the Trainer kept the optimizer, print the table."""
+        self._optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        self._before, self._steps_with_lr = {}, 0
+        self._logged = self._optimizer.stopwatch.seconds()
+        if self.print_table and state.is_world_process_zero:
+            print(weight_table(self._optimizer, kwargs.get("model")), flush=True)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the weights before the first step that should move them."""
+        if self._optimizer is None or self._steps_with_lr >= STEPS_TO_MOVE:
+            return
+        if any(g["projected"] and g["lr"] * self._optimizer.config.scale > 0.0 for g in self._optimizer.param_groups):
+            self._steps_with_lr += 1
+            if self._steps_with_lr == 1:
+                self._before = {name: _checksum(p) for name, p in self._projected()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After three steps: every projected weight with a non-zero gradient must have changed."""
+        if self._steps_with_lr != STEPS_TO_MOVE or not self._before:
+            return
+        before, self._before = self._before, {}
+        still = [n for n, p in self._projected() if self._had_gradient(p) and torch.equal(before[n], _checksum(p))]
+        if still:
+            assert self._optimizer is not None
+            lr = max(g["lr"] for g in self._optimizer.param_groups if g["projected"])
+            raise RuntimeError(
+                f"{len(still)} projected weights did not change in {STEPS_TO_MOVE} steps, among them {still[0]}: "
+                f"lr {lr:.3g} x scale {self._optimizer.config.scale:g} is too small for their precision, or something "
+                "restores them. Raise learning_rate or galore.scale, or keep galore.stochastic_rounding on."
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the projection's figures to the log of a training step."""
+        if self._optimizer is None or logs is None or "loss" not in logs:
+            return
+        seconds = self._optimizer.stopwatch.seconds()
+        since = {k: v - self._logged.get(k, 0.0) for k, v in seconds.items()}
+        self._logged = seconds
+        added = {
+            "galore/refresh_seconds": since.get("refresh", 0.0),
+            "galore/update_seconds": since.get("update", 0.0) + since.get("plain", 0.0),
+            "galore/state_bytes": sum(self._optimizer.state_bytes().values()),
+        }
+        errors = list(self._optimizer.projection_errors.values())
+        if errors:
+            added["galore/projection_error"] = torch.stack(errors).mean().item()
+        logs.update(added)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(added)
+        skipped = self._optimizer.check_finite()
+        if skipped != self._skipped:
+            worst = ", ".join(f"{n} ({c})" for n, c in sorted(skipped.items(), key=lambda x: -x[1])[:5])
+            logger.warning("steps skipped for a non-finite gradient, so far: %s (%d parameters)", worst, len(skipped))
+            self._skipped = skipped
+
+    def _projected(self) -> list[tuple[str, torch.Tensor]]:
+        assert self._optimizer is not None
+        groups = [g for g in self._optimizer.param_groups if g["projected"]]
+        return [pair for g in groups for pair in zip(g["names"], g["params"], strict=True)]
+
+    def _had_gradient(self, p: torch.Tensor) -> bool:
+        assert self._optimizer is not None
+        state = self._optimizer.state.get(p, {})
+        return any(v.any().item() for k, v in state.items() if k.endswith("exp_avg"))
+
+
+def unwrap_optimizer(optimizer: Any) -> GaLoreAdamW:
+    """The ``GaLoreAdamW`` inside accelerate's wrappers; ``OptionError`` where there is none."""
+    inner = optimizer
+    while inner is not None and not isinstance(inner, GaLoreAdamW):
+        inner = getattr(inner, "optimizer", None)
+    if inner is None:
+        raise OptionError(
+            "optimizers", type(optimizer).__name__, "a GaLoreAdamW in the Trainer that has GaLoreCallback",
+            "Pass optimizers=(build_optimizer(model, config), None), or **galore_plugin(config, args), which is kept "
+            "where the Trainer drops optimizers=.",
+        )  # fmt: skip
+    return inner
+
+
+def _checksum(p: torch.Tensor) -> torch.Tensor:
+    """Sum of the weight's bits as integers: any change shows, however small."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
+    return p.detach().contiguous().view(integers).sum(dtype=torch.int64)

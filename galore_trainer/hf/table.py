@@ -1,0 +1,122 @@
+"""The table of projected, plain and frozen weights that a run shows at its start."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.groups import Weight
+from galore_trainer.optim.streams import logical_name
+
+COLUMNS = ("weights", "kind", "shape", "parameters", "share", "side", "rank", "heads", "lr", "state")
+
+
+@dataclasses.dataclass
+class _Row:
+    cells: tuple[str, ...]
+    parameters: int = 0
+    count: int = 0
+    state: int = 0
+
+
+def weight_table(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> str:
+    """One line for each kind of weight: equal weights of all layers are counted together.
+
+    Args:
+        optimizer: its groups say what is projected and with which learning rate.
+        model: adds frozen parameters, which are in no group.
+
+    Returns:
+        Text with columns ``COLUMNS``; ``lr`` is the effective one (lr x scale, lr x plain_lr_ratio) at the peak of the
+        schedule, ``state`` the bytes of optimizer state; ``heads`` reads "9, one lends" for a shared basis.
+    """
+    rows: dict[tuple[str, ...], _Row] = {}
+    for weight, lr in _weights(optimizer, model):
+        name = re.sub(r"\.\d+\.", ".*.", weight.name.removesuffix(".weight"))
+        shape = "x".join(map(str, weight.parameter.shape))
+        side, rank, heads = ((_join(f(m) for m in weight.matrices)) for f in (_side, _rank, _heads))
+        cells = (name, weight.kind, shape, side, rank, heads, lr, weight.note)
+        row = rows.setdefault(cells, _Row(cells))
+        row.parameters += weight.parameter.numel()
+        row.count += 1
+        row.state += sum(weight.state_bytes().values())
+    total = sum(r.parameters for r in rows.values()) or 1
+    lines: list[tuple[str, ...]] = [COLUMNS]
+    for row in sorted(rows.values(), key=lambda r: (_ORDER.index(r.cells[1]), -r.parameters)):
+        name, kind, shape, side, rank, heads, lr, note = row.cells
+        times = f"{row.count} x {name}" if row.count > 1 else name
+        lines.append((times, kind + (f" ({note})" if note else ""), shape, f"{row.parameters:,}",
+                      f"{row.parameters / total:.1%}", side, rank, heads, lr, human_bytes(row.state)))  # fmt: skip
+    for kind in _ORDER:
+        members = [r for r in rows.values() if r.cells[1] == kind]
+        if members:
+            count = sum(r.parameters for r in members)
+            lines.append((f"all {kind}", "", "", f"{count:,}", f"{count / total:.1%}", "", "", "", "",
+                          human_bytes(sum(r.state for r in members))))  # fmt: skip
+    return _align(lines)
+
+
+_ORDER = ("projected", "plain", "frozen")
+
+
+def _weights(optimizer: GaLoreAdamW, model: nn.Module | None) -> Iterable[tuple[Weight, str]]:
+    seen = set()
+    for group in optimizer.param_groups:
+        factor = optimizer.config.scale if group["projected"] else 1.0
+        lr = group.get("initial_lr", group["lr"]) * factor
+        matrices = group.get("matrices", [()] * len(group["params"]))
+        for name, p, m in zip(group["names"], group["params"], matrices, strict=True):
+            seen.add(name)
+            yield Weight(name, p, tuple(m)), f"{lr:.3g}"
+    for full_name, p in model.named_parameters() if model is not None else ():
+        if logical_name(full_name) not in seen:
+            yield Weight(logical_name(full_name), p), "-"
+
+
+def _side(m: LogicalMatrix) -> str:
+    return m.side
+
+
+def _rank(m: LogicalMatrix) -> str:
+    return str(m.rank)
+
+
+def _heads(m: LogicalMatrix) -> str:
+    if not m.head_dim:
+        return f"{m.blocks} experts" if m.blocks > 1 else "-"
+    heads = m.blocks * m.heads_per_block
+    if m.blocks == heads:
+        return f"{heads}, own bases"
+    lend = "one lends" if m.lenders == 1 else f"{m.lenders} lend"
+    return f"{heads}, {lend}" if m.blocks == 1 else f"{heads} in {m.blocks} groups, {lend} in each"
+
+
+def _join(parts: Iterable[Any]) -> str:
+    return " / ".join(dict.fromkeys(map(str, parts))) or "-"
+
+
+def human_bytes(number: float) -> str:
+    """Bytes in the largest binary unit that leaves at least one before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError
+
+
+def _align(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    numeric = {"parameters", "share", "rank", "lr", "state"}
+    text = []
+    for line in lines:
+        cells = (
+            c.rjust(w) if name in numeric else c.ljust(w) for c, w, name in zip(line, widths, COLUMNS, strict=True)
+        )
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)

@@ -1,0 +1,80 @@
+"""One question asked before anything is loaded by hub id: can the hub be reached, or is there a copy in the cache?
+
+Without it the first request is retried for up to a minute before a user learns that there is no network.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Literal
+
+from galore_trainer.errors import OptionError
+
+REQUEST_SECONDS = 2.0
+ANSWER_SECONDS = 3.0  # name resolution has timeouts of its own, which a request's timeout does not cover
+
+
+def require_hub(option: str, repo_id: str, repo_type: Literal["model", "dataset"], way_out: str) -> bool:
+    """Make sure that a hub id can be loaded, within four seconds.
+
+    Args:
+        option: dotted name of the option that named the hub id, for the error.
+        repo_id: ``owner/name``.
+        repo_type: ``model`` or ``dataset``.
+        way_out: what a user without a network can do instead.
+
+    Returns:
+        True where the hub answers; False where it does not but the local cache holds the repository, so that the
+        caller should load with ``local_files_only=True`` or its like.
+
+    Raises:
+        OptionError: the hub does not answer (or ``HF_HUB_OFFLINE`` is set) and the cache holds no copy.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        failure = probe(constants.ENDPOINT)
+        if failure is None:
+            return True
+        reason = f"{constants.ENDPOINT} cannot be reached ({failure})"
+    if is_cached(repo_id, repo_type):
+        return False
+    raise OptionError(option, repo_id, f"a {repo_type} at hand; {reason} and the local cache has no copy", way_out)
+
+
+def probe(endpoint: str) -> str | None:
+    """Send one request to ``endpoint``: None when anything answers, else the reason in a few words."""
+    outcome: list[str | None] = []
+
+    def ask() -> None:
+        from huggingface_hub.utils import get_session
+
+        try:
+            get_session().head(endpoint, timeout=REQUEST_SECONDS)
+            outcome.append(None)
+        except Exception as error:  # whatever the transport raises, the answer is that the hub cannot be used
+            outcome.append(str(error) or type(error).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return outcome[0] if outcome else f"no answer within {ANSWER_SECONDS:g} seconds"
+
+
+def is_cached(repo_id: str, repo_type: Literal["model", "dataset"]) -> bool:
+    """Whether the local cache holds a copy that the libraries load without a network."""
+    if repo_type == "dataset":
+        from datasets import config
+        from datasets.naming import camelcase_to_snakecase
+
+        *owner, name = repo_id.split("/")
+        folder = Path(config.HF_DATASETS_CACHE) / "___".join([*owner, camelcase_to_snakecase(name)])
+        return any(folder.glob("*/*/*"))
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
+    return any(folder.glob("snapshots/*/config.json"))

@@ -1,0 +1,49 @@
+"""From a ``RunConfig`` to ``transformers.TrainingArguments``: what ``auto`` means on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from galore_trainer.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from galore_trainer.run.config import RunConfig
+
+
+def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
+    """Build the Trainer's arguments: the user's fields verbatim, ``bf16: auto`` decided for this machine.
+
+    Args:
+        config: the run.
+        more: further fields, below the user's own.
+
+    Raises:
+        OptionError: transformers refuses the combination; its own words are passed on.
+    """
+    from transformers import TrainingArguments
+
+    from galore_trainer.run.evaluate import uses_bf16
+
+    fields = {**more, **config.training}
+    device = device_type(use_cpu=bool(fields.get("use_cpu")))
+    if fields.get("bf16") == "auto":
+        fields["bf16"] = not fields.get("fp16") and uses_bf16("auto", device)
+    if fields.get("bf16") and device == "cpu":
+        fields["use_cpu"] = True  # transformers refuses bf16 on a machine without GPU unless the CPU is asked for
+    try:
+        return TrainingArguments(output_dir=config.output_dir, **fields)
+    except (ValueError, TypeError, ImportError) as error:
+        named = [name for name in config.training if name in str(error)]
+        got = {name: config.training[name] for name in named} or config.training
+        option = named[0] if len(named) == 1 else "training arguments"
+        raise OptionError(option, got, "settings that transformers accepts", f"It says: {error}") from error
+
+
+def device_type(*, use_cpu: bool = False) -> str:
+    """The kind of device a run uses here: ``cuda``, ``mps``, ..., or ``cpu``."""
+    import torch
+
+    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"

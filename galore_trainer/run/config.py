@@ -1,0 +1,215 @@
+"""``RunConfig``: everything one run is told, from defaults, a YAML file and the command line, in that order."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib.resources
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from galore_trainer.config import GaLoreConfig, check_type, knob
+from galore_trainer.errors import OptionError
+from galore_trainer.recipes.base import DataConfig
+from galore_trainer.run.keys import coerce, refuse_key, training_hints
+from galore_trainer.run.layers import collect, command_line_settings, file_settings
+from galore_trainer.run.yaml_io import Document, dump, read_mapping
+
+Method = Literal["galore_plus", "galore", "adamw"]
+Extract = Literal["flexible", "strict", "last_number"]
+
+# What a method means: below YAML, and not to be contradicted by it.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "galore_plus": {},
+    "galore": {"galore.head_sharing": "joint", "galore.svd": "exact", "galore.momentum_transfer": "keep"},
+    "adamw": {},
+}
+RESOLVED_CONFIG = "config.resolved.yaml"
+"""The file in a run's folder that holds its resolved configuration."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How a model is scored: greedy generation on held-out problems."""
+
+    limit: int | None = knob(None, "Problems to score; unset means all that are held out.", minimum=1)
+    batch_size: int = knob(32, "Prompts generated at a time.", minimum=1)
+    max_new_tokens: int = knob(256, "Longest answer, in tokens.", minimum=1)
+    extract: Extract = knob(
+        "flexible",
+        "The number that counts: flexible (the last, as lm-evaluation-harness reads it), strict (the one after ####), "
+        "last_number (the last once commas are removed).",
+    )
+    before: bool = knob(True, "Score the model before training too.")
+
+    def __post_init__(self) -> None:
+        """Check every field; see ``OptionError``."""
+        _check_fields("eval.", self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: model, method, data, evaluation, and the fields of ``transformers.TrainingArguments`` as given.
+
+    Args:
+        training: TrainingArguments fields the user set, verbatim; ``bf16`` may be ``auto``.
+        methods: {method: {dotted key: value}} for the methods not chosen; the chosen one's are merged already.
+
+    Raises:
+        OptionError: naming the dotted key, what was got, what is wanted and the way out.
+    """
+
+    model_name_or_path: str = knob(
+        "embedded:smollm2-135m", "Model to fine-tune: embedded:smollm2-135m, a local folder, or a hub id."
+    )
+    dtype: Literal["float32", "bfloat16", "auto"] = knob(
+        "float32", "Type of the weights; auto keeps what the model's files hold."
+    )
+    method: Method = knob("galore_plus", "galore_plus, galore (joint basis, exact SVD, moments kept), or adamw.")
+    max_length: int = knob(512, "Longest example, prompt and answer together, in tokens.", minimum=2)
+    output_dir: str = dataclasses.field(
+        default="runs/run", metadata={"help": "Folder of the run.", "shown_default": "runs/CONFIG-METHOD"}
+    )
+    galore: GaLoreConfig = dataclasses.field(default_factory=GaLoreConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    methods: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every field, the training arguments' names and types, and that the method is what it says."""
+        _check_fields("", self)
+        for key, value in METHOD_DEFAULTS[self.method].items():
+            got = getattr(self.galore, key.removeprefix("galore."))
+            if got != value:
+                raise OptionError(
+                    key, got, f"{value!r}, which is what method {self.method!r} means",
+                    "Use method: galore_plus to choose, or set it under 'methods: {galore_plus: ...}' alone.",
+                )  # fmt: skip
+        training = {}
+        for key, value in self.training.items():
+            if key not in training_hints():
+                raise refuse_key(key, value, training_hints())
+            training[key] = coerce(key, value, training_hints()[key])
+        object.__setattr__(self, "training", training)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested as in YAML: own keys and training arguments at the top, then the blocks; ``from_dict`` undoes it."""
+        own = {name: getattr(self, name) for name in OWN}
+        blocks = {name: dataclasses.asdict(getattr(self, name)) for name in BLOCKS}
+        return {**own, **self.training, **blocks, **({"methods": self.methods} if self.methods else {})}
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, which ``load_run_config`` reads back to an equal one."""
+        return dump(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
+        """Resolve settings nested as in YAML, the method's own defaults included."""
+        return _resolve(Document("settings", dict(data), {}), (), {})
+
+
+BLOCKS: dict[str, type] = {"galore": GaLoreConfig, "data": DataConfig, "eval": EvalConfig}
+OWN = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in (*BLOCKS, "methods", "training"))
+
+
+def load_run_config(
+    config: str | Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Resolve one run: defaults < the method's defaults < YAML < its ``methods:`` block < overrides and flags.
+
+    Args:
+        config: packaged name or YAML file; None means the defaults.
+        overrides: ``key=value`` texts, the key dotted, the value read as a YAML 1.2 scalar.
+        flags: values by dotted key, from the command line's flags.
+
+    Raises:
+        OptionError: a file that cannot be read; a key that is unknown, set twice, or of another type; a value that
+            is not possible; a setting that the method would ignore or that contradicts it.
+    """
+    document = Document("run", {}, {}) if config is None else read_config(config)
+    return _resolve(document, overrides, flags or {})
+
+
+def packaged_configs() -> dict[str, str]:
+    """The packaged configurations: name to YAML text."""
+    folder = importlib.resources.files("galore_trainer.configs") / "train"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
+
+
+def read_packaged(name: str, wanted: str = "a packaged name") -> str:
+    """The YAML text of a packaged configuration; ``OptionError`` with the nearest name for an unknown one."""
+    packaged = packaged_configs()
+    if name not in packaged:
+        close = difflib.get_close_matches(name, packaged, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Packaged: {', '.join(packaged)}."
+        raise OptionError("CONFIG", name, wanted, hint)
+    return packaged[name]
+
+
+def read_config(config: str | Path) -> Document:
+    """Read a packaged configuration by name, or a YAML file by path, without resolving it."""
+    path = Path(config).expanduser()
+    if str(config) in packaged_configs() or not path.is_file():
+        text = read_packaged(str(config), "a packaged name or the path of a YAML file")
+        return read_mapping(text, f"{config}.yaml")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError("CONFIG", str(config), "a readable UTF-8 file", f"{error}.") from None
+    return read_mapping(text, str(config))
+
+
+@functools.cache
+def known_keys() -> dict[str, Any]:
+    """Every dotted key a configuration may hold, with its type."""
+    own = get_type_hints(RunConfig)
+    blocks = {f"{name}.{key}": hint for name, cls in BLOCKS.items() for key, hint in get_type_hints(cls).items()}
+    return {**{key: own[key] for key in OWN}, **training_hints(), **blocks}
+
+
+def _resolve(document: Document, overrides: Sequence[str], flags: Mapping[str, Any]) -> RunConfig:
+    file = collect(file_settings(document), known_keys(), _check_method)
+    given = collect(command_line_settings(overrides, flags), known_keys(), _check_method)
+    method = given.own.get("method", file.own.get("method", RunConfig.method))
+    for key in given.own:
+        if method == "adamw" and key.startswith("galore."):
+            raise OptionError(
+                key, given.places[key], "no GaLore setting under method 'adamw', which would ignore it",
+                "Remove it, or use --method galore_plus.",
+            )  # fmt: skip
+    methods = {m: {**file.methods.get(m, {}), **given.methods.get(m, {})} for m in (*file.methods, *given.methods)}
+    output_dir = {"output_dir": f"runs/{Path(document.name).stem}-{method}"}
+    values = {**output_dir, **METHOD_DEFAULTS[method], **file.own, **methods.pop(method, {}), **given.own}
+
+    blocks: dict[str, dict[str, Any]] = {"": {}, **{name: {} for name in BLOCKS}}
+    for key, value in values.items():
+        block, _, name = key.rpartition(".")
+        blocks[block][name] = value
+    top = blocks.pop("")
+    return RunConfig(
+        **{key: value for key, value in top.items() if key in OWN},
+        **{name: BLOCKS[name](**fields) for name, fields in blocks.items()},
+        methods=methods,
+        training={key: value for key, value in top.items() if key not in OWN},
+    )
+
+
+def _check_method(name: str) -> None:
+    if name not in METHOD_DEFAULTS:
+        close = difflib.get_close_matches(name, METHOD_DEFAULTS, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else ""
+        raise OptionError(f"methods.{name}", name, f"one of {', '.join(get_args(Method))}", hint)
+
+
+def _check_fields(prefix: str, config: Any) -> None:
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, low = getattr(config, field.name), field.metadata.get("minimum")
+        check_type(prefix + field.name, value, hints[field.name])
+        if low is not None and value is not None and not (math.isfinite(value) and value >= low):
+            raise OptionError(prefix + field.name, value, f"an integer of at least {low:g}")

@@ -1,0 +1,130 @@
+"""What is installed, what this machine can do, what is missing and the command that gets it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from galore_trainer.errors import OptionError
+
+PACKAGES = (
+    "torch", "transformers", "accelerate", "datasets", "trl", "peft", "deepspeed", "bitsandbytes", "gguf",
+    "galore-torch",
+)  # fmt: skip
+DISTRIBUTION = "galore-trainer"
+
+
+def examine() -> dict[str, Any]:
+    """Collect the report: versions, machine, extras, embedded model, hub. Takes a few seconds, changes nothing."""
+    return {
+        "galore-trainer": version(DISTRIBUTION),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "machine": machine(),
+        "missing_extras": missing_extras(),
+        "embedded_model": embedded_model(),
+        "hub": hub(),
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """Device, native bfloat16, cores this process may use, memory and free disk space in GiB."""
+    from galore_trainer.run.arguments import device_type
+    from galore_trainer.run.artifacts import environment
+    from galore_trainer.run.evaluate import uses_bf16
+    from galore_trainer.run.model import cache_dir
+
+    here = environment()
+    count = here["accelerators"]
+    return {
+        "platform": here["platform"],
+        "device": f"{count} x {here['device']}" if count > 1 else here["device"],
+        "bf16": uses_bf16("auto", device_type()),
+        "cores": here["cores"],
+        "memory_gib": _memory(),
+        "disk_free_gib": {str(path): _free(path) for path in dict.fromkeys((Path.cwd(), cache_dir()))},
+    }
+
+
+def missing_extras() -> dict[str, str]:
+    """The extras that are not whole, each with the command that installs what it lacks."""
+    from packaging.requirements import Requirement
+
+    missing: dict[str, list[str]] = {}
+    for text in importlib.metadata.requires(DISTRIBUTION) or ():
+        extra = re.search(r"""extra\s*==\s*['"]([^'"]+)['"]""", text)
+        if extra is None or extra[1] == "dev":
+            continue
+        needed = Requirement(text)
+        found = version(needed.name)
+        if found is None or not needed.specifier.contains(found, prereleases=True):
+            missing.setdefault(extra[1], []).append(f"'{needed.name}{needed.specifier}'")
+    return {extra: f"pip install {' '.join(names)}" for extra, names in missing.items()}
+
+
+def embedded_model() -> dict[str, Any]:
+    """Whether the embedded model is at hand, and the way to get it where it is not."""
+    from galore_trainer.run.model import cache_dir, find_embedded_gguf
+
+    converted = cache_dir() / "smollm2-135m"
+    if (converted / "config.json").is_file():
+        return {"present": True, "where": str(converted)}
+    try:
+        return {"present": True, "where": str(find_embedded_gguf())}
+    except OptionError as error:
+        return {"present": False, "way_out": error.way_out}
+
+
+def hub() -> dict[str, Any]:
+    """Whether the hub answers within its time limit of a few seconds."""
+    from huggingface_hub import constants
+
+    from galore_trainer.hub import probe
+
+    problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else probe(constants.ENDPOINT)
+    return {"endpoint": constants.ENDPOINT, "reachable": problem is None, "problem": problem}
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as aligned text lines."""
+    here, model, net = report["machine"], report["embedded_model"], report["hub"]
+    lines = [
+        (DISTRIBUTION, report["galore-trainer"] or "not installed"),
+        ("python", report["python"]),
+        *((name, found or "not installed") for name, found in report["packages"].items()),
+        ("platform", here["platform"]),
+        ("device", here["device"]),
+        ("bf16", "native" if here["bf16"] else "not native: 'bf16: auto' trains in float32"),
+        ("cores", str(here["cores"])),
+        ("memory", "unknown" if here["memory_gib"] is None else f"{here['memory_gib']:g} GiB"),
+        *(("disk free", f"{free:g} GiB at {path}") for path, free in here["disk_free_gib"].items()),
+        ("embedded model", model["where"] if model["present"] else f"missing. {model['way_out']}"),
+        ("hub", f"{net['endpoint']} {'answers' if net['reachable'] else 'cannot be used: ' + str(net['problem'])}"),
+        *((f"extra [{name}]", f"missing: {command}") for name, command in report["missing_extras"].items()),
+    ]
+    return "\n".join(f"{name:<18}{text}" for name, text in lines)
+
+
+def _memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _free(path: Path) -> float:
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return round(shutil.disk_usage(existing).free / 2**30, 1)

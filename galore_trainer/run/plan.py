@@ -1,0 +1,87 @@
+"""What a run would do, in a few lines, without loading weights: the answer of ``galore-ft train --dry-run``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from galore_trainer.run.arguments import training_arguments
+from galore_trainer.run.config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def describe_plan(config: RunConfig) -> str:
+    """Load the data, check the Trainer's arguments, and say what would be trained on what, how long and how fast.
+
+    Raises:
+        OptionError: data that cannot be read, or arguments that transformers refuses.
+    """
+    from galore_trainer.recipes import load_data
+
+    arguments = training_arguments(config)
+    data = load_data(config.data)
+    lines = [
+        ("model", f"{config.model_name_or_path}, weights in {config.dtype}, bf16 autocast {_on(arguments.bf16)}"),
+        ("method", _method(config)),
+        ("data", f"{data.task} from {config.data.source}: {len(data.train)} to train on, {len(data.eval)} held out"),
+        *(("", f"- {note}") for note in data.notes),
+        ("learning rate", learning_rates(config, arguments.learning_rate)),
+        ("steps", _steps(arguments, len(data.train))),
+        ("output", config.output_dir + _taken(config.output_dir)),
+    ]
+    return "\n".join(f"{name:<14}{text}" for name, text in lines)
+
+
+def learning_rates(config: RunConfig, lr: float) -> str:
+    """The rates that weights move with: lr x scale for projected ones, lr x plain_lr_ratio for the others."""
+    if config.method == "adamw":
+        return f"{lr:g}, all weights"
+    galore = config.galore
+    return (
+        f"projected weights {lr:g} x {galore.scale:g} = {lr * galore.scale:g}, "
+        f"others {lr:g} x {galore.plain_lr_ratio:g} = {lr * galore.plain_lr_ratio:g}"
+    )
+
+
+def count_steps(arguments: TrainingArguments, examples: int) -> tuple[int, int]:
+    """Optimizer steps in all and in one epoch, counted as the Trainer counts them."""
+    size = arguments.train_batch_size * arguments.world_size
+    batches = examples // size if arguments.dataloader_drop_last else math.ceil(examples / size)
+    per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    if arguments.max_steps > 0:
+        return arguments.max_steps, per_epoch
+    return math.ceil(arguments.num_train_epochs * per_epoch), per_epoch
+
+
+def _method(config: RunConfig) -> str:
+    galore = config.galore
+    if config.method == "adamw":
+        return "adamw"
+    return (
+        f"{config.method}: rank {galore.rank}, a new projection every {galore.update_proj_gap} steps, "
+        f"heads {galore.head_sharing}, svd {galore.svd}, moments {galore.momentum_transfer}"
+    )
+
+
+def _steps(arguments: TrainingArguments, examples: int) -> str:
+    from transformers import SchedulerType
+
+    total, per_epoch = count_steps(arguments, examples)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return (
+        f"{total} of {batch} examples ({total / per_epoch:.2g} epochs of {per_epoch} steps), "
+        f"warm-up {arguments.get_warmup_steps(total)}, schedule {SchedulerType(arguments.lr_scheduler_type).value}"
+    )
+
+
+def _taken(folder: str) -> str:
+    path = Path(folder).expanduser()
+    taken = path.is_dir() and any(path.iterdir())
+    return " (not empty: --resume auto goes on there, --overwrite starts anew)" if taken else ""
+
+
+def _on(value: object) -> str:
+    return "on" if value else "off"

@@ -1,0 +1,376 @@
+"""One run from its configuration to a trained, scored and documented model: ``train(RunConfig) -> RunResult``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from galore_trainer.errors import OptionError
+from galore_trainer.run.arguments import training_arguments
+from galore_trainer.run.artifacts import environment, plot_losses, write_file, write_json
+from galore_trainer.run.checkpoints import checkpoints, choose_checkpoint, damage
+from galore_trainer.run.config import RESOLVED_CONFIG, RunConfig, load_run_config
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from galore_trainer.recipes.base import TaskData
+
+RESULT, LOG, SCORE_BEFORE = "result.json", "log.jsonl", "score_before.json"
+RUN_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2, "save_steps": 100}
+"""TrainingArguments fields a run sets below the user's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """Where a run left its files, and whether it got to the end.
+
+    Attributes:
+        output_dir: the run's folder.
+        result_path: its ``result.json``; not written by an interrupted run.
+        interrupted: stopped by Ctrl-C after saving a checkpoint.
+        result: the content of ``result.json``; empty if interrupted.
+    """
+
+    output_dir: Path
+    result_path: Path
+    interrupted: bool
+    result: dict[str, Any]
+
+
+def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = False) -> RunResult:
+    """Fine-tune, score before and after, and write everything under ``config.output_dir``.
+
+    Args:
+        config: the run.
+        resume: ``auto`` or a checkpoint's folder; None starts a new run.
+        overwrite: remove an earlier run in the same folder.
+
+    Raises:
+        OptionError: a setting that cannot be honoured; nothing was changed on disk.
+        RuntimeError: training failed, or the disk is full; the last whole checkpoint is named.
+    """
+    arguments = training_arguments(config, **{**RUN_DEFAULTS, "disable_tqdm": not sys.stderr.isatty()})
+    main = arguments.process_index == 0
+    say = _Say(main)
+    output = Path(config.output_dir).expanduser()
+    checkpoint = _choose_start(config, output, resume, overwrite, say)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from galore_trainer.recipes import load_data
+    from galore_trainer.run.evaluate import evaluate_examples
+    from galore_trainer.run.memory import PeakMemory
+    from galore_trainer.run.model import load_model
+
+    data = load_data(config.data)
+    say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
+    for note in data.notes:
+        say(f"  - {note}")
+    if arguments.disable_tqdm:
+        disable_progress_bar()
+    model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
+    model.to(arguments.device)  # type: ignore[arg-type]
+    trainer, timing, interrupt = _make_trainer(config, arguments, model, tokenizer, data, output, say)
+    if main:  # from here on the run exists
+        _clear(output) if overwrite and checkpoint is None else None
+        write_file(output / RESOLVED_CONFIG, config.to_yaml())
+
+    before, evaluation_seconds = None, 0.0
+    if main and config.eval.before and data.eval:
+        before = _read_score(output, resume)
+        if before is None:
+            before = evaluate_examples(
+                model, tokenizer, data.task, data.eval, config, predictions_path=output / "predictions_before.jsonl",
+                progress=say.progress("scoring the model before training"),
+            )  # fmt: skip
+            write_json(output / SCORE_BEFORE, before)
+        evaluation_seconds += before["seconds"]
+        say(f"before training: {_score_text(before)}")
+
+    memory = PeakMemory(arguments.device)
+    with interrupt.listening(), _disk_guard(output):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result_path = output / RESULT
+    if interrupt.interrupted:
+        newest = next((c for c in checkpoints(output) if damage(c) is None), None)
+        say(f"interrupted at step {trainer.state.global_step}; go on with --resume auto (from {newest})")
+        return RunResult(output, result_path, True, {})
+    peak = memory.report()
+    with _disk_guard(output):
+        trainer.save_model(str(output / "model"))
+    after = None
+    if main and data.eval:
+        after = evaluate_examples(
+            model, tokenizer, data.task, data.eval, config, predictions_path=output / "predictions.jsonl",
+            progress=say.progress("scoring the trained model"),
+        )  # fmt: skip
+        evaluation_seconds += after["seconds"]
+    result: dict[str, Any] = {}
+    if main:
+        result = _result(config, trainer, data, before, after, peak, checkpoint)
+        result["seconds"] = _seconds(trainer, timing) | {"evaluation": evaluation_seconds}
+        _write_artifacts(output, config, trainer, result)
+        say(_summary(result, output))
+    trainer.end() if hasattr(trainer, "end") else None
+    return RunResult(output, result_path, False, result)
+
+
+# ------------------------------------------------------------------------------------------ before training
+
+
+def _choose_start(config: RunConfig, output: Path, resume: str | None, overwrite: bool, say: _Say) -> Path | None:
+    if resume and overwrite:
+        raise OptionError("overwrite", True, "either --resume or --overwrite", "Both together make no sense.")
+    if output.exists() and not output.is_dir():
+        raise OptionError("output_dir", str(output), "a folder", "A file of this name exists: choose another.")
+    taken = output.is_dir() and any(output.iterdir())
+    if resume:
+        saved = output / RESOLVED_CONFIG
+        if saved.is_file():
+            _check_resumable(config, load_run_config(saved), say)
+        checkpoint, notes = choose_checkpoint(resume, output)
+        for note in notes:
+            say(note)
+        return checkpoint
+    if taken and not overwrite:
+        raise OptionError(
+            "output_dir", str(output), "an empty or new folder",
+            "Go on with that run with --resume auto, replace it with --overwrite, or give another --output-dir.",
+        )  # fmt: skip
+    if taken and not (output / RESOLVED_CONFIG).is_file():
+        raise OptionError("output_dir", str(output), "a run's folder, to overwrite it", "It holds other files.")
+    return None
+
+
+def _check_resumable(now: RunConfig, saved: RunConfig, say: _Say) -> None:
+    """Refuse what would make saved state meaningless; tell of every other difference."""
+    before, after = (_flat(c.to_dict()) for c in (saved, now))
+    fixed = {f"galore.{name}" for name in type(now.galore).trajectory_fields()} if now.method != "adamw" else set()
+    fixed |= {"method", "model_name_or_path", "dtype", "seed"}
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if old == new or key == "output_dir" or key.startswith("methods."):
+            continue
+        if key in fixed:
+            way_out = f"Resume with {key}={old}, or start another run (--output-dir)."
+            raise OptionError(key, new, f"{old!r}, with which the run began", way_out)
+        say(f"note: {key} was {old!r} when the run began and is {new!r} now")
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in data.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
+    return flat
+
+
+def _clear(output: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for path in [*checkpoints(output), output / "model"]:
+        shutil.rmtree(path, ignore_errors=True)
+    names = (RESULT, LOG, SCORE_BEFORE, RESOLVED_CONFIG, "predictions.jsonl", "predictions_before.jsonl", "loss.png")
+    for name in names:
+        (output / name).unlink(missing_ok=True)
+
+
+def _read_score(output: Path, resume: str | None) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        if resume:
+            return json.loads((output / SCORE_BEFORE).read_text(encoding="utf-8"))
+    return None
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def _make_trainer(
+    config: RunConfig, arguments: Any, model: Any, tokenizer: Any, data: TaskData, output: Path, say: _Say
+) -> tuple[Trainer, Any, Any]:
+    from transformers import PrinterCallback, Trainer
+
+    from galore_trainer.hf.build import galore_plugin
+    from galore_trainer.optim.groups import plan_weights
+    from galore_trainer.run.callbacks import InterruptCallback, LogCallback, SealCallback, TimingCallback
+    from galore_trainer.run.prompts import Collator, encode_all
+
+    rows, dropped = encode_all(tokenizer, data.train, config.max_length)
+    if dropped:
+        say(f"  - {len(dropped)} training examples exceed max_length {config.max_length} and were left out")
+    if not rows:
+        raise OptionError("data.source", config.data.source, "at least one example to train on")
+    held_out = encode_all(tokenizer, data.eval, config.max_length).rows if data.eval else None
+    plugin: dict[str, Any] = {"callbacks": []}
+    if config.method != "adamw":
+        plan_weights(model, config.galore)  # refuses now what the Trainer would meet after the first scoring
+        plugin = galore_plugin(config.galore, arguments)
+    timing, interrupt = TimingCallback(arguments.device), InterruptCallback()
+    reporting = plugin.pop("callbacks")
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=Collator(tokenizer.pad_token_id, pad_to_multiple_of=1 if arguments.device.type == "cpu" else 8),
+        processing_class=tokenizer,
+        **plugin,
+    )
+    trainer.remove_callback(PrinterCallback)
+    for callback in reversed(reporting):  # before the trackers, so that they see its figures
+        trainer.callback_handler.callbacks.insert(0, callback)
+    for callback in (timing, SealCallback(), interrupt, LogCallback(output / LOG, bool(arguments.disable_tqdm))):
+        trainer.add_callback(callback)
+    return trainer, timing, interrupt
+
+
+@contextlib.contextmanager
+def _disk_guard(output: Path) -> Iterator[None]:
+    """Turn a full disk into one clear word, after removing the checkpoint that could not be finished."""
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full and not ("PytorchStreamWriter" in str(error) and shutil.disk_usage(output).free < 1 << 20):
+            raise
+        good = None
+        for path in checkpoints(output):
+            if damage(path) is None:
+                good = good or path
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        kept = f"{good.name} is whole: free some space, then --resume auto" if good else "no checkpoint was whole yet"
+        raise RuntimeError(
+            f"the disk is full: the newest checkpoint could not be written and was removed; {kept}"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------ afterwards
+
+
+def _seconds(trainer: Trainer, timing: Any) -> dict[str, float]:
+    from galore_trainer.hf.callback import unwrap_optimizer
+
+    mine = timing.stopwatch.seconds()
+    step, optimizer = mine.get("step", 0.0), mine.get("optimizer", 0.0)
+    refresh = 0.0
+    with contextlib.suppress(OptionError):
+        refresh = unwrap_optimizer(trainer.optimizer).stopwatch.seconds().get("refresh", 0.0)
+    return {"training": step, "forward_backward": step - optimizer, "refresh": refresh, "update": optimizer - refresh}
+
+
+def _result(
+    config: RunConfig, trainer: Trainer, data: TaskData, before: Any, after: Any, peak: dict[str, Any],
+    checkpoint: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    import torch
+
+    from galore_trainer.hf.callback import unwrap_optimizer
+
+    history = trainer.state.log_history
+    result: dict[str, Any] = {
+        "method": config.method,
+        "task": data.task,
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None,
+        "train_examples": len(data.train),
+        "score_before": before,
+        "score_after": after,
+        "train_loss": [row["loss"] for row in history if "loss" in row][-1:] or None,
+        "peak_memory": peak,
+        "environment": environment(),
+        "data_notes": data.notes,
+        "config": config.to_dict(),
+    }
+    result["train_loss"] = result["train_loss"][0] if result["train_loss"] else None
+    try:
+        optimizer = unwrap_optimizer(trainer.optimizer)
+        errors = {name: error.item() for name, error in optimizer.projection_errors.items()}
+        result["optimizer_state_bytes"] = optimizer.state_bytes()
+        result["skipped_steps"] = optimizer.check_finite()
+        result["projection_error"] = (
+            {"mean": sum(errors.values()) / len(errors), "by_matrix": errors} if errors else None
+        )
+    except OptionError:  # method adamw
+        states = trainer.optimizer.state.values() if trainer.optimizer else ()
+        tensors = [v for s in states for v in s.values() if isinstance(v, torch.Tensor)]
+        result["optimizer_state_bytes"] = {"plain": sum(t.numel() * t.element_size() for t in tensors)}
+    return result
+
+
+def _write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: dict[str, Any]) -> None:
+    from galore_trainer.run.card import model_card
+
+    gap = config.galore.update_proj_gap
+    refreshes = range(1, result["steps"] + 1, gap) if config.method != "adamw" and result["steps"] / gap <= 50 else ()
+    plot_losses(output / "loss.png", trainer.state.log_history, refresh_steps=list(refreshes))
+    card = model_card(
+        config, before=result["score_before"], after=result["score_after"], environment=result["environment"]
+    )
+    write_file(output / "model" / "README.md", card)
+    write_json(output / RESULT, result)
+
+
+def _score_text(score: dict[str, Any]) -> str:
+    parts = []
+    if score["score"] is not None:
+        low, high = score["interval"]
+        parts.append(f"{score['score']:.1%} exact match [{low:.1%}, {high:.1%}] on {score['n']} problems")
+    parts.append(f"eval loss {score['eval_loss']:.4f}")
+    return ", ".join(parts)
+
+
+def _summary(result: dict[str, Any], output: Path) -> str:
+    from galore_trainer.hf.table import human_bytes
+
+    seconds = result["seconds"]
+    parts = ", ".join(
+        f"{name.replace('_', '+')} {seconds[name]:.0f} s ({seconds[name] / max(seconds['training'], 1e-9):.0%})"
+        for name in ("forward_backward", "update", "refresh")
+    )
+    lines = []
+    for when in ("before", "after"):
+        if result[f"score_{when}"]:
+            lines.append(f"{when:<7} {_score_text(result[f'score_{when}'])}")
+    lines.append(f"time    training {seconds['training']:.0f} s: {parts}; evaluation {seconds['evaluation']:.0f} s")
+    state = human_bytes(sum(result["optimizer_state_bytes"].values()))
+    peak = result["peak_memory"]["peak_bytes"]
+    told = f"; peak {human_bytes(peak)} {result['peak_memory']['meaning']}" if peak is not None else ""
+    lines.append(f"memory  optimizer state {state}{told}")
+    lines.append(f"files   {output}: model/, {RESULT}, {LOG}, predictions.jsonl, loss.png, {RESOLVED_CONFIG}")
+    return "\n".join(lines)
+
+
+class _Say:
+    """Prints on the main process alone."""
+
+    def __init__(self, main: bool) -> None:
+        self.main = main
+
+    def __call__(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+    def progress(self, what: str) -> Any:
+        """A ``(done, total)`` callback: one rewritten line on a terminal, at most one line in ten seconds elsewhere."""
+        last = [time.perf_counter()]
+
+        def show(done: int, total: int) -> None:
+            if not self.main:
+                return
+            if sys.stderr.isatty():
+                print(f"\r{what}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            elif time.perf_counter() - last[0] > 10 or done == total:
+                last[0] = time.perf_counter()
+                print(f"{what}: {done}/{total}", flush=True)
+
+        return show

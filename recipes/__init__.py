@@ -1,0 +1,171 @@
+"""Recipes: where examples come from and how answers are scored, one file a task.
+
+A recipe is a module with ``FIELDS`` (its column names), ``recognises(columns)``, ``parse(rows)`` and, where answers are
+numbers, ``TOLERANCE``. A new one is such a file, its line in the tables below, and its name in ``base.Task``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from galore_trainer.errors import OptionError
+from galore_trainer.metrics.answers import exact_match
+from galore_trainer.recipes import arithmetic, gsm8k, mawps, reasoning, sft
+from galore_trainer.recipes.base import EMBEDDED, REASONING_GYM, DataConfig, Example, Parsed, TaskData
+from galore_trainer.recipes.sources import Kind, Row, kind_of, read_file, rename_columns
+from galore_trainer.recipes.split import assemble
+
+__all__ = ["DataConfig", "Example", "TaskData", "load_data", "score"]
+
+RECIPES: dict[str, ModuleType] = {"sft": sft, "mawps": mawps, "gsm8k": gsm8k}  # in the order that auto asks them
+TOLERANCE: dict[str, float] = {"arithmetic": arithmetic.TOLERANCE, "gsm8k": gsm8k.TOLERANCE, "mawps": mawps.TOLERANCE}
+GENERATED = 2000  # training examples of a generator when data.train_samples is unset
+
+
+def load_data(config: DataConfig) -> TaskData:
+    """Load, clean, deduplicate and split the data that ``config`` names; deterministic.
+
+    Raises:
+        OptionError: a source that is missing, malformed (named with file, line and field) or out of reach, or options
+            that do not fit together.
+    """
+    kind = kind_of("data.source", config.source)
+    _refuse_unused(config, kind)
+    if kind == "embedded":
+        return _embedded(config)
+    if kind == "reasoning_gym":
+        return _reasoning_gym(config)
+    _check_columns(config, list(RECIPES) if config.task == "auto" else [config.task])
+    rows = _read(config, kind, "data.source", config.source, config.split, "data.split")
+    task = _task(config, rows[0])
+    _check_columns(config, [task])
+    eval_rows = _eval_rows(config)
+    return assemble(task, _parse(task, rows), _parse(task, eval_rows) if eval_rows else None, config)
+
+
+def score(task: str, predictions: list[str], examples: list[Example]) -> dict[str, Any]:
+    """Score what a model wrote against the gold answers of ``examples``, in the same order.
+
+    Returns:
+        ``n``, ``exact_match_flexible``, ``exact_match_strict``, ``exact_match_last_number`` (each with ``value``,
+        ``low``, ``high``, ``correct``) and ``per_example``; ``n`` alone where the task has no answers, or no examples.
+    """
+    assert len(predictions) == len(examples), f"{len(predictions)} predictions for {len(examples)} examples"
+    golds = [example.answer for example in examples if example.answer is not None]
+    if not golds:
+        return {"n": len(examples)}
+    result = exact_match(predictions, golds, TOLERANCE[task])
+    result["per_example"] = [
+        {"id": example.id, "prediction": prediction, "answer": example.answer, **row}
+        for example, prediction, row in zip(examples, predictions, result["per_example"], strict=True)
+    ]
+    return result
+
+
+def _embedded(config: DataConfig) -> TaskData:
+    if config.task not in ("auto", "arithmetic"):
+        raise OptionError("data.task", config.task, f"auto or arithmetic for {EMBEDDED}")
+    generate = partial(
+        arithmetic.generate, seed=config.split_seed, difficulty=config.difficulty, max_number=config.max_number
+    )
+    train, evaluation = generate("train", config.train_samples or GENERATED), generate("eval", _wanted_eval(config))
+    note = (
+        f"generated {len(train)} training and {len(evaluation)} evaluation problems, disjoint by construction: "
+        f"up to {config.difficulty} steps, numbers up to {config.max_number}, split_seed {config.split_seed}"
+    )
+    return TaskData(task="arithmetic", train=train, eval=evaluation, notes=[note])
+
+
+def _reasoning_gym(config: DataConfig) -> TaskData:
+    if config.task not in ("auto", "gsm8k"):
+        raise OptionError("data.task", config.task, f"auto or gsm8k for {REASONING_GYM}")
+    wanted = config.train_samples or GENERATED
+    train = reasoning.generate("train", wanted, seed=config.split_seed)
+    evaluation = reasoning.generate("eval", _wanted_eval(config), seed=config.split_seed)
+    return assemble("gsm8k", train, evaluation, replace(config, train_samples=wanted))
+
+
+def _wanted_eval(config: DataConfig) -> int:
+    if config.eval_samples is None:
+        raise OptionError("data.eval_samples", None, f"a number of problems for {config.source} to make")
+    return config.eval_samples
+
+
+def _eval_rows(config: DataConfig) -> list[Row] | None:
+    """Rows of the evaluation source or split; None when a part of the training data is to be held out."""
+    if config.eval_source is None and config.eval_split is None:
+        return None
+    option = "data.source" if config.eval_source is None else "data.eval_source"
+    source = config.eval_source or config.source
+    kind = kind_of(option, source)
+    if kind not in ("file", "hub"):
+        raise OptionError("data.eval_source", source, "a file or a hub id")
+    if kind == "hub" and config.eval_split is None:
+        raise OptionError("data.eval_split", None, f"the split of {source} to evaluate on", "For example test.")
+    if kind == "file" and config.eval_split is not None:
+        raise OptionError(
+            "data.eval_split", config.eval_split, "unset, as the source is a file", "Name a data.eval_source."
+        )
+    return _read(config, kind, option, source, config.eval_split or "", "data.eval_split")
+
+
+def _read(config: DataConfig, kind: Kind, option: str, source: str, split: str, split_option: str) -> list[Row]:
+    if kind == "file":
+        rows = read_file(option, source)
+    else:
+        from galore_trainer.recipes.hub_source import read_hub
+
+        described = config.source if kind_of("data.source", config.source) == "hub" else source
+        subset, revision = (config.subset, config.revision) if source == described else (None, None)
+        rows = read_hub(option, source, subset=subset, split=split, revision=revision, split_option=split_option)
+    return rename_columns(rows, config.columns)
+
+
+def _check_columns(config: DataConfig, tasks: list[str]) -> None:
+    fields = [field for task in tasks for field in RECIPES[task].FIELDS]
+    for name in config.columns:
+        if name not in fields:
+            raise OptionError("data.columns", name, f"one of {', '.join(dict.fromkeys(fields))}")
+
+
+def _task(config: DataConfig, row: Row) -> str:
+    if config.task != "auto":
+        return config.task
+    for task, recipe in RECIPES.items():
+        if recipe.recognises(row.fields.keys()):
+            return task
+    raise OptionError(
+        "data.task",
+        "auto",
+        f"columns that tell the task; {config.source} has {', '.join(map(str, row.fields))}",
+        "gsm8k: question, answer; mawps: question, equation, answer; sft: messages, or prompt and completion. "
+        "Name the columns with data.columns={question: ..., answer: ...}.",
+    )
+
+
+def _parse(task: str, rows: list[Row]) -> Parsed:
+    parsed: Parsed = RECIPES[task].parse(rows)
+    if not parsed.examples:
+        raise OptionError(rows[0].option, rows[0].source, f"at least one usable row for {task}", " ".join(parsed.notes))
+    return parsed
+
+
+def _refuse_unused(config: DataConfig, kind: Kind) -> None:
+    """Refuse options that the source has no use for, rather than ignore them."""
+    hub_only = ("subset", "revision", "split")
+    generator_only = ("difficulty", "max_number")
+    unused = {
+        "embedded": (*hub_only, "columns", "eval_source", "eval_split"),
+        "reasoning_gym": (*hub_only, *generator_only, "columns", "eval_source", "eval_split"),
+        "file": (*generator_only, "split") if config.eval_split else (*generator_only, *hub_only),
+        "hub": generator_only,
+    }[kind]
+    if kind in ("file", "hub") and config.task == "arithmetic":
+        raise OptionError("data.task", "arithmetic", f"auto or one of {', '.join(RECIPES)}, as the source is a {kind}")
+    for name in unused:
+        if not config.is_default(name):
+            wanted = f"its default, as {config.source} has no use for it"
+            raise OptionError(f"data.{name}", getattr(config, name), wanted, "Leave it out.")

@@ -1,0 +1,121 @@
+"""What every recipe speaks of: an example, the data settings of a run, and the data that came of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
+
+from galore_trainer.config import check_type, knob
+from galore_trainer.errors import OptionError
+
+Task = Literal["auto", "arithmetic", "gsm8k", "mawps", "sft"]
+EMBEDDED = "embedded:arithmetic"
+REASONING_GYM = "reasoning_gym:gsm_symbolic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One prompt and what the assistant shall answer.
+
+    Attributes:
+        messages: prompt turns ``{"role", "content"}``; the last one is the user's.
+        target: the assistant's turn, without an end-of-sequence token; the loss is on this text alone.
+        answer: the gold answer as text; None where the task has none.
+        id: stable name of the example: ``train/17``, ``gsm8k/train/3``, ``file.jsonl:12`` (file and line).
+    """
+
+    messages: tuple[dict[str, str], ...]
+    target: str
+    answer: str | None
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The block ``data:`` of a configuration: what is trained and evaluated on; see ``OptionError`` for refusals."""
+
+    source: str = knob(
+        EMBEDDED,
+        f"Training data: {EMBEDDED}, {REASONING_GYM}, a hub id, or a .json, .jsonl, .csv or .parquet file.",
+    )
+    task: Task = knob("auto", "Recipe that reads the rows; auto tells it from the source and its columns.")
+    columns: dict[str, str] = knob(
+        {}, "Column names of the data where they differ from the recipe's own, {recipe's name: column}."
+    )
+    subset: str | None = knob(None, "Configuration name of a hub data set (openai/gsm8k: main).")
+    revision: str | None = knob(None, "Branch, tag or commit of a hub data set.")
+    split: str = knob("train", "Split of a hub data set to train on.")
+    eval_source: str | None = knob(
+        None, "Another file or hub id to evaluate on; unset: a part of the training data is held out."
+    )
+    eval_split: str | None = knob(None, "Split of a hub data set to evaluate on; unset: as eval_source says.")
+    train_samples: int | None = knob(
+        None, f"Examples to train on, picked by split_seed; unset: all there are ({EMBEDDED}: 2000).", minimum=1
+    )
+    eval_samples: int | None = knob(
+        200, "Examples to evaluate on: held out, or picked from the eval source; null: all of the latter.", minimum=0
+    )
+    split_seed: int = knob(0, "Seed of generated problems, of the held-out part and of picked samples.", minimum=0)
+    difficulty: int = knob(2, f"Most steps of a problem of {EMBEDDED}, 1 to 4.", minimum=1)
+    max_number: int = knob(
+        100, f"Largest number in a problem of {EMBEDDED}, 20 to 10000; factors go up to its square root.", minimum=20
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field by itself; what does not fit together is refused when the data is loaded."""
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, option = getattr(self, field.name), f"data.{field.name}"
+            check_type(option, value, hints[field.name])
+            low = field.metadata["minimum"]
+            if low is not None and value is not None and value < low:
+                raise OptionError(option, value, f"an integer of at least {low:g}")
+        if self.difficulty > 4:
+            raise OptionError("data.difficulty", self.difficulty, "a number of steps from 1 to 4")
+        if self.max_number > 10_000:
+            raise OptionError("data.max_number", self.max_number, "an integer from 20 to 10000")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and dictionaries, in declaration order."""
+        return dataclasses.asdict(self)
+
+    def is_default(self, name: str) -> bool:
+        """Whether the field ``name`` has its declared default."""
+        return getattr(self, name) == getattr(DataConfig(), name)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Examples of one task, ready to be trained and evaluated on.
+
+    Attributes:
+        task: the recipe, never ``auto``.
+        train: what is trained on.
+        eval: what is evaluated on; shares no prompt with ``train``.
+        notes: sentences on what was cleaned, dropped, deduplicated and held out.
+    """
+
+    task: str
+    train: list[Example]
+    eval: list[Example]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a recipe makes of rows: examples, notes on the cleaning, and ids of examples not fit to be trained on."""
+
+    examples: list[Example]
+    notes: list[str]
+    eval_only: frozenset[str] = frozenset()
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def question_example(question: str, target: str, answer: str | None, id: str) -> Example:
+    """An example with one user turn, which holds the question and nothing else."""
+    return Example(messages=({"role": "user", "content": question},), target=target, answer=answer, id=id)

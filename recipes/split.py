@@ -1,0 +1,105 @@
+"""From parsed rows to a training and an evaluation part that share no prompt.
+
+Duplicates within the training data (same prompt and same answer) are dropped, the first one stays. Then whole prompts
+are held out, chosen by a hash of ``split_seed`` and the prompt's text: the choice depends neither on the order of the
+rows nor on how many of the rest are trained on. With an evaluation source, all its prompts leave the training data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from galore_trainer.errors import OptionError
+from galore_trainer.recipes.base import DataConfig, Example, Parsed, TaskData, counted
+
+
+def prompt_key(example: Example) -> str:
+    """The prompt as compared between examples: all turns, without regard to case and white space."""
+    return "\n".join(f"{turn['role']}: {' '.join(turn['content'].casefold().split())}" for turn in example.messages)
+
+
+def assemble(task: str, train: Parsed, evaluation: Parsed | None, config: DataConfig) -> TaskData:
+    """Deduplicate, hold out or take the evaluation source, and pick the samples asked for."""
+    notes = list(train.notes)
+    pool = _unique(train.examples)
+    if len(pool) < len(train.examples):
+        dropped = counted(len(train.examples) - len(pool), "duplicate")
+        notes.append(f"{dropped} among {len(train.examples)} training examples dropped")
+    prompts = {prompt_key(example) for example in pool}
+    if len(prompts) < len(pool):
+        notes.append(f"{counted(len(pool) - len(prompts), 'more example')} of a prompt with another answer: kept")
+    if evaluation is None:
+        rest, held_out = _hold_out(pool, prompts, config, notes)
+    else:
+        rest, held_out = _apart_from(pool, evaluation, config, notes)
+    usable = [example for example in rest if example.id not in train.eval_only]
+    if not usable:
+        raise OptionError("data.source", config.source, "at least one example to train on", " ".join(notes))
+    if config.train_samples is not None:
+        if config.train_samples > len(usable):
+            raise OptionError(
+                "data.train_samples", config.train_samples, f"at most the {len(usable)} examples there are to train on"
+            )
+        chosen = _pick((prompt_key(e) + e.target for e in usable), config.train_samples, config.split_seed)
+        usable = [e for e in usable if prompt_key(e) + e.target in chosen]
+        notes.append(f"training on {len(usable)} examples picked by split_seed {config.split_seed}")
+    return TaskData(task=task, train=usable, eval=held_out, notes=notes)
+
+
+def _unique(examples: list[Example]) -> list[Example]:
+    first: dict[tuple[str, str], Example] = {}
+    for example in examples:
+        first.setdefault((prompt_key(example), example.target if example.answer is None else example.answer), example)
+    return list(first.values())
+
+
+def _hold_out(
+    pool: list[Example], prompts: set[str], config: DataConfig, notes: list[str]
+) -> tuple[list[Example], list[Example]]:
+    if config.eval_samples is None:
+        raise OptionError("data.eval_samples", None, "a number of examples to hold out, as there is no eval source")
+    if config.eval_samples >= len(prompts):
+        raise OptionError(
+            "data.eval_samples",
+            config.eval_samples,
+            f"fewer than the {len(prompts)} different prompts of {config.source}",
+            f"For example data.eval_samples={max(1, len(prompts) // 10)}, or name a data.eval_source.",
+        )
+    chosen = _pick(prompts, config.eval_samples, config.split_seed)
+    held_out = [example for example in pool if prompt_key(example) in chosen]
+    notes.append(
+        f"{len(held_out)} of {len(pool)} examples ({len(chosen)} prompts) held out for evaluation by "
+        f"split_seed {config.split_seed}"
+    )
+    return [example for example in pool if prompt_key(example) not in chosen], held_out
+
+
+def _apart_from(
+    pool: list[Example], evaluation: Parsed, config: DataConfig, notes: list[str]
+) -> tuple[list[Example], list[Example]]:
+    examples = evaluation.examples
+    notes.extend(f"eval: {note}" for note in evaluation.notes)
+    duplicates = len(examples) - len(_unique(examples))
+    if duplicates:
+        notes.append(f"eval: {counted(duplicates, 'duplicate')} among {len(examples)} examples kept")
+    prompts = {prompt_key(example) for example in examples}
+    rest = [example for example in pool if prompt_key(example) not in prompts]
+    if len(rest) < len(pool):
+        notes.append(
+            f"{counted(len(pool) - len(rest), 'training example')} with a prompt of the evaluation data dropped"
+        )
+    if config.eval_samples is not None and config.eval_samples < len(examples):
+        chosen = _pick((example.id for example in examples), config.eval_samples, config.split_seed)
+        notes.append(f"evaluating on {len(chosen)} of {len(examples)}, picked by split_seed {config.split_seed}")
+        examples = [example for example in examples if example.id in chosen]
+    return rest, examples
+
+
+def _pick(keys: Iterable[str], count: int, seed: int) -> set[str]:
+    """``count`` of the keys, those with the smallest hash under ``seed``."""
+
+    def rank(key: str) -> bytes:
+        return hashlib.blake2b(f"{seed}|{key}".encode(), digest_size=16).digest()
+
+    return set(sorted(set(keys), key=rank)[:count])
