@@ -8,7 +8,8 @@ import typer
 
 from galore_trainer.cli.options import Debug, Overrides
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import METHOD_DEFAULTS, load_run_config, packaged_configs, read_packaged
+from galore_trainer.run.config import load_run_config, packaged_configs, read_packaged
+from galore_trainer.run.methods import METHODS
 
 app = typer.Typer(help="Packaged configurations, and a check of one's own.", no_args_is_help=True)
 
@@ -18,15 +19,18 @@ File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file or packaged
 
 @app.command("list")
 def list_configs() -> None:
-    """Name the packaged configurations."""
-    for name, text in packaged_configs().items():
-        typer.echo(f"{name:<14}{text.splitlines()[0].lstrip('# ')}")
+    """Name the packaged configurations, and the studies of 'galore-ft ablate'."""
+    for kind, title in (("train", "galore-ft train CONFIG"), ("studies", "galore-ft ablate STUDY")):
+        typer.echo(f"{title}:")
+        for name, text in packaged_configs(kind).items():
+            typer.echo(f"  {name:<14}{text.splitlines()[0].lstrip('# ')}")
 
 
 @app.command()
 def show(name: Name) -> None:
-    """Print a packaged configuration, to be saved and changed."""
-    typer.echo(read_packaged(name).rstrip())
+    """Print a packaged configuration or study, to be saved and changed."""
+    studies = packaged_configs("studies")
+    typer.echo((studies[name] if name in studies else read_packaged(name)).rstrip())
 
 
 @app.command()
@@ -34,7 +38,7 @@ def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> N
     """Check every key, type and value; say which other methods the file would serve. Loads no model and no data."""
     method = load_run_config(file, overrides or ()).method
     typer.echo(f"{file}: valid, runs {method}.")
-    for other in METHOD_DEFAULTS:
+    for other in METHODS:
         if other != method:
             try:
                 load_run_config(file, (), {"method": other})

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from galore_trainer.cli.loading import is_main_process, load, split_overrides
 from galore_trainer.cli.options import Config, Debug, Overrides
 from galore_trainer.run.config import RESOLVED_CONFIG
+from galore_trainer.run.scores import as_lines
 
 Target = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run's folder, a model's folder, or a hub id.")]
 Limit = Annotated[str | None, typer.Option("--limit", metavar="INTEGER", help="Problems to score (eval.limit).")]
@@ -46,22 +46,7 @@ def evaluate(
 
     scores = evaluate_model(model_or_run, run, predictions_path=predictions, progress=_show_progress)
     if is_main_process():
-        typer.echo(json.dumps(scores, indent=2, ensure_ascii=False) if as_json else "\n".join(score_lines(scores)))
-
-
-def score_lines(scores: Mapping[str, Any]) -> list[str]:
-    """Scores as aligned lines: a proportion with its 95 % interval and count, anything else as it is."""
-    lines = []
-    for name, value in scores.items():
-        if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
-            count = f", {value['correct']} of {scores['n']}" if "correct" in value else ""
-            share, low, high = (100 * value[key] for key in ("value", "low", "high"))
-            lines.append((name, f"{share:.1f} % (95 % interval {low:.1f} to {high:.1f}{count})"))
-        elif isinstance(value, float):
-            lines.append((name, f"{value:.4g}"))
-        elif isinstance(value, str | int):
-            lines.append((name, str(value)))
-    return [f"{name:<26}{text}" for name, text in lines]
+        typer.echo(json.dumps(scores, indent=2, ensure_ascii=False) if as_json else "\n".join(as_lines(scores)))
 
 
 def _show_progress(done: int, total: int) -> None:

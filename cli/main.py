@@ -15,10 +15,13 @@ from typing import Annotated
 import typer
 
 from galore_trainer.cli import config, data
+from galore_trainer.cli.ablate import ablate
 from galore_trainer.cli.doctor import doctor
 from galore_trainer.cli.evaluate import evaluate
 from galore_trainer.cli.loading import is_main_process
 from galore_trainer.cli.options import Debug
+from galore_trainer.cli.report import report
+from galore_trainer.cli.score import score
 from galore_trainer.cli.train import INTERRUPTED, train
 from galore_trainer.errors import OptionError
 
@@ -37,6 +40,9 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(score)
+app.command()(ablate)
+app.command()(report)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.command()(doctor)

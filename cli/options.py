@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.run.config import METHOD_DEFAULTS, RunConfig
+from galore_trainer.run.config import LoraSettings, RunConfig
 from galore_trainer.run.knobs import field_help, show_default
 from galore_trainer.run.layers import flag_name
+from galore_trainer.run.methods import METHOD_DEFAULTS
 
-TOP_LEVEL = ("method", "model_name_or_path", "output_dir")
+TOP_LEVEL = ("method", "trainer", "model_name_or_path", "output_dir")
 # TrainingArguments fields that are typed most often; every other one is given as key=value.
 TRAINING: dict[str, tuple[type, str]] = {
     "learning_rate": (float, "Learning rate of the Trainer."),
@@ -63,16 +64,19 @@ class Flag:
 
 def all_flags() -> list[Flag]:
     """Every generated option, in the order of the help page."""
-    own, knobs = get_type_hints(RunConfig), get_type_hints(GaLoreConfig)
+    own = get_type_hints(RunConfig)
     run_fields = {field.name: field for field in dataclasses.fields(RunConfig)}
     return [
         *(Flag(name, own[name], _help(run_fields[name], name)) for name in TOP_LEVEL),
         *(Flag(name, hint, help) for name, (hint, help) in TRAINING.items()),
-        *(
-            Flag(f"galore.{field.name}", knobs[field.name], _help(field, f"galore.{field.name}"))
-            for field in dataclasses.fields(GaLoreConfig)
-        ),
+        *_block_flags("galore", GaLoreConfig),
+        *_block_flags("lora", LoraSettings),
     ]
+
+
+def _block_flags(block: str, cls: type) -> list[Flag]:
+    hints, fields = get_type_hints(cls), dataclasses.fields(cls)
+    return [Flag(f"{block}.{f.name}", hints[f.name], _help(f, f"{block}.{f.name}")) for f in fields]
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:

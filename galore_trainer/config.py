@@ -18,6 +18,7 @@ HeadSharing = Literal["shared", "grouped", "per_head", "joint"]
 HeadChoice = Literal["random", "energy", "fixed"]
 Svd = Literal["randomized", "exact"]
 MomentumTransfer = Literal["rotate", "align", "keep", "reset"]
+ResidualSelection = Literal["row", "global"]
 
 ALL_LINEAR = "all-linear"
 
@@ -76,8 +77,35 @@ class GaLoreConfig:
     oversampling: int | None = knob(
         None, "Extra directions the randomized SVD looks at; unset means max(8, rank / 8).", minimum=0
     )
+    warm_start: bool = knob(False, "Begin the randomized SVD from the previous basis.")
+    stagger_refresh: bool = knob(
+        False, "Spread the refreshes of the weights over the gap, so that no step does them all.", trajectory=True
+    )
+    share_output_heads: bool = knob(
+        False, "Treat o_proj's columns as heads too, which share a basis as q, k, v do.", trajectory=True
+    )
+    diagnose_refreshes: int = knob(
+        0,
+        "First refreshes at which the excess error of randomizing and of sharing is measured (outside the timed part).",
+        minimum=0,
+    )
     momentum_transfer: MomentumTransfer = knob(
         "rotate", "What happens to the moments at a refresh: rotate, align (signs only), keep (GaLore), reset."
+    )
+    residual_percent: float = knob(
+        1.2,
+        "Share of entries, in percent, that get sparse moments of what the projection loses; 0 switches it off.",
+        trajectory=True,
+        minimum=0.0,
+    )
+    residual_scale: float = knob(1.0, "Factor on the sparse update, beside lr x scale.", minimum=0.0)
+    residual_warmup_steps: int = knob(
+        20, "Steps over which candidates are averaged before the sparse entries are chosen.", trajectory=True, minimum=0
+    )
+    residual_selection: ResidualSelection = knob(
+        "row",
+        "Where sparse entries are chosen: row (as many in each row) or global (anywhere in the matrix).",
+        trajectory=True,
     )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
 
@@ -94,6 +122,8 @@ class GaLoreConfig:
                 raise OptionError(option, value, f"{kind} of at least {low:g}")
         if isinstance(self.target_modules, list) and not self.target_modules:
             raise OptionError("galore.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
+        if self.residual_percent > 100.0:
+            raise OptionError("galore.residual_percent", self.residual_percent, "a share from 0 to 100 percent")
         for key, rank in self.rank_pattern.items():
             if rank < 1:
                 raise OptionError(f"galore.rank_pattern[{key!r}]", rank, "an integer of at least 1")

@@ -1,7 +1,8 @@
 """Recipes: where examples come from and how answers are scored, one file a task.
 
 A recipe is a module with ``FIELDS`` (its column names), ``recognises(columns)``, ``parse(rows)`` and, where answers are
-numbers, ``TOLERANCE``. A new one is such a file, its line in the tables below, and its name in ``base.Task``.
+numbers, ``TOLERANCE``, or a ``score(predictions, examples)`` of its own. A new one is such a file, its line in the
+tables below, and its name in ``base.Task``.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import exact_match
-from galore_trainer.recipes import arithmetic, gsm8k, mawps, reasoning, sft
-from galore_trainer.recipes.base import EMBEDDED, REASONING_GYM, DataConfig, Example, Parsed, TaskData
+from galore_trainer.metrics.meteor import meteor_missing
+from galore_trainer.recipes import arithmetic, gsm8k, mawps, nlg, reasoning, restaurants, sft
+from galore_trainer.recipes.base import REASONING_GYM, RESTAURANTS, DataConfig, Example, Parsed, TaskData
 from galore_trainer.recipes.sources import Kind, Row, kind_of, read_file, rename_columns
 from galore_trainer.recipes.split import assemble
 
 __all__ = ["DataConfig", "Example", "TaskData", "load_data", "score"]
 
-RECIPES: dict[str, ModuleType] = {"sft": sft, "mawps": mawps, "gsm8k": gsm8k}  # in the order that auto asks them
+# In the order that auto asks them.
+RECIPES: dict[str, ModuleType] = {"sft": sft, "mawps": mawps, "gsm8k": gsm8k, "nlg": nlg}
 TOLERANCE: dict[str, float] = {"arithmetic": arithmetic.TOLERANCE, "gsm8k": gsm8k.TOLERANCE, "mawps": mawps.TOLERANCE}
 GENERATED = 2000  # training examples of a generator when data.train_samples is unset
 
@@ -32,6 +35,16 @@ def load_data(config: DataConfig) -> TaskData:
         OptionError: a source that is missing, malformed (named with file, line and field) or out of reach, or options
             that do not fit together.
     """
+    data = _load(config)
+    if config.system_prompt is not None:
+        train, evaluation = (_with_system(config.system_prompt, part) for part in (data.train, data.eval))
+        data = replace(data, train=train, eval=evaluation)
+    if data.task == "nlg" and data.eval and (missing := meteor_missing()):
+        data.notes.append(missing)  # said before a run, not after it
+    return data
+
+
+def _load(config: DataConfig) -> TaskData:
     kind = kind_of("data.source", config.source)
     _refuse_unused(config, kind)
     if kind == "embedded":
@@ -51,9 +64,12 @@ def score(task: str, predictions: list[str], examples: list[Example]) -> dict[st
 
     Returns:
         ``n``, ``exact_match_flexible``, ``exact_match_strict``, ``exact_match_last_number`` (each with ``value``,
-        ``low``, ``high``, ``correct``) and ``per_example``; ``n`` alone where the task has no answers, or no examples.
+        ``low``, ``high``, ``correct``) and ``per_example``; for nlg what ``metrics.nlg.nlg_scores`` returns; ``n``
+        alone where the task has no answers, or no examples.
     """
     assert len(predictions) == len(examples), f"{len(predictions)} predictions for {len(examples)} examples"
+    if task == "nlg" and examples:
+        return nlg.score(predictions, examples)
     golds = [example.answer for example in examples if example.answer is not None]
     if not golds:
         return {"n": len(examples)}
@@ -65,9 +81,20 @@ def score(task: str, predictions: list[str], examples: list[Example]) -> dict[st
     return result
 
 
+def _with_system(text: str, examples: list[Example]) -> list[Example]:
+    """Put a system message before every prompt that does not begin with one."""
+    system = {"role": "system", "content": text}
+    return [e if e.messages[0]["role"] == "system" else replace(e, messages=(system, *e.messages)) for e in examples]
+
+
 def _embedded(config: DataConfig) -> TaskData:
-    if config.task not in ("auto", "arithmetic"):
-        raise OptionError("data.task", config.task, f"auto or arithmetic for {EMBEDDED}")
+    task, make = ("nlg", _restaurants) if config.source == RESTAURANTS else ("arithmetic", _arithmetic)
+    if config.task not in ("auto", task):
+        raise OptionError("data.task", config.task, f"auto or {task} for {config.source}")
+    return make(config)
+
+
+def _arithmetic(config: DataConfig) -> TaskData:
     generate = partial(
         arithmetic.generate, seed=config.split_seed, difficulty=config.difficulty, max_number=config.max_number
     )
@@ -77,6 +104,17 @@ def _embedded(config: DataConfig) -> TaskData:
         f"up to {config.difficulty} steps, numbers up to {config.max_number}, split_seed {config.split_seed}"
     )
     return TaskData(task="arithmetic", train=train, eval=evaluation, notes=[note])
+
+
+def _restaurants(config: DataConfig) -> TaskData:
+    train = restaurants.generate("train", config.train_samples or GENERATED, seed=config.split_seed)
+    evaluation = restaurants.generate("eval", _wanted_eval(config), seed=config.split_seed)
+    references = sum(len(example.references) for example in evaluation)
+    note = (
+        f"generated {len(train)} training texts, and {len(evaluation)} meaning representations with {references} "
+        f"references to evaluate on; none is in both, by construction: split_seed {config.split_seed}"
+    )
+    return TaskData(task="nlg", train=train, eval=evaluation, notes=[note])
 
 
 def _reasoning_gym(config: DataConfig) -> TaskData:
@@ -141,8 +179,8 @@ def _task(config: DataConfig, row: Row) -> str:
         "data.task",
         "auto",
         f"columns that tell the task; {config.source} has {', '.join(map(str, row.fields))}",
-        "gsm8k: question, answer; mawps: question, equation, answer; sft: messages, or prompt and completion. "
-        "Name the columns with data.columns={question: ..., answer: ...}.",
+        "gsm8k: question, answer; mawps: question, equation, answer; nlg: mr, ref; "
+        "sft: messages, or prompt and completion. Name the columns with data.columns={question: ..., answer: ...}.",
     )
 
 
@@ -157,8 +195,9 @@ def _refuse_unused(config: DataConfig, kind: Kind) -> None:
     """Refuse options that the source has no use for, rather than ignore them."""
     hub_only = ("subset", "revision", "split")
     generator_only = ("difficulty", "max_number")
+    unlike_arithmetic = generator_only if config.source == RESTAURANTS else ()
     unused = {
-        "embedded": (*hub_only, "columns", "eval_source", "eval_split"),
+        "embedded": (*hub_only, *unlike_arithmetic, "columns", "eval_source", "eval_split"),
         "reasoning_gym": (*hub_only, *generator_only, "columns", "eval_source", "eval_split"),
         "file": (*generator_only, "split") if config.eval_split else (*generator_only, *hub_only),
         "hub": generator_only,

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_type_hints
 from galore_trainer.config import check_type, knob
 from galore_trainer.errors import OptionError
 
-Task = Literal["auto", "arithmetic", "gsm8k", "mawps", "sft"]
+Task = Literal["auto", "arithmetic", "gsm8k", "mawps", "nlg", "sft"]
 EMBEDDED = "embedded:arithmetic"
+RESTAURANTS = "embedded:restaurants"
 REASONING_GYM = "reasoning_gym:gsm_symbolic"
 
 
@@ -23,12 +24,14 @@ class Example:
         target: the assistant's turn, without an end-of-sequence token; the loss is on this text alone.
         answer: the gold answer as text; None where the task has none.
         id: stable name of the example: ``train/17``, ``gsm8k/train/3``, ``file.jsonl:12`` (file and line).
+        references: all texts that are right, where a text is scored and there are several; ``target`` is the first.
     """
 
     messages: tuple[dict[str, str], ...]
     target: str
     answer: str | None
     id: str
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class DataConfig:
 
     source: str = knob(
         EMBEDDED,
-        f"Training data: {EMBEDDED}, {REASONING_GYM}, a hub id, or a .json, .jsonl, .csv or .parquet file.",
+        f"Training data: {EMBEDDED}, {RESTAURANTS}, {REASONING_GYM}, a hub id, or a .json, .jsonl, .csv or "
+        ".parquet file.",
     )
     task: Task = knob("auto", "Recipe that reads the rows; auto tells it from the source and its columns.")
     columns: dict[str, str] = knob(
@@ -51,12 +55,15 @@ class DataConfig:
     )
     eval_split: str | None = knob(None, "Split of a hub data set to evaluate on; unset: as eval_source says.")
     train_samples: int | None = knob(
-        None, f"Examples to train on, picked by split_seed; unset: all there are ({EMBEDDED}: 2000).", minimum=1
+        None, "Examples to train on, picked by split_seed; unset: all there are (generated ones: 2000).", minimum=1
     )
     eval_samples: int | None = knob(
         200, "Examples to evaluate on: held out, or picked from the eval source; null: all of the latter.", minimum=0
     )
     split_seed: int = knob(0, "Seed of generated problems, of the held-out part and of picked samples.", minimum=0)
+    system_prompt: str | None = knob(
+        None, "System message before every prompt that has none; unset leaves it to the model's chat template."
+    )
     difficulty: int = knob(2, f"Most steps of a problem of {EMBEDDED}, 1 to 4.", minimum=1)
     max_number: int = knob(
         100, f"Largest number in a problem of {EMBEDDED}, 20 to 10000; factors go up to its square root.", minimum=20
@@ -104,11 +111,20 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a recipe makes of rows: examples, notes on the cleaning, and ids of examples not fit to be trained on."""
+    """What a recipe makes of rows.
+
+    Attributes:
+        examples: one a row.
+        notes: sentences on the cleaning.
+        eval_only: ids of examples not fit to be trained on.
+        evaluated_by: what a prompt stands for, as a noun, where the examples of a prompt are evaluated as one with all
+            their targets as references; None where each is evaluated by itself.
+    """
 
     examples: list[Example]
     notes: list[str]
     eval_only: frozenset[str] = frozenset()
+    evaluated_by: str | None = None
 
 
 def counted(count: int, noun: str) -> str:

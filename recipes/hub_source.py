@@ -10,6 +10,7 @@ from galore_trainer.hub import require_hub
 from galore_trainer.recipes.sources import Row
 
 DEFAULT_SUBSET = {"openai/gsm8k": "main"}
+DEFAULT_REVISION = dict.fromkeys(("tuetschek/e2e_nlg", "tuetschek/e2e_nlg_cleaned"), "refs/convert/parquet")
 
 
 def read_hub(
@@ -22,7 +23,7 @@ def read_hub(
         repo_id: ``owner/name``.
         subset: configuration name; None for the data set's own default.
         split: name of a split, slices such as ``train[:100]`` included.
-        revision: branch, tag or commit; None for the newest.
+        revision: branch, tag or commit; None for the newest, of a data set that is a script for its converted copy.
         split_option: the option that named ``split``, for errors.
     """
     way_out = f"Without a network, give a local file instead: {option}=path/to/{repo_id.split('/')[-1]}.jsonl."
@@ -33,7 +34,12 @@ def read_hub(
 
     with _cache_only(not online):
         try:
-            rows = load_dataset(repo_id, name=subset or DEFAULT_SUBSET.get(repo_id), split=split, revision=revision)
+            rows = load_dataset(
+                repo_id,
+                name=subset or DEFAULT_SUBSET.get(repo_id),
+                split=split,
+                revision=revision or DEFAULT_REVISION.get(repo_id),
+            )
         except Exception as error:  # the libraries below raise a dozen unrelated classes; all mean "cannot be loaded"
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             if "config" in reason.lower() and isinstance(error, ValueError):

@@ -7,12 +7,13 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from galore_trainer.errors import OptionError
-from galore_trainer.recipes.base import EMBEDDED, REASONING_GYM
+from galore_trainer.recipes.base import EMBEDDED, REASONING_GYM, RESTAURANTS
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -48,7 +49,7 @@ class Row:
 
 def kind_of(option: str, source: str) -> Kind:
     """What a source is, told from its name alone; ``OptionError`` where it is nothing we know."""
-    if source == EMBEDDED:
+    if source in (EMBEDDED, RESTAURANTS):
         return "embedded"
     if source == REASONING_GYM:
         return "reasoning_gym"
@@ -57,45 +58,64 @@ def kind_of(option: str, source: str) -> Kind:
         return "file"
     if HUB_ID.fullmatch(source):
         return "hub"
-    known = f"{EMBEDDED}, {REASONING_GYM}, a hub id owner/name, or a file ending in {', '.join(SUFFIXES)}"
-    raise OptionError(option, source, known)
+    known = f"{EMBEDDED}, {RESTAURANTS}, {REASONING_GYM}, a hub id owner/name"
+    raise OptionError(option, source, f"{known}, or a file ending in {', '.join(SUFFIXES)}")
 
 
-def read_file(option: str, source: str) -> list[Row]:
-    """All rows of a local file; ``OptionError`` names the file and the line of whatever is wrong with it."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise OptionError(option, source, "an existing file", f"There is no {path.absolute()}.")
-    if not path.is_file() or path.suffix not in SUFFIXES:
-        raise OptionError(option, source, f"a file ending in {', '.join(SUFFIXES)}")
-    try:
-        rows = list(_parse(option, source, path))
-    except UnicodeDecodeError as error:
-        raise OptionError(option, source, f"UTF-8 text (byte {error.start} is not)", "Save it as UTF-8.") from error
-    except OSError as error:
-        raise OptionError(option, source, f"a readable file ({error})") from error
+def read_file(option: str, source: str, form: str | None = None) -> list[Row]:
+    """All rows of a local file; ``OptionError`` names the file and the line of whatever is wrong with it.
+
+    Args:
+        option: the option that named the file, for errors.
+        source: its path.
+        form: one of ``SUFFIXES``, as which it is read; None for its own.
+    """
+    with _readable(option, source) as path:
+        form = form or path.suffix
+        if not path.is_file() or form not in SUFFIXES:
+            raise OptionError(option, source, f"a file ending in {', '.join(SUFFIXES)}")
+        rows = list(_parse(option, source, path, form))
     if not rows:
         raise OptionError(option, source, "at least one row", "The file has none.")
     return rows
 
 
-def _parse(option: str, source: str, path: Path) -> Iterator[Row]:
-    unit = "row" if path.suffix == ".parquet" else "line"
-    for number, fields in _numbered(option, source, path):
+def read_text(option: str, source: str) -> str:
+    """The whole of a local text file; ``OptionError`` where there is none or it is no UTF-8."""
+    with _readable(option, source) as path:
+        return path.read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def _readable(option: str, source: str) -> Iterator[Path]:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise OptionError(option, source, "an existing file", f"There is no {path.absolute()}.")
+    try:
+        yield path
+    except UnicodeDecodeError as error:
+        raise OptionError(option, source, f"UTF-8 text (byte {error.start} is not)", "Save it as UTF-8.") from error
+    except OSError as error:
+        raise OptionError(option, source, f"a readable file ({error})") from error
+
+
+def _parse(option: str, source: str, path: Path, form: str) -> Iterator[Row]:
+    unit = "row" if form == ".parquet" else "line"
+    for number, fields in _numbered(option, source, path, form):
         if not isinstance(fields, dict):
             raise OptionError(option, source, f"an object with named fields in {unit} {number}, not {_short(fields)}")
         yield Row(fields, f"{unit} {number}", f"{path.name}:{number}", option, source)
 
 
-def _numbered(option: str, source: str, path: Path) -> Iterable[tuple[int, Any]]:
+def _numbered(option: str, source: str, path: Path, form: str) -> Iterable[tuple[int, Any]]:
     if path.stat().st_size == 0:
         return []
-    if path.suffix == ".parquet":
+    if form == ".parquet":
         return _parquet(option, source, path)
     text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".csv":
+    if form == ".csv":
         return _csv(option, source, text)
-    if path.suffix == ".json" and text.lstrip()[:1] == "[":
+    if form == ".json" and text.lstrip()[:1] == "[":
         return _json_array(option, source, text)
     return _json_lines(option, source, text)
 

@@ -3,12 +3,14 @@
 Duplicates within the training data (same prompt and same answer) are dropped, the first one stays. Then whole prompts
 are held out, chosen by a hash of ``split_seed`` and the prompt's text: the choice depends neither on the order of the
 rows nor on how many of the rest are trained on. With an evaluation source, all its prompts leave the training data.
+Where a prompt has several right answers (``Parsed.evaluated_by``), it is one evaluation example with all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig, Example, Parsed, TaskData, counted
@@ -19,6 +21,14 @@ def prompt_key(example: Example) -> str:
     return "\n".join(f"{turn['role']}: {' '.join(turn['content'].casefold().split())}" for turn in example.messages)
 
 
+def gather(examples: Iterable[Example]) -> list[Example]:
+    """One example a prompt, in order of first appearance, with the targets of all as its references."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault("\n".join(turn["content"] for turn in example.messages), []).append(example)
+    return [replace(group[0], references=tuple(example.target for example in group)) for group in groups.values()]
+
+
 def assemble(task: str, train: Parsed, evaluation: Parsed | None, config: DataConfig) -> TaskData:
     """Deduplicate, hold out or take the evaluation source, and pick the samples asked for."""
     notes = list(train.notes)
@@ -27,12 +37,20 @@ def assemble(task: str, train: Parsed, evaluation: Parsed | None, config: DataCo
         dropped = counted(len(train.examples) - len(pool), "duplicate")
         notes.append(f"{dropped} among {len(train.examples)} training examples dropped")
     prompts = {prompt_key(example) for example in pool}
-    if len(prompts) < len(pool):
+    if len(prompts) < len(pool) and not train.evaluated_by:
         notes.append(f"{counted(len(pool) - len(prompts), 'more example')} of a prompt with another answer: kept")
     if evaluation is None:
         rest, held_out = _hold_out(pool, prompts, config, notes)
+        held_out = gather(held_out) if train.evaluated_by else held_out
     else:
-        rest, held_out = _apart_from(pool, evaluation, config, notes)
+        examples = gather(evaluation.examples) if train.evaluated_by else evaluation.examples
+        rest, held_out = _apart_from(pool, replace(evaluation, examples=examples), config, notes)
+    if train.evaluated_by and held_out:
+        references = sum(len(example.references) for example in held_out)
+        notes.append(
+            f"evaluating on {counted(len(held_out), train.evaluated_by)} with {references} references; the parts are "
+            f"split by {train.evaluated_by}, not by row: none is in both"
+        )
     usable = [example for example in rest if example.id not in train.eval_only]
     if not usable:
         raise OptionError("data.source", config.source, "at least one example to train on", " ".join(notes))

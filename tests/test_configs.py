@@ -7,22 +7,25 @@ from pathlib import Path
 import pytest
 
 from galore_trainer.run.arguments import training_arguments
-from galore_trainer.run.config import METHOD_DEFAULTS, load_run_config, packaged_configs
+from galore_trainer.run.config import load_run_config, packaged_configs
+from galore_trainer.run.methods import METHODS
 
 NAMES = sorted(packaged_configs())
 
 
 def test_the_recipes_are_packaged() -> None:
-    assert {"quickstart", "arithmetic", "gsm8k", "mawps", "sft"} <= set(NAMES)
+    assert {"quickstart", "arithmetic", "gsm8k", "mawps", "nlg", "restaurants", "sft"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("method", METHOD_DEFAULTS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_validates_and_round_trips(name: str, method: str, tmp_path: Path) -> None:
     config = load_run_config(name, [], {"method": method})
     assert config.method == method
     assert config.output_dir == f"runs/{name}-{method}"
     assert config.training["learning_rate"] > 0
+    assert method not in config.methods
+    assert set(config.methods) == set(METHODS) - {method}
     saved = tmp_path / "saved.yaml"
     saved.write_text(config.to_yaml())
     assert load_run_config(saved) == config

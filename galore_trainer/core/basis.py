@@ -33,7 +33,14 @@ def sketch_width(rank: int, oversampling: int, m: int, n: int) -> int:
 
 @register("exact")
 def exact(
-    G: Tensor, rank: int, side: str, *, omega: Tensor | None = None, iterations: int = 0, raw_signs: bool = False
+    G: Tensor,
+    rank: int,
+    side: str,
+    *,
+    omega: Tensor | None = None,
+    previous: Tensor | None = None,
+    iterations: int = 0,
+    raw_signs: bool = False,
 ) -> Tensor:
     """The leading singular vectors of ``G``.
 
@@ -42,6 +49,7 @@ def exact(
         rank: r, at most min(m, n).
         side: ``right`` or ``left``.
         omega: not used; every basis function takes the same arguments.
+        previous: not used.
         iterations: not used.
         raw_signs: keep the signs of ``torch.linalg.svd``, as GaLore does. Where signs do not matter, a matrix with
             one side at most half the other goes through its small Gram matrix, which is faster.
@@ -59,7 +67,14 @@ def exact(
 
 @register("randomized")
 def randomized(
-    G: Tensor, rank: int, side: str, *, omega: Tensor, iterations: int = 2, raw_signs: bool = False
+    G: Tensor,
+    rank: int,
+    side: str,
+    *,
+    omega: Tensor,
+    previous: Tensor | None = None,
+    iterations: int = 2,
+    raw_signs: bool = False,
 ) -> Tensor:
     """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 
@@ -68,6 +83,8 @@ def randomized(
         rank: r, at most k.
         side: ``right`` or ``left``.
         omega: Gaussian test matrix [..., n, k]; k = min(m, n) takes the exact path, since nothing would be saved.
+        previous: the basis before, for a warm start: it takes the place of the first r columns of Omega (right) or of
+            the first r directions of the range (left).
         iterations: power iterations q.
         raw_signs: passed on to the exact path.
 
@@ -76,6 +93,11 @@ def randomized(
     """
     if omega.shape[-1] >= min(G.shape[-2:]):
         return exact(G, rank, side, raw_signs=raw_signs)
-    Q = subspace_iteration(G, omega, iterations)  # [..., m, k]
+    if previous is not None and side == "right":
+        omega = torch.cat([previous, omega[..., rank:]], dim=-1)
+    Y = G @ omega  # [..., m, k]
+    if previous is not None and side == "left":
+        Y = torch.cat([previous, Y[..., rank:]], dim=-1)
+    Q = subspace_iteration(G, Y, iterations)  # [..., m, k]
     U, V = thin_singular_vectors(Q.mT @ G, rank)  # of B = Q^T G, [..., k, n]
     return V if side == "right" else Q @ U

@@ -4,7 +4,8 @@ Legend (shapes without the leading ``blocks`` dimension):
     W  weight            m x n        P  basis, orthonormal columns   n x r (right) | m x r (left)
     G  gradient          m x n        R  projected gradient           m x r (right) | r x n (left)
     M, V  moments of R, same shape    N  normalised update            same shape as R
-    t  steps in the moments           ok  1.0 if every entry of R is finite, else 0.0: then nothing moves
+    t  steps in the moments           ok  1.0 where R is finite, else 0.0: then nothing moves
+                                      (t and ok: [blocks, 1, 1])
 
 One step, with P fixed between two refreshes:
 
@@ -25,9 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from galore_trainer.core.sparse import Support, add_at_
+
 
 class MatrixState(NamedTuple):
-    """What is kept of a matrix between steps, in float32: basis, two moments, and their age (a scalar tensor)."""
+    """What is kept of a matrix between steps, in float32: basis, two moments, and their age."""
 
     P: Tensor
     M: Tensor
@@ -60,26 +63,34 @@ def decay_sum(beta: float, t: Tensor) -> Tensor:
     return -torch.expm1(t * math.log(beta)) if beta > 0.0 else torch.ones_like(t)
 
 
-def all_finite(Rs: list[Tensor]) -> Tensor:
-    """1.0 if every entry of every tensor is finite, else 0.0 (a scalar tensor on their device).
+def finite_parts(R: Tensor, parts: int) -> Tensor:
+    """[parts]: 1.0 where a part of the blocks of R holds finite numbers alone, else 0.0.
 
     A non-finite entry of G makes its row or column of R non-finite, so looking at R is enough.
     """
-    return torch.stack([torch.isfinite(R).all() for R in Rs]).all().to(torch.float32)
+    return torch.isfinite(R).view(parts, -1).all(dim=1).to(torch.float32)
 
 
 def step_moments(
     state: MatrixState, R: Tensor, ok: Tensor, *, betas: tuple[float, float], eps: float
 ) -> tuple[MatrixState, Tensor]:
     """Take R into the moments and normalise: (new state, N). Where ``ok`` is 0 the state stays and N is 0."""
+    M, V, t, N = adam(state.M, state.V, state.t, R, ok, betas=betas, eps=eps)
+    return MatrixState(state.P, M, V, t), N
+
+
+def adam(
+    M: Tensor, V: Tensor, t: Tensor, R: Tensor, ok: Tensor, *, betas: tuple[float, float], eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adam's moments and normalised update: (M, V, t, N); the residual's entries go through it too."""
     b1, b2 = betas
     R = torch.where(ok > 0.0, R, 0.0)
-    M = torch.lerp(state.M, R, ok * (1.0 - b1))
-    V = torch.lerp(state.V, R * R, ok * (1.0 - b2))
-    t = state.t + ok
+    M = torch.lerp(M, R, ok * (1.0 - b1))
+    V = torch.lerp(V, R * R, ok * (1.0 - b2))
+    t = t + ok
     t1 = t.clamp(min=1.0)  # t = 0 only before the first finite gradient: M = V = 0, and N must be 0, not NaN
     N = ok * (M / decay_sum(b1, t1)) / ((V / decay_sum(b2, t1)).sqrt() + eps).clamp(min=torch.finfo(R.dtype).tiny)
-    return MatrixState(state.P, M, V, t), N
+    return M, V, t, N
 
 
 def change_basis(state: MatrixState, P: Tensor, side: str, mode: str, *, betas: tuple[float, float]) -> MatrixState:
@@ -105,10 +116,10 @@ def change_basis(state: MatrixState, P: Tensor, side: str, mode: str, *, betas: 
     return MatrixState(P, M, V, t)
 
 
-def projection_error(G: Tensor, P: Tensor, side: str) -> Tensor:
-    """||G - lift(project(G))|| / ||G|| (Frobenius, over all blocks), from norms alone since P is orthonormal."""
-    whole = torch.linalg.vector_norm(G, dtype=torch.float32)
-    kept = torch.linalg.vector_norm(project(G, P, side))
+def projection_error(G: Tensor, P: Tensor, side: str, parts: int = 1) -> Tensor:
+    """||G - lift(project(G))|| / ||G|| (Frobenius) by part of the blocks, [parts]; norms suffice, P is orthonormal."""
+    whole = torch.linalg.vector_norm(G.reshape(parts, -1), dim=1, dtype=torch.float32)
+    kept = torch.linalg.vector_norm(project(G, P, side).reshape(parts, -1), dim=1)
     return (1.0 - (kept / whole) ** 2).clamp(min=0.0).sqrt()
 
 
@@ -122,14 +133,16 @@ def apply_update_(
     scale: float,
     weight_decay: float,
     ok: Tensor,
+    sparse: tuple[Support, Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """W <- W - lr wd W - lr scale lift(N), in place; not at all where ``ok`` is 0 (N is 0 there).
+    """W <- W - lr wd W - lr scale (lift(N) + N_S at S), in place; not at all where ``ok`` is 0 (N, N_S are 0 there).
 
     Args:
         W: [blocks, m, n]. float32 takes the product in place; other dtypes go through float32.
         N, P, side: as returned by ``step_moments`` and kept in the state.
-        ok: scalar tensor, 1.0 or 0.0.
+        ok: [blocks, 1, 1], 1.0 or 0.0.
+        sparse: S and N_S, the residual's support and update (``core/residual.py``).
         generator: rounds a bfloat16 weight stochastically; None rounds to nearest.
     """
     if W.dtype == torch.float32:
@@ -137,9 +150,13 @@ def apply_update_(
             W.mul_(1.0 - ok * (lr * weight_decay))
         left, right = (N, P.mT) if side == "right" else (P, N)
         W.baddbmm_(left, right, alpha=-lr * scale)
+        if sparse is not None:
+            add_at_(W, sparse[0], (-lr * scale) * sparse[1])
         return
     low = torch.bfloat16 if W.dtype == torch.bfloat16 and W.is_cuda else torch.float32
     new = W.float() * (1.0 - ok * (lr * weight_decay)) - (lr * scale) * lift(N.to(low), P.to(low), side)
+    if sparse is not None:
+        add_at_(new, sparse[0], (-lr * scale) * sparse[1])
     W.copy_(stochastic_round(new, generator) if generator is not None and W.dtype == torch.bfloat16 else new)
 
 

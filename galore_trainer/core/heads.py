@@ -69,6 +69,11 @@ class LogicalMatrix:
         return self.rows // self.blocks
 
     @property
+    def loses(self) -> bool:
+        """Whether the projection loses anything; at full rank what is left is rounding, no residual to train on."""
+        return self.rank < (self.columns if self.side == "right" else self.block_rows)
+
+    @property
     def heads_per_block(self) -> int:
         """Heads in a block, 1 where heads play no part."""
         return self.block_rows // self.head_dim if self.head_dim else 1
@@ -119,7 +124,7 @@ class LogicalMatrix:
         if heads is None:
             return blocks
         by_head = blocks.unflatten(1, (self.heads_per_block, self.head_dim))  # [blocks, heads, d, n]
-        block = torch.arange(self.blocks, device=heads.device)[:, None]
+        block = torch.arange(len(heads), device=heads.device)[:, None]
         return by_head[block, heads].flatten(1, 2)
 
     def energy(self, blocks: Tensor) -> Tensor:

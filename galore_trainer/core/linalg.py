@@ -40,20 +40,39 @@ def thin_singular_vectors(B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return U, orthonormalize(B.mT @ U)  # columns of B^T U are orthogonal already: QR scales them to length one
 
 
-def subspace_iteration(G: Tensor, omega: Tensor, iterations: int) -> Tensor:
+def least_error(G: Tensor, rank: int, parts: int = 1) -> Tensor:
+    """The relative Frobenius error of the best rank-``rank`` approximation of each matrix, over parts of the stack.
+
+    From the eigenvalues of the smaller Gram matrix in float64: no singular vectors are needed (Eckart-Young).
+
+    Args:
+        G: [blocks, m, n].
+        rank: at most min(m, n).
+        parts: the blocks fall into so many parts of equal size.
+
+    Returns:
+        [parts], float32.
+    """
+    thin = (G if G.shape[-2] <= G.shape[-1] else G.mT).double()
+    energies = torch.linalg.eigvalsh(thin @ thin.mT).clamp(min=0.0)  # [blocks, k], ascending
+    lost = energies[..., : energies.shape[-1] - rank].reshape(parts, -1).sum(dim=1)
+    return (lost / energies.reshape(parts, -1).sum(dim=1)).sqrt().float()
+
+
+def subspace_iteration(G: Tensor, Y: Tensor, iterations: int) -> Tensor:
     """An orthonormal basis of the dominant column space of ``G``.
 
     Halko, Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4: each product is orthonormalised.
 
     Args:
         G: [..., m, n] float32.
-        omega: Gaussian test matrix [..., n, k].
+        Y: samples of its columns [..., m, k], as a rule G times a Gaussian test matrix.
         iterations: power iterations q; 0 is the plain range finder.
 
     Returns:
         Q [..., m, k].
     """
-    Q = orthonormalize(G @ omega)  # [..., m, k]
+    Q = orthonormalize(Y)  # [..., m, k]
     for _ in range(iterations):
         Z = orthonormalize(G.mT @ Q)  # [..., n, k]
         Q = orthonormalize(G @ Z)  # [..., m, k]

@@ -17,6 +17,11 @@ class ReferenceMatrix:
         side: ``right`` or ``left``.
         lr, scale, betas, eps, weight_decay: as the optimizer's.
         momentum_transfer: ``keep``, ``align``, ``rotate`` or ``reset``.
+        residual_scale: factor on the residual's update.
+
+    Attributes:
+        A: moving average of the dense D = G - lift(R) since the first basis, which a support is chosen from.
+        S: rows and columns of the residual's entries, None before they are chosen; set by ``choose_support``.
     """
 
     def __init__(
@@ -30,11 +35,15 @@ class ReferenceMatrix:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum_transfer: str = "keep",
+        residual_scale: float = 1.0,
     ) -> None:
         self.W, self.side = W.double().clone(), side
         self.lr, self.scale, self.eps, self.weight_decay = lr, scale, eps, weight_decay
         self.b1, self.b2 = betas
         self.momentum_transfer = momentum_transfer
+        self.residual_scale = residual_scale
+        self.A = torch.zeros_like(self.W)
+        self.S: tuple[Tensor, Tensor] | None = None
         self.P: Tensor | None = None
         self.t = 0
 
@@ -56,6 +65,8 @@ class ReferenceMatrix:
             self.M.zero_()
             self.V.zero_()
             self.t = 0
+            if self.S is not None:
+                self.choose_support(*self.S)
         elif self.momentum_transfer == "align":
             for j in range(P_new.shape[1]):
                 if torch.dot(self.P[:, j], P_new[:, j]) < 0:
@@ -74,6 +85,13 @@ class ReferenceMatrix:
             self.V = (1 - self.b2**self.t) * torch.abs(variance + M_hat_new**2)
         self.P = P_new
 
+    def choose_support(self, rows: Tensor, columns: Tensor) -> None:
+        """Put the residual on these entries, with empty moments."""
+        self.S = (rows, columns)
+        self.m_S = torch.zeros(rows.shape, dtype=torch.float64)
+        self.v_S = torch.zeros(rows.shape, dtype=torch.float64)
+        self.u = 0
+
     def step(self, G: Tensor) -> None:
         """One update of the weight with the gradient ``G``, m x n."""
         assert self.P is not None, "refresh first"
@@ -86,4 +104,14 @@ class ReferenceMatrix:
         V_hat = self.V / (1 - self.b2**self.t)
         N = M_hat / (torch.sqrt(V_hat) + self.eps)
         lifted = N @ self.P.T if self.side == "right" else self.P @ N
-        self.W = self.W - self.lr * self.weight_decay * self.W - self.lr * self.scale * lifted
+        D = G - (R @ self.P.T if self.side == "right" else self.P @ R)
+        self.A = self.b1 * self.A + (1 - self.b1) * D
+        W = self.W - self.lr * self.weight_decay * self.W - self.lr * self.scale * lifted
+        if self.S is not None:
+            self.u += 1
+            self.m_S = self.b1 * self.m_S + (1 - self.b1) * D[self.S]
+            self.v_S = self.b2 * self.v_S + (1 - self.b2) * D[self.S] ** 2
+            m_hat = self.m_S / (1 - self.b1**self.u)
+            v_hat = self.v_S / (1 - self.b2**self.u)
+            W[self.S] -= self.lr * self.scale * self.residual_scale * m_hat / (torch.sqrt(v_hat) + self.eps)
+        self.W = W

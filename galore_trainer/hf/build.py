@@ -94,6 +94,16 @@ class GaLoreFactory:
         return _build(model, **settings)
 
 
+def galore_groups(model: nn.Module, config: GaLoreConfig, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of a model under the Trainer's rule for what is not decayed; see ``parameter_groups``."""
+    from transformers import Trainer
+
+    decayed = {logical_name(n) for n in Trainer.get_decay_parameter_names(None, model)}  # type: ignore[arg-type]
+    weights = plan_weights(model, config)
+    no_decay = {w.name for w in weights} - decayed
+    return parameter_groups(weights, config, lr=lr, weight_decay=weight_decay, no_decay=no_decay)
+
+
 def _build(
     model: nn.Module,
     config: GaLoreConfig,
@@ -103,10 +113,5 @@ def _build(
     eps: float,
     seed: int,
 ) -> GaLoreAdamW:
-    from transformers import Trainer
-
-    decayed = {logical_name(n) for n in Trainer.get_decay_parameter_names(None, model)}  # type: ignore[arg-type]
-    weights = plan_weights(model, config)
-    no_decay = {w.name for w in weights} - decayed
-    groups = parameter_groups(weights, config, lr=lr, weight_decay=weight_decay, no_decay=no_decay)
+    groups = galore_groups(model, config, lr=lr, weight_decay=weight_decay)
     return GaLoreAdamW(groups, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed)

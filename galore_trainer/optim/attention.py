@@ -18,6 +18,7 @@ SEPARATE = {
     "k": ("k_proj", "key", "k_lin", "wk", "k", "key_proj"),
     "v": ("v_proj", "value", "v_lin", "wv", "v", "value_proj"),
 }
+OUTPUT = ("o_proj", "out_proj", "out_lin", "wo", "o")
 FUSED_NAMES = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj_qkv", "wqkv", "W_pack", "att_proj")
 ROWS, PER_HEAD = "q, k, v one after the other", "q, k, v of each head together"
 FUSED = {  # by (model_type, leaf name)
@@ -61,12 +62,13 @@ def _first(config: Any, *names: str) -> int | None:
     return next((v for v in values if isinstance(v, int) and v > 0), None)
 
 
-def role_of(module_name: str) -> str | None:
-    """``q``, ``k``, ``v``, ``fused``, or None for a weight without heads."""
+def role_of(module_name: str, output_heads: bool = False) -> str | None:
+    """``q``, ``k``, ``v``, ``o`` (if ``output_heads``), ``fused``, or None for a weight without heads."""
     *parents, leaf = module_name.split(".")
     if leaf in FUSED_NAMES:
         return "fused"
-    role = next((role for role, names in SEPARATE.items() if leaf in names), None)
+    names_of = {**SEPARATE, "o": OUTPUT} if output_heads else SEPARATE
+    role = next((role for role, names in names_of.items() if leaf in names), None)
     # short names such as "q" or "key" are attention only under a module that says so
     inside = any("att" in parent.lower() for parent in parents)
     return role if role and (inside or leaf.endswith("_proj") or leaf.endswith("_lin")) else None
@@ -106,8 +108,10 @@ def project_heads(
     if heads is None:
         raise OptionError(option, config.head_sharing, f"a model whose config tells the heads of {name}", JOINT)
     d = heads.head_dim
+    if role == "o":  # its columns are heads: the rows of the transposed weight
+        m, n, transposed = n, m, not transposed
     if role != "fused":
-        count = heads.num_heads if role == "q" else heads.num_kv_heads
+        count = heads.num_heads if role in "qo" else heads.num_kv_heads
         if m != count * d:
             wanted = f"{name} with {count} heads x {d} rows, but it has {m} rows"
             raise OptionError(option, config.head_sharing, wanted, JOINT)

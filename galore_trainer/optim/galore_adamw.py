@@ -10,15 +10,19 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.basis import BASES, sketch_width
 from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.sparse import Support
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.plain import plain_state, plain_step
+from galore_trainer.optim.refresh import diagnose, next_due, refresh_stack
+from galore_trainer.optim.residual_state import has_residual, residual_step
+from galore_trainer.optim.stack import Job, Stack, make_stacks
 from galore_trainer.optim.state import check_same_method, restore_dtypes
 from galore_trainer.optim.streams import stream
 from galore_trainer.optim.timing import Stopwatch
 
 NON_FINITE_LIMIT = 10  # steps in a row
+STACK_ELEMENTS = 1 << 26  # gradient entries of equal matrices that are joined in one go on an accelerator
 
 
 class GaLoreAdamW(torch.optim.Optimizer):
@@ -38,7 +42,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         FloatingPointError: a parameter's gradient was not finite ten steps in a row.
 
     State of a parameter: tensors and integers only. ``calls`` counts steps, ``refreshes`` changes of basis, ``due`` is
-    the value of ``calls`` at which the next one happens, ``skipped`` [in a row, in all] counts non-finite gradients.
+    the value of ``calls`` at which the next one happens, ``born`` that of the first one,
+    ``phase`` the place of its refreshes within the gap, ``skipped`` [in a row, in all] counts non-finite gradients.
     """
 
     def __init__(
@@ -61,7 +66,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.config = config or GaLoreConfig()
         self.seed = seed
         self.stopwatch = Stopwatch()
+        self.max_stack_elements: int | None = None  # None chooses by device
         self.projection_errors: dict[str, Tensor] = {}  # by matrix, of the newest refresh
+        self.excess_errors: dict[str, tuple[float, float]] = {}  # excess and sharing excess, where diagnosed
         self._steps = 0
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False))
 
@@ -90,6 +97,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        jobs: list[Job] = []
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 grad = p.grad
@@ -98,45 +106,78 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 if grad.is_sparse:
                     raise OptionError(group["names"][i], "a sparse gradient", "a dense one", "Use sparse=False.")
                 if group["projected"]:
-                    self._projected_step(p, grad, group["names"][i], group["matrices"][i], group)
+                    jobs += self._jobs(p, grad, group["names"][i], group["matrices"][i], group)
                 else:
                     with self.stopwatch.measure("plain", p.device):
                         self._plain_step(p, grad, group["names"][i], group)
+        if jobs:
+            self._refresh(jobs)
+            with self.stopwatch.measure("update", jobs[0].parameter.device):
+                for stack in make_stacks(jobs, self._stack_elements(jobs[0].parameter.device)):
+                    self._update(stack)
+            for job in jobs:
+                job.state["calls"] += job.last
         self._steps += 1
         if self._steps % NON_FINITE_LIMIT == 0:
             self.check_finite()
         return loss
 
-    def _projected_step(
+    def _jobs(
         self, p: Tensor, grad: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
-    ) -> None:
+    ) -> list[Job]:
         state = self.state[p]
         if not state:
-            state.update(calls=0, refreshes=0, due=0, skipped=torch.zeros(2, dtype=torch.int32, device=p.device))
+            skipped = torch.zeros(2, dtype=torch.int32, device=p.device)
+            state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(p), skipped=skipped)
             for matrix in matrices:
-                _write(state, matrix.label, _empty_state(matrix, p.device))
+                Stack([Job(p, grad, name, matrix, state, group)]).write(_empty_state(matrix, p.device))
             if group["lr"] == 0.0 and not grad.any():
-                return  # how checkpoint tools create state: nothing else may change
-        if state["calls"] >= state["due"]:
-            with self.stopwatch.measure("refresh", p.device):
-                self._refresh(p, grad, name, matrices, state, group)
-        with self.stopwatch.measure("update", p.device):
-            rounding = self._rounding(p, name, state["calls"])
-            old = [_read(state, matrix.label) for matrix in matrices]
-            pairs = list(zip(matrices, old, strict=True))
-            Rs = [galore.project(matrix.take(grad), s.P, matrix.side) for matrix, s in pairs]
-            ok = galore.all_finite(Rs)
-            for (matrix, s), R in zip(pairs, Rs, strict=True):
-                new, N = galore.step_moments(s, R, ok, betas=group["betas"], eps=group["eps"])
-                W = matrix.take(p)
-                galore.apply_update_(
-                    W, N, new.P, matrix.side, lr=group["lr"], scale=self.config.scale,
-                    weight_decay=group["weight_decay"], ok=ok, generator=rounding,
-                )  # fmt: skip
-                matrix.put(p, W)
-                _write(state, matrix.label, new)
-            _count_skipped(state, ok)
-        state["calls"] += 1
+                return []  # how checkpoint tools create state: nothing else may change
+        if len(matrices) == 1:
+            return [Job(p, grad, name, matrices[0], state, group)]
+        ok, last = torch.isfinite(grad).all().float(), matrices[-1]
+        return [Job(p, grad, f"{name}.{m.label}", m, state, group, m is last, ok) for m in matrices]
+
+    def _phase(self, p: Tensor) -> int:
+        """Where in the gap this weight's refreshes lie: 0, or spread evenly over all projected weights."""
+        if not self.config.stagger_refresh:
+            return 0
+        projected = [q for g in self.param_groups if g["projected"] for q in g["params"]]
+        position = next(i for i, q in enumerate(projected) if q is p)
+        return position * self.config.update_proj_gap // len(projected)
+
+    def _stack_elements(self, device: torch.device) -> int:
+        """Gradient entries joined at a time: many where launches cost, none on a CPU, where copies do."""
+        if self.max_stack_elements is not None:
+            return self.max_stack_elements
+        return 0 if device.type == "cpu" else STACK_ELEMENTS
+
+    def _update(self, stack: Stack) -> None:
+        """One step of a stack of matrices with the bases they have."""
+        side, group, config = stack.matrix.side, stack.group, self.config
+        old, G = stack.read(), stack.gradients()
+        R = galore.project(G, old.P, side)
+        by_job = galore.finite_parts(R, len(stack.jobs))  # [jobs]
+        if stack.jobs[0].grad_ok is not None:
+            by_job = by_job * torch.stack([job.grad_ok for job in stack.jobs if job.grad_ok is not None])
+        ok = stack.spread(by_job)
+        new, N = galore.step_moments(old, R, ok, betas=group["betas"], eps=group["eps"])
+        sparse = None
+        if has_residual(stack.matrix, config) and stack.jobs[0].state["refreshes"] > 0:
+            sparse = residual_step(stack, G, R, old.P, ok, config)
+        stack.write(new)
+        bad = (1.0 - by_job).to(torch.int32)
+        parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), bad.unbind(), strict=True)
+        for i, (job, N_job, P_job, ok_job, bad_job) in enumerate(parts):
+            W = job.matrix.take(job.parameter)
+            galore.apply_update_(
+                W, N_job, P_job, side, lr=group["lr"], scale=config.scale, weight_decay=group["weight_decay"],
+                ok=ok_job, sparse=_part(sparse, i, job.matrix.blocks),
+                generator=self._rounding(job.parameter, job.name, job.state["calls"]),
+            )  # fmt: skip
+            job.matrix.put(job.parameter, W)
+            if job.last:
+                _count_skipped(job.state, bad_job)
 
     def _plain_step(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -145,7 +186,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             if group["lr"] == 0.0 and not grad.any():
                 return
         ok = plain_step(p, grad, state, group, self._rounding(p, name, state["calls"]))
-        _count_skipped(state, ok)
+        _count_skipped(state, (1.0 - ok).to(torch.int32))
         state["calls"] += 1
 
     def _rounding(self, p: Tensor, name: str, calls: int) -> torch.Generator | None:
@@ -153,61 +194,31 @@ class GaLoreAdamW(torch.optim.Optimizer):
             return None
         return stream(p.device, self.seed, name, "rounding", calls)
 
-    # ------------------------------------------------------------------ refresh
-
-    def _refresh(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        name: str,
-        matrices: list[LogicalMatrix],
-        state: dict[str, Any],
-        group: dict[str, Any],
-    ) -> None:
-        """Find new bases from the current gradient; an all-zero or non-finite gradient leaves the refresh due."""
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float32).item()
-        if not 0.0 < norm < float("inf"):
+    def _refresh(self, jobs: list[Job]) -> None:
+        """New bases where they are due; an all-zero or non-finite gradient leaves its refresh due."""
+        due = [job for job in jobs if job.state["calls"] >= job.state["due"]]
+        if not due:
             return
-        config, refresh = self.config, state["refreshes"]
-        for matrix in matrices:
-            full_name = f"{name}.{matrix.label}" if matrix.label else name
-            G = matrix.take(grad)
-            lending = matrix.lend(G, self._lending_heads(G, matrix, full_name, refresh)).float()
-            P = BASES[config.svd](
-                lending,
-                matrix.rank,
-                matrix.side,
-                omega=self._omega(matrix, full_name, refresh, p.device) if config.svd != "exact" else None,
-                iterations=config.subspace_iterations,
-                raw_signs=config.momentum_transfer == "keep",
-            )
-            old = _read(state, matrix.label)
-            if refresh == 0:
-                new = old._replace(P=P)
-            else:
-                new = galore.change_basis(old, P, matrix.side, config.momentum_transfer, betas=group["betas"])
-            _write(state, matrix.label, new)
-            self.projection_errors[full_name] = galore.projection_error(G, new.P, matrix.side)
-        state["refreshes"] = refresh + 1
-        state["due"] = (state["calls"] // config.update_proj_gap + 1) * config.update_proj_gap
-
-    def _lending_heads(self, G: Tensor, matrix: LogicalMatrix, name: str, refresh: int) -> Tensor | None:
-        if not matrix.lenders or matrix.lenders == matrix.heads_per_block:
-            return None
-        if self.config.head_choice == "energy":
-            return matrix.energy(G).topk(matrix.lenders, dim=-1).indices.sort(dim=-1).values
-        heads = torch.arange(matrix.lenders).expand(matrix.blocks, -1)
-        if self.config.head_choice == "random":  # drawn on the CPU, so that every device type lends the same head
-            draws = (stream("cpu", self.seed, name, "head", refresh, b) for b in range(matrix.blocks))
-            heads = torch.stack([torch.randperm(matrix.heads_per_block, generator=g) for g in draws])
-            heads = heads[:, : matrix.lenders].sort(dim=-1).values
-        return heads.to(G.device)
-
-    def _omega(self, matrix: LogicalMatrix, name: str, refresh: int, device: torch.device) -> Tensor:
-        blocks, m, n = matrix.lending_shape
-        k = sketch_width(matrix.rank, self.config.resolved_oversampling(matrix.rank), m, n)
-        draws = (stream(device, self.seed, name, "omega", refresh, b) for b in range(blocks))
-        return torch.stack([torch.randn(n, k, generator=g, device=device) for g in draws])
+        norms = torch.stack([n.float() for n in torch._foreach_norm([job.grad for job in due])]).tolist()
+        good = [job for job, norm in zip(due, norms, strict=True) if 0.0 < norm < float("inf")]
+        for stack in make_stacks(good, self._stack_elements(jobs[0].parameter.device)):
+            with self.stopwatch.measure("refresh", stack.device):
+                G = stack.gradients()
+                new = refresh_stack(stack, G, self.config, self.seed)
+                errors = galore.projection_error(G, new.P, stack.matrix.side, len(stack.jobs))
+            self.projection_errors.update(zip((job.name for job in stack.jobs), errors.unbind(), strict=True))
+            if stack.jobs[0].state["refreshes"] < self.config.diagnose_refreshes:
+                with self.stopwatch.measure("diagnosis", stack.device):
+                    found = diagnose(stack, G, new.P, self.config, self.seed)
+                    for job, excess, sharing in zip(stack.jobs, *(x.tolist() for x in found), strict=True):
+                        self.excess_errors[job.name] = (excess, sharing)
+        for job in good:
+            if job.last:
+                state = job.state
+                if state["refreshes"] == 0:
+                    state["born"] = state["calls"]
+                state["refreshes"] += 1
+                state["due"] = next_due(state["calls"], self.config.update_proj_gap, state["phase"])
 
     # ------------------------------------------------------------------ diagnostics and state
 
@@ -227,15 +238,31 @@ class GaLoreAdamW(torch.optim.Optimizer):
             )
         return {n: total for n, (_, total) in zip(names, counts, strict=True) if total}
 
+    def projection_report(self) -> dict[str, Any] | None:
+        """Projection errors of the newest refreshes: ``mean``, ``by_matrix``, and the means of what was diagnosed.
+
+        ``excess`` and ``sharing_excess`` (see ``optim/refresh.py``) are None unless ``diagnose_refreshes`` is set;
+        the whole is None before the first refresh.
+        """
+        if not self.projection_errors:
+            return None
+        errors = {name: error.item() for name, error in self.projection_errors.items()}
+        excess, sharing = zip(*self.excess_errors.values(), strict=True) if self.excess_errors else ((), ())
+        return {
+            "mean": sum(errors.values()) / len(errors),
+            "excess": sum(excess) / len(excess) if excess else None,
+            "sharing_excess": sum(sharing) / len(sharing) if sharing else None,
+            "by_matrix": errors,
+        }
+
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state by kind: basis, moments, plain (AdamW of what is not projected)."""
-        kinds = {"basis": 0, "moments": 0, "plain": 0}
+        """Bytes of optimizer state by kind: basis, moments, residual, plain (AdamW of what is not projected)."""
+        kinds = {"basis": 0, "moments": 0, "residual": 0, "plain": 0}
         for group in self.param_groups:
             for p in group["params"]:
                 for key, value in self.state.get(p, {}).items():
                     if isinstance(value, Tensor):
-                        kind = "plain" if not group["projected"] else "basis" if key.endswith("basis") else "moments"
-                        kinds[kind] += value.numel() * value.element_size()
+                        kinds[_kind(key, group["projected"])] += value.numel() * value.element_size()
         return kinds
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,11 +287,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         restore_dtypes(self, state_dict)
 
 
-# ---------------------------------------------------------------------- state of one matrix, by key
-
-
-def _key(label: str, name: str) -> str:
-    return f"{label}.{name}" if label else name
+def _kind(key: str, projected: bool) -> str:
+    name = key.rsplit(".", 1)[-1]
+    if not projected:
+        return "plain"
+    if name.startswith(("residual", "candidate")):
+        return "residual"
+    return "basis" if name == "basis" else "moments"
 
 
 def _empty_state(matrix: LogicalMatrix, device: torch.device) -> galore.MatrixState:
@@ -272,20 +301,19 @@ def _empty_state(matrix: LogicalMatrix, device: torch.device) -> galore.MatrixSt
         P=torch.zeros(matrix.basis_shape, device=device),
         M=torch.zeros(matrix.moment_shape, device=device),
         V=torch.zeros(matrix.moment_shape, device=device),
-        t=torch.zeros((), device=device),
+        t=torch.zeros(matrix.blocks, 1, 1, device=device),
     )
 
 
-def _read(state: dict[str, Any], label: str) -> galore.MatrixState:
-    return galore.MatrixState(*(state[_key(label, k)] for k in ("basis", "exp_avg", "exp_avg_sq", "step")))
+def _part(sparse: tuple[Support, Tensor] | None, i: int, blocks: int) -> tuple[Support, Tensor] | None:
+    """The support and update of job ``i`` of a stack."""
+    if sparse is None:
+        return None
+    (index, columns), values = sparse
+    here = slice(i * blocks, (i + 1) * blocks)
+    return Support(index[here], columns), values[here]
 
 
-def _write(state: dict[str, Any], label: str, new: galore.MatrixState) -> None:
-    for k, value in zip(("basis", "exp_avg", "exp_avg_sq", "step"), new, strict=True):
-        state[_key(label, k)] = value
-
-
-def _count_skipped(state: dict[str, Any], ok: Tensor) -> None:
-    bad = (1.0 - ok).to(torch.int32)
+def _count_skipped(state: dict[str, Any], bad: Tensor) -> None:
     in_a_row, total = state["skipped"]
     state["skipped"] = torch.stack([(in_a_row + 1) * bad, total + bad])

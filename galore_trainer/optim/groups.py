@@ -13,10 +13,11 @@ from galore_trainer.config import ALL_LINEAR, GaLoreConfig
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.attention import heads_from_config, project_heads, role_of
+from galore_trainer.optim.residual_state import has_residual, support_shape
 from galore_trainer.optim.sides import project_whole
 from galore_trainer.optim.streams import logical_name
 
-FLOAT32_BYTES = 4
+ELEMENT_BYTES = 4  # float32, and int32 for positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +43,17 @@ class Weight:
             return "frozen"
         return "projected" if self.matrices else "plain"
 
-    def state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state by kind, before any step; counters of a few bytes are left out."""
-        elements = {"basis": 0, "moments": 0, "plain": 0}
+    def state_bytes(self, config: GaLoreConfig) -> dict[str, int]:
+        """Bytes of optimizer state by kind, before any step (residual: after its warm-up); counters are left out."""
+        elements = {"basis": 0, "moments": 0, "residual": 0, "plain": 0}
         for matrix in self.matrices:
             elements["basis"] += _size(matrix.basis_shape)
             elements["moments"] += 2 * _size(matrix.moment_shape)
+            if has_residual(matrix, config):
+                elements["residual"] += 3 * _size(support_shape(matrix, config))  # a position and two moments
         if self.kind == "plain":
             elements["plain"] = 2 * self.parameter.numel()
-        return {k: v * FLOAT32_BYTES for k, v in elements.items()}
+        return {k: v * ELEMENT_BYTES for k, v in elements.items()}
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -106,7 +109,7 @@ class _Candidate:
 def _project(
     candidate: _Candidate, rank: int, config: GaLoreConfig, heads: Any, model_type: str
 ) -> list[LogicalMatrix]:
-    role = role_of(candidate.name) if len(candidate.shape) == 2 else None
+    role = role_of(candidate.name, config.share_output_heads) if len(candidate.shape) == 2 else None
     if role is None or config.head_sharing == "joint":
         return [project_whole(candidate.shape, candidate.name, config, rank, candidate.transposed)]
     m, n = candidate.shape[::-1] if candidate.transposed else candidate.shape

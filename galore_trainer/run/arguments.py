@@ -1,4 +1,4 @@
-"""From a ``RunConfig`` to ``transformers.TrainingArguments``: what ``auto`` means on this machine."""
+"""From a ``RunConfig`` to the Trainer's arguments: what ``auto`` means on this machine."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ if TYPE_CHECKING:
 
 
 def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
-    """Build the Trainer's arguments: the user's fields verbatim, ``bf16: auto`` decided for this machine.
+    """Build the Trainer's arguments (``trl.SFTConfig`` under ``trainer: trl``): the user's fields verbatim.
+
+    ``bf16: auto`` is decided for this machine.
 
     Args:
         config: the run.
         more: further fields, below the user's own.
 
     Raises:
-        OptionError: transformers refuses the combination; its own words are passed on.
+        OptionError: transformers refuses the combination; its own words are passed on. Or trl is not installed.
     """
-    from transformers import TrainingArguments
-
     from galore_trainer.run.evaluate import uses_bf16
+    from galore_trainer.run.trainers import arguments_class
 
-    fields = {**more, **config.training}
+    cls, below = arguments_class(config)
+    fields = {**below, **more, **config.training}
     device = device_type(use_cpu=bool(fields.get("use_cpu")))
     if fields.get("bf16") == "auto":
         fields["bf16"] = not fields.get("fp16") and uses_bf16("auto", device)
     if fields.get("bf16") and device == "cpu":
         fields["use_cpu"] = True  # transformers refuses bf16 on a machine without GPU unless the CPU is asked for
     try:
-        return TrainingArguments(output_dir=config.output_dir, **fields)
+        return cls(output_dir=config.output_dir, **fields)
     except (ValueError, TypeError, ImportError) as error:
         named = [name for name in config.training if name in str(error)]
         got = {name: config.training[name] for name in named} or config.training

@@ -16,7 +16,7 @@ from typing import Any
 
 PACKAGES = (
     "galore-trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy",
-    "gguf", "trl", "peft",
+    "gguf", "trl", "peft", "bitsandbytes", "galore-torch",
 )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def plot_losses(path: str | Path, history: Sequence[Mapping[str, Any]], *, refre
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training loss")
-        axes.plot(steps, _smoothed(losses), color="tab:blue", linewidth=2, label="training loss, smoothed")
+        axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label="training loss, smoothed")
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), color="tab:orange", marker="o", linewidth=2, label="evaluation loss")
     axes.set(xlabel="step", ylabel="cross entropy (nats per target token)", title="Loss")
@@ -148,7 +148,7 @@ def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, f
     return [(int(row["step"]), float(row[key])) for row in history if key in row and math.isfinite(float(row[key]))]
 
 
-def _smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
+def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
     """Exponential moving average with bias correction."""
     average, smooth = 0.0, []
     for count, value in enumerate(values, start=1):

@@ -7,20 +7,17 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from galore_trainer.run.methods import METHODS
 from galore_trainer.run.model import HUB_ID, public_name
+from galore_trainer.run.scores import metric_cells
 from galore_trainer.run.yaml_io import dump
 
 if TYPE_CHECKING:
     from galore_trainer.run.config import RunConfig
 
-METHODS = {
-    "galore_plus": "GaLore+ (full-parameter training with projected gradients, one basis for all attention heads)",
-    "galore": "GaLore (full-parameter training with projected gradients)",
-    "adamw": "AdamW (full-parameter training)",
-}
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "bf16", "seed",
 )  # fmt: skip
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -41,25 +38,26 @@ def model_card(
         after: the same for the trained model.
         environment: what ``artifacts.environment`` returned.
     """
+    method = METHODS[config.method]
     base, data = public_name(config.model_name_or_path), _public_data(config.data.source)
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if "/" in base:
         header["base_model"] = base
     if data == config.data.source and HUB_ID.fullmatch(data):
         header["datasets"] = [data]
-    header["tags"] = ["galore", "galore-trainer"]
-    knobs = {"method": config.method, "dtype": config.dtype, "max_length": config.max_length}
-    if config.method != "adamw":
-        knobs |= {f"galore.{key}": value for key, value in dataclasses.asdict(config.galore).items()}
+    header["tags"] = ["galore" if method.block == "galore" else config.method, "galore-trainer"]
+    knobs: dict[str, Any] = {key: getattr(config, key) for key in ("method", "trainer", "dtype", "max_length")}
+    if block := method.block:
+        knobs |= {f"{block}.{key}": value for key, value in dataclasses.asdict(getattr(config, block)).items()}
     knobs |= {key: config.training[key] for key in TRAINING if key in config.training}
     commit = environment.get("commit")
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return "\n".join([
         f"---\n{dump(header).strip()}\n---\n",
-        f"# {base.rpartition('/')[2]}, fine-tuned with {METHODS[config.method].partition(' (')[0]}\n",
+        f"# {base.rpartition('/')[2]}, fine-tuned with {method.title.partition(' (')[0]}\n",
         f"- Base model: `{base}`",
         f"- Data: `{data}`" + (f", split `{config.data.split}`" if "datasets" in header else ""),
-        f"- Method: {METHODS[config.method]}, by galore-trainer\n",
+        f"- Method: {method.title}, by galore-trainer\n",
         "## Result\n",
         *_result_table(before, after),
         "## Use\n",
@@ -85,14 +83,24 @@ def _result_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | N
     scored = [(name, result) for name, result in (("base model", before), ("this model", after)) if result]
     if not scored:
         return ["Not evaluated.\n"]
-    lines = ["| | exact match (95 % interval) | loss on the targets | examples |", "|---|---|---|---|"]
-    for name, result in scored:
+    rows = [(name, _cells(result)) for name, result in scored]
+    heads, last = rows[0][1], scored[-1][1]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(cells.values())} |" for name, cells in rows]
+    extraction = f", extraction `{last['extract']}`" if last["extract"] else ""
+    notes = [f"{note}\n" for note in last.get("notes", ())]
+    return [*lines, f"\nTask `{last['task']}`, greedy decoding{extraction}.\n", *notes]
+
+
+def _cells(result: Mapping[str, Any]) -> dict[str, str]:
+    cells = metric_cells(result)
+    if not cells:
         match = "none"
         if result["score"] is not None:
             low, high = result["interval"]
             match = f"{result['score']:.1%} ({low:.1%} to {high:.1%})"
-        lines.append(f"| {name} | {match} | {result['eval_loss']:.3f} | {result['n']} |")
-    return [*lines, f"\nTask `{scored[-1][1]['task']}`, greedy decoding, extraction `{scored[-1][1]['extract']}`.\n"]
+        cells = {"exact match (95 % interval)": match}
+    return {**cells, "loss on the targets": f"{result['eval_loss']:.3f}", "examples": str(result["n"])}
 
 
 def _public_data(source: str) -> str:

@@ -9,26 +9,21 @@ import importlib.resources
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from galore_trainer.config import GaLoreConfig, check_type, knob
+from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_type, knob
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig
-from galore_trainer.run.keys import coerce, refuse_key, training_hints
+from galore_trainer.run.keys import TRL_HINTS, coerce, refuse_key, training_hints
 from galore_trainer.run.layers import collect, command_line_settings, file_settings
+from galore_trainer.run.methods import METHOD_DEFAULTS, METHODS, Method
 from galore_trainer.run.yaml_io import Document, dump, read_mapping
 
-Method = Literal["galore_plus", "galore", "adamw"]
 Extract = Literal["flexible", "strict", "last_number"]
 
-# What a method means: below YAML, and not to be contradicted by it.
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "galore_plus": {},
-    "galore": {"galore.head_sharing": "joint", "galore.svd": "exact", "galore.momentum_transfer": "keep"},
-    "adamw": {},
-}
 RESOLVED_CONFIG = "config.resolved.yaml"
 """The file in a run's folder that holds its resolved configuration."""
+_ARGUMENT = {"train": "CONFIG", "studies": "STUDY"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,11 +46,34 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two."""
+
+    rank: int = knob(32, "Rank of the adapters of lora and dora.", trajectory=True, minimum=1)
+    alpha: int = knob(64, "Adapters are scaled by alpha / rank.", trajectory=True, minimum=1)
+    dropout: float = knob(0.0, "Share of an adapter's inputs that is dropped in training.", minimum=0.0)
+    target_modules: str | list[str] = knob(
+        ALL_LINEAR,
+        "What gets adapters: all-linear (all but the output layer), one regex, or name endings, as in peft.",
+        trajectory=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field; see ``OptionError``."""
+        _check_fields("lora.", self)
+        if self.dropout >= 1.0:
+            raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
+        if not self.target_modules:
+            raise OptionError("lora.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: model, method, data, evaluation, and the fields of ``transformers.TrainingArguments`` as given.
 
     Args:
-        training: TrainingArguments fields the user set, verbatim; ``bf16`` may be ``auto``.
+        training: TrainingArguments fields the user set, verbatim; ``bf16`` may be ``auto``. Under ``trainer: trl``
+            those that ``trl.SFTConfig`` adds, too.
         methods: {method: {dotted key: value}} for the methods not chosen; the chosen one's are merged already.
 
     Raises:
@@ -68,12 +86,18 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16", "auto"] = knob(
         "float32", "Type of the weights; auto keeps what the model's files hold."
     )
-    method: Method = knob("galore_plus", "galore_plus, galore (joint basis, exact SVD, moments kept), or adamw.")
+    method: Method = knob(
+        "galore_plus",
+        "galore_plus, or a baseline: galore (joint basis, exact SVD, moments kept), adamw, adamw_8bit (bitsandbytes), "
+        "lora and dora (peft), galore_torch (that package).",
+    )
+    trainer: Literal["hf", "trl"] = knob("hf", "Whose loop runs: transformers' Trainer (hf) or TRL's SFTTrainer (trl).")
     max_length: int = knob(512, "Longest example, prompt and answer together, in tokens.", minimum=2)
     output_dir: str = dataclasses.field(
         default="runs/run", metadata={"help": "Folder of the run.", "shown_default": "runs/CONFIG-METHOD"}
     )
     galore: GaLoreConfig = dataclasses.field(default_factory=GaLoreConfig)
+    lora: LoraSettings = dataclasses.field(default_factory=LoraSettings)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     methods: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -89,11 +113,16 @@ class RunConfig:
                     key, got, f"{value!r}, which is what method {self.method!r} means",
                     "Use method: galore_plus to choose, or set it under 'methods: {galore_plus: ...}' alone.",
                 )  # fmt: skip
-        training = {}
+        training, hints = {}, trainer_hints()
         for key, value in self.training.items():
-            if key not in training_hints():
-                raise refuse_key(key, value, training_hints())
-            training[key] = coerce(key, value, training_hints()[key])
+            if key not in hints:
+                raise refuse_key(key, value, hints)
+            if key in TRL_HINTS and self.trainer != "trl":
+                raise OptionError(
+                    key, value, f"no such setting under trainer {self.trainer!r}",
+                    "It is one of TRL's SFTTrainer: add 'trainer: trl' (--trainer trl), or remove it.",
+                )  # fmt: skip
+            training[key] = coerce(key, value, hints[key])
         object.__setattr__(self, "training", training)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,7 +141,7 @@ class RunConfig:
         return _resolve(Document("settings", dict(data), {}), (), {})
 
 
-BLOCKS: dict[str, type] = {"galore": GaLoreConfig, "data": DataConfig, "eval": EvalConfig}
+BLOCKS: dict[str, type] = {"galore": GaLoreConfig, "lora": LoraSettings, "data": DataConfig, "eval": EvalConfig}
 OWN = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in (*BLOCKS, "methods", "training"))
 
 
@@ -134,34 +163,39 @@ def load_run_config(
     return _resolve(document, overrides, flags or {})
 
 
-def packaged_configs() -> dict[str, str]:
-    """The packaged configurations: name to YAML text."""
-    folder = importlib.resources.files("galore_trainer.configs") / "train"
+def packaged_configs(kind: str = "train") -> dict[str, str]:
+    """The packaged configurations, or with ``kind="studies"`` the studies: name to YAML text."""
+    folder = importlib.resources.files("galore_trainer.configs") / kind
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
 
 
-def read_packaged(name: str, wanted: str = "a packaged name") -> str:
-    """The YAML text of a packaged configuration; ``OptionError`` with the nearest name for an unknown one."""
-    packaged = packaged_configs()
+def read_packaged(name: str, wanted: str = "a packaged name", kind: str = "train") -> str:
+    """The YAML text of a packaged file; ``OptionError`` with the nearest name for an unknown one."""
+    packaged = packaged_configs(kind)
     if name not in packaged:
         close = difflib.get_close_matches(name, packaged, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"Packaged: {', '.join(packaged)}."
-        raise OptionError("CONFIG", name, wanted, hint)
+        raise OptionError(_ARGUMENT[kind], name, wanted, hint)
     return packaged[name]
 
 
-def read_config(config: str | Path) -> Document:
-    """Read a packaged configuration by name, or a YAML file by path, without resolving it."""
+def read_config(config: str | Path, kind: str = "train") -> Document:
+    """Read a packaged file by name, or a YAML file by path, without resolving it."""
     path = Path(config).expanduser()
-    if str(config) in packaged_configs() or not path.is_file():
-        text = read_packaged(str(config), "a packaged name or the path of a YAML file")
+    if str(config) in packaged_configs(kind) or not path.is_file():
+        text = read_packaged(str(config), "a packaged name or the path of a YAML file", kind)
         return read_mapping(text, f"{config}.yaml")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError("CONFIG", str(config), "a readable UTF-8 file", f"{error}.") from None
+        raise OptionError(_ARGUMENT[kind], str(config), "a readable UTF-8 file", f"{error}.") from None
     return read_mapping(text, str(config))
+
+
+def trainer_hints() -> dict[str, Any]:
+    """The fields of TrainingArguments, and those of TRL's that are passed on, with their types."""
+    return {**training_hints(), **TRL_HINTS}
 
 
 @functools.cache
@@ -169,7 +203,7 @@ def known_keys() -> dict[str, Any]:
     """Every dotted key a configuration may hold, with its type."""
     own = get_type_hints(RunConfig)
     blocks = {f"{name}.{key}": hint for name, cls in BLOCKS.items() for key, hint in get_type_hints(cls).items()}
-    return {**{key: own[key] for key in OWN}, **training_hints(), **blocks}
+    return {**{key: own[key] for key in OWN}, **trainer_hints(), **blocks}
 
 
 def _resolve(document: Document, overrides: Sequence[str], flags: Mapping[str, Any]) -> RunConfig:
@@ -177,10 +211,12 @@ def _resolve(document: Document, overrides: Sequence[str], flags: Mapping[str, A
     given = collect(command_line_settings(overrides, flags), known_keys(), _check_method)
     method = given.own.get("method", file.own.get("method", RunConfig.method))
     for key in given.own:
-        if method == "adamw" and key.startswith("galore."):
+        block = key.partition(".")[0]
+        readers = [name for name, spec in METHODS.items() if spec.block == block]
+        if readers and method not in readers:
             raise OptionError(
-                key, given.places[key], "no GaLore setting under method 'adamw', which would ignore it",
-                "Remove it, or use --method galore_plus.",
+                key, given.places[key], f"no {block} setting under method {method!r}, which would ignore it",
+                f"Remove it, or use --method {' or '.join(readers)}.",
             )  # fmt: skip
     methods = {m: {**file.methods.get(m, {}), **given.methods.get(m, {})} for m in (*file.methods, *given.methods)}
     output_dir = {"output_dir": f"runs/{Path(document.name).stem}-{method}"}
@@ -203,7 +239,7 @@ def _check_method(name: str) -> None:
     if name not in METHOD_DEFAULTS:
         close = difflib.get_close_matches(name, METHOD_DEFAULTS, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else ""
-        raise OptionError(f"methods.{name}", name, f"one of {', '.join(get_args(Method))}", hint)
+        raise OptionError(f"methods.{name}", name, f"one of {', '.join(METHODS)}", hint)
 
 
 def _check_fields(prefix: str, config: Any) -> None:
@@ -212,4 +248,5 @@ def _check_fields(prefix: str, config: Any) -> None:
         value, low = getattr(config, field.name), field.metadata.get("minimum")
         check_type(prefix + field.name, value, hints[field.name])
         if low is not None and value is not None and not (math.isfinite(value) and value >= low):
-            raise OptionError(prefix + field.name, value, f"an integer of at least {low:g}")
+            kind = "an integer" if isinstance(value, int) else "a finite number"
+            raise OptionError(prefix + field.name, value, f"{kind} of at least {low:g}")

@@ -1,4 +1,4 @@
-"""Scoring a model: batched greedy generation, the recipe's exact match with interval, and the loss on the targets."""
+"""Scoring a model: batched greedy generation, the recipe's exact match or text metrics, the loss on the targets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from galore_trainer.errors import OptionError
 from galore_trainer.run.artifacts import write_file
 from galore_trainer.run.prompts import IGNORED, Collator, encode_all, pad, render_prompt, token_ids
+from galore_trainer.run.scores import headline
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +69,10 @@ def evaluate_examples(
     """Score a model in memory on the first ``config.eval.limit`` examples; it is left as it was found.
 
     Returns:
-        ``task``, ``n``, ``extract``, ``score`` and ``interval`` (95 %, None where the task has no answers), each exact
-        match the recipe reports, ``eval_loss`` (mean over target tokens), ``eval_loss_dropped`` (examples longer than
-        ``max_length``, left out of the loss), ``seconds``.
+        ``task``; all the recipe's ``score`` reports but ``per_example``, ``n`` among it; ``metric``, ``extract``,
+        ``score`` and ``interval`` as ``scores.headline`` has them; ``eval_loss`` (mean over target tokens, of the first
+        reference where there are several), ``eval_loss_dropped`` (examples longer than ``max_length``, left out of the
+        loss), ``seconds``.
 
     Raises:
         OptionError: nothing to evaluate on.
@@ -88,7 +90,7 @@ def evaluate_examples(
         bf16=bf16, progress=progress,
     )  # fmt: skip
     scores = score(task, predictions, list(examples))
-    found = scores.pop("per_example", None)
+    found = scores.pop("per_example", [{}] * len(examples))
     rows = encode_all(tokenizer, examples, config.max_length)
     loss = mean_loss(
         model, tokenizer, rows.rows, config.training.get("per_device_eval_batch_size", LOSS_BATCH_SIZE), bf16=bf16
@@ -96,22 +98,25 @@ def evaluate_examples(
     extract = config.eval.extract
     if predictions_path is not None:
         lines = []
-        for i, (example, prompt, prediction) in enumerate(zip(examples, prompts, predictions, strict=True)):
+        for example, prompt, prediction, verdict in zip(examples, prompts, predictions, found, strict=True):
             line = {"id": example.id, "prompt": prompt, "prediction": prediction, "answer": example.answer}
-            verdict = {"extracted": found[i][extract], "correct": found[i][f"{extract}_correct"]} if found else {}
-            lines.append(json.dumps({**line, **verdict}, ensure_ascii=False) + "\n")
+            lines.append(json.dumps({**line, **_verdict(verdict, extract)}, ensure_ascii=False) + "\n")
         write_file(predictions_path, "".join(lines))
-    chosen = scores.get(f"exact_match_{extract}")
     return {
         "task": task,
         **scores,
-        "extract": extract,
-        "score": chosen["value"] if chosen else None,
-        "interval": [chosen["low"], chosen["high"]] if chosen else None,
+        **headline(scores, extract),
         "eval_loss": loss,
         "eval_loss_dropped": len(rows.dropped),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _verdict(row: dict[str, Any], extract: str) -> dict[str, Any]:
+    """What a predictions file says of one prediction."""
+    if extract in row:
+        return {"extracted": row[extract], "correct": row[f"{extract}_correct"]}
+    return {key: row[key] for key in ("references", "rouge_l", "cider") if key in row}
 
 
 def generate(

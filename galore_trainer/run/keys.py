@@ -15,7 +15,19 @@ from galore_trainer.config import check_type, describe_type
 from galore_trainer.errors import OptionError
 from galore_trainer.run.yaml_io import parse_value
 
-FROM_PYTHON = "TRL's trainer takes GaLore+ from Python: SFTTrainer(..., **galore_plugin(config, args))."
+FROM_PYTHON = "TRL's trainer takes GaLore+ from Python, too: SFTTrainer(..., **galore_plugin(config, args))."
+
+# What trl.SFTConfig adds and 'trainer: trl' passes on: whatever leaves the encoding of the examples as it is.
+TRL_HINTS: dict[str, Any] = {
+    "packing": bool,
+    "packing_strategy": Literal["bfd", "bfd_split"],  # "wrapped" cuts answers and lets examples see each other
+    "eval_packing": bool | None,
+    "padding_free": bool,
+    "pad_to_multiple_of": int | None,
+    "loss_type": Literal["nll", "dft"],
+    "activation_offloading": bool,
+    "router_aux_loss_coef": float | None,
+}
 
 # Key -> the way out. {value} is what the user wrote.
 OUR_NAMES = {
@@ -25,6 +37,14 @@ OUR_NAMES = {
     "galore_scale": "Write 'galore.scale={value}'.",
     "galore_proj_type": "Write 'galore.proj_type={value}'.",
     "use_galore": "Write 'method: galore_plus', 'method: galore' or 'method: adamw'.",
+    "lora_rank": "Write 'lora.rank={value}'.",
+    "lora_r": "Write 'lora.rank={value}'.",
+    "lora.r": "Write 'lora.rank={value}'.",
+    "lora_alpha": "Write 'lora.alpha={value}'.",
+    "lora_dropout": "Write 'lora.dropout={value}'.",
+    "lora_target_modules": "Write 'lora.target_modules={value}'.",
+    "use_peft": "Write 'method: lora'.",
+    "use_dora": "Write 'method: dora'.",
     "cutoff_len": "Write 'max_length: {value}'.",
     "model": "Write 'model_name_or_path: {value}'; the flag is --model.",
     "lr": "Write 'learning_rate: {value}'.",
@@ -41,7 +61,7 @@ GONE = {
     "save_safetensors": "Remove it: weights are always saved as safetensors.",
 }
 NOT_OURS = {
-    "optim": "Write 'method: galore_plus', 'method: galore' or 'method: adamw'.",
+    "optim": "Write 'method: galore_plus', 'method: galore', 'method: adamw' or 'method: adamw_8bit'.",
     "optim_args": "Write its values into the block 'galore:', for example 'galore.rank=32'.",
     "optim_target_modules": "Write 'galore.target_modules={value}'.",
     "resume_from_checkpoint": "Give the flag --resume auto, or --resume PATH, on the command line.",
@@ -51,10 +71,6 @@ NOT_OURS = {
     "hub_token": "Set the environment variable HF_TOKEN, or run 'hf auth login'; a run writes its configuration down.",
 }
 ONLY_TRL = {
-    "packing": FROM_PYTHON,
-    "packing_strategy": FROM_PYTHON,
-    "eval_packing": FROM_PYTHON,
-    "padding_free": FROM_PYTHON,
     "assistant_only_loss": "Remove it: the loss is on the last answer of each example alone. " + FROM_PYTHON,
     "completion_only_loss": "Remove it: the loss is on the answer alone, as with true. " + FROM_PYTHON,
     "dataset_text_field": "Write 'data.task=sft' and give a file of chats or of prompts and completions.",
@@ -67,18 +83,14 @@ ONLY_TRL = {
     "chat_template_path": "Save the tokenizer with that template beside the model.",
     "eos_token": "Save the tokenizer with that token beside the model.",
     "pad_token": "Save the tokenizer with that token beside the model.",
-    "pad_to_multiple_of": FROM_PYTHON,
     "shuffle_dataset": "Remove it: training data are shuffled; 'train_sampling_strategy' chooses how.",
-    "loss_type": FROM_PYTHON,
-    "activation_offloading": "Write 'gradient_checkpointing: true' to save memory. " + FROM_PYTHON,
     "use_liger": "Write 'use_liger_kernel: {value}'.",
-    "router_aux_loss_coef": FROM_PYTHON,
 }
 REFUSED: tuple[tuple[dict[str, str], str], ...] = (
     (OUR_NAMES, "this project's name for it"),
     (GONE, "a TrainingArguments field of transformers 5"),
     (NOT_OURS, "the setting that stands for it here"),
-    (ONLY_TRL, "no setting that only TRL's SFTConfig has"),
+    (ONLY_TRL, "no setting of TRL's SFTConfig that would change how examples are read"),
 )
 
 

@@ -11,7 +11,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.keys import coerce, refuse_key
 from galore_trainer.run.yaml_io import Document, parse_value
 
-_BLOCK = re.compile(r"(methods\.[^.]+\.)?(galore|data|eval)|methods(\.[^.]+)?")
+_BLOCK = re.compile(r"(methods\.[^.]+\.)?(galore|lora|data|eval)|methods(\.[^.]+)?")
 _FLAGS = {"model_name_or_path": "--model"}
 
 
@@ -68,8 +68,10 @@ def command_line_settings(overrides: Sequence[str], flags: Mapping[str, Any]) ->
 
 
 def flag_name(key: str, *, negated: bool = False) -> str:
-    """The flag that stands for a dotted key: ``galore.update_proj_gap`` is ``--update-proj-gap``."""
-    leaf = key.rpartition(".")[2].replace("_", "-")
+    """The flag that stands for a dotted key: ``galore.rank`` is ``--rank``, ``lora.rank`` is ``--lora-rank``."""
+    block, _, leaf = key.rpartition(".")
+    leaf = f"{block}-{leaf}" if block == "lora" else leaf
+    leaf = leaf.replace("_", "-")
     return _FLAGS.get(key, f"--no-{leaf}" if negated else f"--{leaf}")
 
 

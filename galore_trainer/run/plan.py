@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from galore_trainer.run.arguments import training_arguments
 from galore_trainer.run.config import RunConfig
+from galore_trainer.run.methods import METHODS, check_method
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -17,11 +18,12 @@ def describe_plan(config: RunConfig) -> str:
     """Load the data, check the Trainer's arguments, and say what would be trained on what, how long and how fast.
 
     Raises:
-        OptionError: data that cannot be read, or arguments that transformers refuses.
+        OptionError: data that cannot be read, arguments that transformers refuses, a method that cannot run here.
     """
     from galore_trainer.recipes import load_data
 
     arguments = training_arguments(config)
+    check_method(config, arguments)
     data = load_data(config.data)
     lines = [
         ("model", f"{config.model_name_or_path}, weights in {config.dtype}, bf16 autocast {_on(arguments.bf16)}"),
@@ -37,8 +39,9 @@ def describe_plan(config: RunConfig) -> str:
 
 def learning_rates(config: RunConfig, lr: float) -> str:
     """The rates that weights move with: lr x scale for projected ones, lr x plain_lr_ratio for the others."""
-    if config.method == "adamw":
-        return f"{lr:g}, all weights"
+    block = METHODS[config.method].block
+    if block != "galore":
+        return f"{lr:g}, {'adapters alone' if block == 'lora' else 'all weights'}"
     galore = config.galore
     return (
         f"projected weights {lr:g} x {galore.scale:g} = {lr * galore.scale:g}, "
@@ -57,12 +60,16 @@ def count_steps(arguments: TrainingArguments, examples: int) -> tuple[int, int]:
 
 
 def _method(config: RunConfig) -> str:
-    galore = config.galore
-    if config.method == "adamw":
-        return "adamw"
+    galore, lora = config.galore, config.lora
+    trainer = ", by TRL's SFTTrainer" if config.trainer == "trl" else ""
+    block = METHODS[config.method].block
+    if block is None:
+        return config.method + trainer
+    if block == "lora":
+        return f"{config.method}: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{trainer}"
     return (
         f"{config.method}: rank {galore.rank}, a new projection every {galore.update_proj_gap} steps, "
-        f"heads {galore.head_sharing}, svd {galore.svd}, moments {galore.momentum_transfer}"
+        f"heads {galore.head_sharing}, svd {galore.svd}, moments {galore.momentum_transfer}{trainer}"
     )
 
 
@@ -71,8 +78,9 @@ def _steps(arguments: TrainingArguments, examples: int) -> str:
 
     total, per_epoch = count_steps(arguments, examples)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    packed = ", fewer once they are packed" if getattr(arguments, "packing", False) else ""
     return (
-        f"{total} of {batch} examples ({total / per_epoch:.2g} epochs of {per_epoch} steps), "
+        f"{total} of {batch} examples ({total / per_epoch:.2g} epochs of {per_epoch} steps{packed}), "
         f"warm-up {arguments.get_warmup_steps(total)}, schedule {SchedulerType(arguments.lr_scheduler_type).value}"
     )
 

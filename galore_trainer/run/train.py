@@ -17,7 +17,9 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.arguments import training_arguments
 from galore_trainer.run.artifacts import environment, plot_losses, write_file, write_json
 from galore_trainer.run.checkpoints import checkpoints, choose_checkpoint, damage
-from galore_trainer.run.config import RESOLVED_CONFIG, RunConfig, load_run_config
+from galore_trainer.run.config import BLOCKS, RESOLVED_CONFIG, RunConfig, load_run_config
+from galore_trainer.run.methods import ADAPTER, METHODS, check_method, check_resumable
+from galore_trainer.run.scores import in_words
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -61,6 +63,7 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     arguments = training_arguments(config, **{**RUN_DEFAULTS, "disable_tqdm": not sys.stderr.isatty()})
     main = arguments.process_index == 0
     say = _Say(main)
+    check_method(config, arguments)
     output = Path(config.output_dir).expanduser()
     checkpoint = _choose_start(config, output, resume, overwrite, say)
 
@@ -68,6 +71,7 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
 
     from galore_trainer.recipes import load_data
     from galore_trainer.run.evaluate import evaluate_examples
+    from galore_trainer.run.figures import parameter_counts
     from galore_trainer.run.memory import PeakMemory
     from galore_trainer.run.model import load_model
 
@@ -80,6 +84,8 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
     model.to(arguments.device)  # type: ignore[arg-type]
     trainer, timing, interrupt = _make_trainer(config, arguments, model, tokenizer, data, output, say)
+    parameters = parameter_counts(trainer.model)
+    say(f"parameters: {parameters['trained']:,} of {parameters['total']:,} are trained")
     if main:  # from here on the run exists
         _clear(output) if overwrite and checkpoint is None else None
         write_file(output / RESOLVED_CONFIG, config.to_yaml())
@@ -94,7 +100,7 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
             )  # fmt: skip
             write_json(output / SCORE_BEFORE, before)
         evaluation_seconds += before["seconds"]
-        say(f"before training: {_score_text(before)}")
+        say(f"before training: {in_words(before)}")
 
     memory = PeakMemory(arguments.device)
     with interrupt.listening(), _disk_guard(output):
@@ -102,10 +108,13 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     result_path = output / RESULT
     if interrupt.interrupted:
         newest = next((c for c in checkpoints(output) if damage(c) is None), None)
-        say(f"interrupted at step {trainer.state.global_step}; go on with --resume auto (from {newest})")
+        go_on = f"go on with --resume auto (from {newest})" if METHODS[config.method].resumable else "it cannot resume"
+        say(f"interrupted at step {trainer.state.global_step}; {go_on}")
         return RunResult(output, result_path, True, {})
     peak = memory.report()
+    finish = METHODS[config.method].finish
     with _disk_guard(output):
+        finish(trainer, config, output) if finish else None
         trainer.save_model(str(output / "model"))
     after = None
     if main and data.eval:
@@ -117,7 +126,7 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     result: dict[str, Any] = {}
     if main:
         result = _result(config, trainer, data, before, after, peak, checkpoint)
-        result["seconds"] = _seconds(trainer, timing) | {"evaluation": evaluation_seconds}
+        result |= {"parameters": parameters, "seconds": _seconds(trainer, timing) | {"evaluation": evaluation_seconds}}
         _write_artifacts(output, config, trainer, result)
         say(_summary(result, output))
     trainer.end() if hasattr(trainer, "end") else None
@@ -134,6 +143,7 @@ def _choose_start(config: RunConfig, output: Path, resume: str | None, overwrite
         raise OptionError("output_dir", str(output), "a folder", "A file of this name exists: choose another.")
     taken = output.is_dir() and any(output.iterdir())
     if resume:
+        check_resumable(config.method, resume)
         saved = output / RESOLVED_CONFIG
         if saved.is_file():
             _check_resumable(config, load_run_config(saved), say)
@@ -154,7 +164,9 @@ def _choose_start(config: RunConfig, output: Path, resume: str | None, overwrite
 def _check_resumable(now: RunConfig, saved: RunConfig, say: _Say) -> None:
     """Refuse what would make saved state meaningless; tell of every other difference."""
     before, after = (_flat(c.to_dict()) for c in (saved, now))
-    fixed = {f"galore.{name}" for name in type(now.galore).trajectory_fields()} if now.method != "adamw" else set()
+    block = METHODS[now.method].block
+    fields = dataclasses.fields(BLOCKS[block]) if block else ()
+    fixed = {f"{block}.{field.name}" for field in fields if field.metadata["trajectory"]}
     fixed |= {"method", "model_name_or_path", "dtype", "seed"}
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
@@ -175,7 +187,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _clear(output: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for path in [*checkpoints(output), output / "model"]:
+    for path in [*checkpoints(output), output / "model", output / ADAPTER]:
         shutil.rmtree(path, ignore_errors=True)
     names = (RESULT, LOG, SCORE_BEFORE, RESOLVED_CONFIG, "predictions.jsonl", "predictions_before.jsonl", "loss.png")
     for name in names:
@@ -195,12 +207,11 @@ def _read_score(output: Path, resume: str | None) -> dict[str, Any] | None:
 def _make_trainer(
     config: RunConfig, arguments: Any, model: Any, tokenizer: Any, data: TaskData, output: Path, say: _Say
 ) -> tuple[Trainer, Any, Any]:
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback
 
-    from galore_trainer.hf.build import galore_plugin
-    from galore_trainer.optim.groups import plan_weights
     from galore_trainer.run.callbacks import InterruptCallback, LogCallback, SealCallback, TimingCallback
-    from galore_trainer.run.prompts import Collator, encode_all
+    from galore_trainer.run.prompts import encode_all
+    from galore_trainer.run.trainers import build_trainer
 
     rows, dropped = encode_all(tokenizer, data.train, config.max_length)
     if dropped:
@@ -208,21 +219,10 @@ def _make_trainer(
     if not rows:
         raise OptionError("data.source", config.data.source, "at least one example to train on")
     held_out = encode_all(tokenizer, data.eval, config.max_length).rows if data.eval else None
-    plugin: dict[str, Any] = {"callbacks": []}
-    if config.method != "adamw":
-        plan_weights(model, config.galore)  # refuses now what the Trainer would meet after the first scoring
-        plugin = galore_plugin(config.galore, arguments)
+    model, plugin = METHODS[config.method].prepare(model, config, arguments)
     timing, interrupt = TimingCallback(arguments.device), InterruptCallback()
-    reporting = plugin.pop("callbacks")
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=Collator(tokenizer.pad_token_id, pad_to_multiple_of=1 if arguments.device.type == "cpu" else 8),
-        processing_class=tokenizer,
-        **plugin,
-    )
+    reporting = plugin.pop("callbacks", [])
+    trainer = build_trainer(config, arguments, model, tokenizer, rows, held_out, **plugin)
     trainer.remove_callback(PrinterCallback)
     for callback in reversed(reporting):  # before the trackers, so that they see its figures
         trainer.callback_handler.callbacks.insert(0, callback)
@@ -256,13 +256,11 @@ def _disk_guard(output: Path) -> Iterator[None]:
 
 
 def _seconds(trainer: Trainer, timing: Any) -> dict[str, float]:
-    from galore_trainer.hf.callback import unwrap_optimizer
+    from galore_trainer.run.figures import refresh_seconds
 
     mine = timing.stopwatch.seconds()
     step, optimizer = mine.get("step", 0.0), mine.get("optimizer", 0.0)
-    refresh = 0.0
-    with contextlib.suppress(OptionError):
-        refresh = unwrap_optimizer(trainer.optimizer).stopwatch.seconds().get("refresh", 0.0)
+    refresh = refresh_seconds(trainer.optimizer)
     return {"training": step, "forward_backward": step - optimizer, "refresh": refresh, "update": optimizer - refresh}
 
 
@@ -270,13 +268,13 @@ def _result(
     config: RunConfig, trainer: Trainer, data: TaskData, before: Any, after: Any, peak: dict[str, Any],
     checkpoint: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
-    import torch
-
-    from galore_trainer.hf.callback import unwrap_optimizer
+    from galore_trainer.run.figures import optimizer_figures
 
     history = trainer.state.log_history
-    result: dict[str, Any] = {
+    return {
         "method": config.method,
+        "trainer": config.trainer,
+        "learning_rate": trainer.args.learning_rate,
         "task": data.task,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
@@ -285,48 +283,27 @@ def _result(
         "train_examples": len(data.train),
         "score_before": before,
         "score_after": after,
-        "train_loss": [row["loss"] for row in history if "loss" in row][-1:] or None,
+        "train_loss": next((row["loss"] for row in reversed(history) if "loss" in row), None),
         "peak_memory": peak,
         "environment": environment(),
         "data_notes": data.notes,
         "config": config.to_dict(),
+        **optimizer_figures(trainer.optimizer),
     }
-    result["train_loss"] = result["train_loss"][0] if result["train_loss"] else None
-    try:
-        optimizer = unwrap_optimizer(trainer.optimizer)
-        errors = {name: error.item() for name, error in optimizer.projection_errors.items()}
-        result["optimizer_state_bytes"] = optimizer.state_bytes()
-        result["skipped_steps"] = optimizer.check_finite()
-        result["projection_error"] = (
-            {"mean": sum(errors.values()) / len(errors), "by_matrix": errors} if errors else None
-        )
-    except OptionError:  # method adamw
-        states = trainer.optimizer.state.values() if trainer.optimizer else ()
-        tensors = [v for s in states for v in s.values() if isinstance(v, torch.Tensor)]
-        result["optimizer_state_bytes"] = {"plain": sum(t.numel() * t.element_size() for t in tensors)}
-    return result
 
 
 def _write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: dict[str, Any]) -> None:
     from galore_trainer.run.card import model_card
 
     gap = config.galore.update_proj_gap
-    refreshes = range(1, result["steps"] + 1, gap) if config.method != "adamw" and result["steps"] / gap <= 50 else ()
+    projects = METHODS[config.method].block == "galore"
+    refreshes = range(1, result["steps"] + 1, gap) if projects and result["steps"] / gap <= 50 else ()
     plot_losses(output / "loss.png", trainer.state.log_history, refresh_steps=list(refreshes))
     card = model_card(
         config, before=result["score_before"], after=result["score_after"], environment=result["environment"]
     )
     write_file(output / "model" / "README.md", card)
     write_json(output / RESULT, result)
-
-
-def _score_text(score: dict[str, Any]) -> str:
-    parts = []
-    if score["score"] is not None:
-        low, high = score["interval"]
-        parts.append(f"{score['score']:.1%} exact match [{low:.1%}, {high:.1%}] on {score['n']} problems")
-    parts.append(f"eval loss {score['eval_loss']:.4f}")
-    return ", ".join(parts)
 
 
 def _summary(result: dict[str, Any], output: Path) -> str:
@@ -340,13 +317,14 @@ def _summary(result: dict[str, Any], output: Path) -> str:
     lines = []
     for when in ("before", "after"):
         if result[f"score_{when}"]:
-            lines.append(f"{when:<7} {_score_text(result[f'score_{when}'])}")
+            lines.append(f"{when:<7} {in_words(result[f'score_{when}'])}")
     lines.append(f"time    training {seconds['training']:.0f} s: {parts}; evaluation {seconds['evaluation']:.0f} s")
     state = human_bytes(sum(result["optimizer_state_bytes"].values()))
     peak = result["peak_memory"]["peak_bytes"]
     told = f"; peak {human_bytes(peak)} {result['peak_memory']['meaning']}" if peak is not None else ""
     lines.append(f"memory  optimizer state {state}{told}")
-    lines.append(f"files   {output}: model/, {RESULT}, {LOG}, predictions.jsonl, loss.png, {RESOLVED_CONFIG}")
+    adapter = f" {ADAPTER}/," if METHODS[result["method"]].block == "lora" else ""
+    lines.append(f"files   {output}: model/,{adapter} {RESULT}, {LOG}, predictions.jsonl, loss.png, {RESOLVED_CONFIG}")
     return "\n".join(lines)
 
 

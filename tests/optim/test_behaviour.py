@@ -17,7 +17,7 @@ def make(dtype: torch.dtype = torch.float32, seed: int = 0, **settings) -> tuple
     generator = torch.Generator().manual_seed(5)
     shapes = [(24, 16), (16, 40), (16,)]
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
-    config = GaLoreConfig(**{"rank": 4, "update_proj_gap": 3, **settings})
+    config = GaLoreConfig(**{"rank": 4, "update_proj_gap": 3, "residual_warmup_steps": 2, **settings})
     groups = [
         {"params": params[:2], "names": ["a", "b"], "projected": True},
         {"params": params[2:], "names": ["c"]},
@@ -158,11 +158,12 @@ def test_ten_non_finite_gradients_in_a_row_stop_the_run_naming_the_parameter() -
 
 
 def test_state_bytes_are_what_the_state_holds() -> None:
-    params, optimizer = make()
+    params, optimizer = make(residual_percent=0.0)
     train(params, optimizer, range(1))
     kinds = optimizer.state_bytes()
     counters = 3 * 8 + 3 * 4  # skipped (two int32) and step (float32)
     basis = 4 * (16 * 4 + 16 * 4)  # right: n x r; left: m x r
+    assert kinds.pop("residual") == 0
     moments = 4 * 2 * (24 * 4 + 4 * 40)
     plain = 4 * 2 * 16
     assert kinds["basis"] == basis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -149,6 +150,28 @@ def test_experts_are_projected_one_by_one() -> None:
     torch.testing.assert_close(basis.mT @ basis, torch.eye(4).expand(3, 4, 4), rtol=0, atol=1e-5)
     router = next(w for w in plan if w.name.endswith("gate.weight"))
     assert router.kind == "plain"
+
+
+def test_output_heads_share_a_basis_by_columns() -> None:
+    """o_proj with shared output heads moves as its transpose would as a q_proj."""
+    model = llama()
+    config = GaLoreConfig(rank=4, update_proj_gap=2, share_output_heads=True, residual_warmup_steps=2)
+    weight = next(w for w in plan_weights(model, config) if w.name.endswith("o_proj.weight"))
+    (matrix,) = weight.matrices
+    assert (matrix.transposed, matrix.rows, matrix.head_dim, matrix.side) == (True, 32, 8, "right")
+    upright = nn.Parameter(weight.parameter.detach().T.clone())
+    group = {
+        "params": [upright], "names": [weight.name], "projected": True,
+        "matrices": [[dataclasses.replace(matrix, transposed=False)]],
+    }  # fmt: skip
+    by_columns = GaLoreAdamW(parameter_groups([weight], config, lr=1e-2, weight_decay=0.0), config)
+    by_rows = GaLoreAdamW([group], config, lr=1e-2)
+    for step in range(5):
+        G = torch.randn(weight.parameter.shape, generator=torch.Generator().manual_seed(step))
+        weight.parameter.grad, upright.grad = G, G.T.clone()
+        by_columns.step()
+        by_rows.step()
+    torch.testing.assert_close(weight.parameter.detach().T, upright.detach(), rtol=0, atol=2e-6)
 
 
 def test_rank_pattern_and_small_weights() -> None:

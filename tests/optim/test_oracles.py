@@ -10,6 +10,7 @@ import torch
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.reference import ReferenceMatrix
+from galore_trainer.core.sparse import Support
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
 SHAPES = [(96, 32), (32, 96), (64, 64), (65, 33), (33, 65), (48, 47), (128, 40)]
@@ -40,7 +41,13 @@ def test_equals_galore_torch(shape: tuple[int, int], proj_type: str) -> None:
     galore_torch = pytest.importorskip("galore_torch", reason="parity extra not installed")
     ours, theirs = weight(shape), weight(shape)
     config = GaLoreConfig(
-        rank=8, update_proj_gap=GAP, scale=0.25, proj_type=proj_type, svd="exact", momentum_transfer="keep"
+        rank=8,
+        update_proj_gap=GAP,
+        scale=0.25,
+        proj_type=proj_type,
+        svd="exact",
+        momentum_transfer="keep",
+        residual_percent=0.0,
     )
     mine = GaLoreAdamW([{"params": [ours], "projected": True}], config, lr=1e-2, eps=0.0)
     settings = {"rank": 8, "update_proj_gap": GAP, "scale": 0.25, "proj_type": proj_type}
@@ -66,7 +73,7 @@ def test_full_rank_equals_adamw(shape: tuple[int, int]) -> None:
         2.0, 1.0, k
     )
     later = gradients(shape, steps=8)
-    config = GaLoreConfig(rank=k, scale=1.0, update_proj_gap=1000, svd="exact")
+    config = GaLoreConfig(rank=k, scale=1.0, update_proj_gap=1000, svd="exact", residual_warmup_steps=2)
     mine = GaLoreAdamW([{"params": [ours], "projected": True}], config, lr=1e-2, weight_decay=0.1)
     other = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
     for G in [first, *later]:
@@ -91,39 +98,92 @@ HEAD_DIM = 8
 LAYOUTS = {"joint": (1, 0, 0), "shared": (1, HEAD_DIM, 1), "grouped": (2, HEAD_DIM, 1), "per_head": (4, HEAD_DIM, 1)}
 
 
+WARMUP = 2
+RESIDUALS = {
+    "none": {"residual_percent": 0.0},
+    "row": {"residual_percent": 10.0, "residual_warmup_steps": WARMUP, "residual_scale": 0.5},
+    "global": {"residual_percent": 5.0, "residual_warmup_steps": WARMUP, "residual_selection": "global"},
+    "at once": {"residual_percent": 5.0, "residual_warmup_steps": 0},
+}
+
+
 @pytest.mark.parametrize("shape", [(32, 20), (32, 96), (32, 32)])
 @pytest.mark.parametrize(("sharing", "side"), [("joint", "left"), *((s, "right") for s in LAYOUTS)])
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
 @pytest.mark.parametrize("transfer", ["keep", "align", "rotate", "reset"])
-def test_equals_float64_reference(shape: tuple[int, int], sharing: str, svd: str, side: str, transfer: str) -> None:
-    """Every way to project follows the literal float64 step, given the same bases."""
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_equals_float64_reference(
+    shape: tuple[int, int], sharing: str, side: str, svd: str, transfer: str, residual: str
+) -> None:
+    """Every way to project follows the literal float64 step, given the same bases and supports."""
     blocks, head_dim, lenders = LAYOUTS[sharing]
     matrix = LogicalMatrix(
         length=shape[0], columns=shape[1], side=side, rank=5, blocks=blocks, head_dim=head_dim, lenders=lenders
     )
     p = weight(shape)
-    config = GaLoreConfig(rank=5, update_proj_gap=GAP, scale=2.0, svd=svd, momentum_transfer=transfer)
+    config = GaLoreConfig(
+        rank=5, update_proj_gap=GAP, scale=2.0, svd=svd, momentum_transfer=transfer, **RESIDUALS[residual]
+    )
     group = {"params": [p], "names": ["w"], "projected": True, "matrices": [[matrix]]}
     optimizer = GaLoreAdamW([group], config, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
     references = [
-        ReferenceMatrix(W, side, lr=1e-2, scale=2.0, betas=(0.9, 0.99), weight_decay=0.1, momentum_transfer=transfer)
+        ReferenceMatrix(
+            W, side, lr=1e-2, scale=2.0, betas=(0.9, 0.99), weight_decay=0.1, momentum_transfer=transfer,
+            residual_scale=config.residual_scale,
+        )
         for W in p.detach().chunk(blocks)
-    ]
+    ]  # fmt: skip
     raw: list[torch.Tensor] = []
     for step, G in enumerate(gradients(shape)):
         p.grad = G.clone()
         optimizer.step()
-        bases = optimizer.state[p]["basis"]
+        state = optimizer.state[p]
+        raw.append(state["basis"].clone())
+        chosen = state.get("residual_index")
+        assert (chosen is not None) == (residual != "none" and step + 1 >= config.residual_warmup_steps)
         for b, (reference, part) in enumerate(zip(references, G.chunk(blocks), strict=True)):
             if step % GAP == 0:
                 # under align the optimizer's basis has its signs already: aligning it again changes nothing
-                reference.refresh(bases[b])
+                reference.refresh(state["basis"][b])
+            if chosen is not None and reference.S is None and step >= config.residual_warmup_steps:
+                rows, columns = Support(chosen, shape[1]).coordinates(matrix.block_rows)
+                reference.choose_support(rows[b], columns[b])
             reference.step(part)
-        raw.append(bases.clone())
     assert not torch.equal(raw[0], raw[GAP])
     expected = torch.cat([r.W for r in references])
-    # 9 steps of lr x scale = 2e-2; float32 rounding of V after a rotation reaches N through a square root
-    torch.testing.assert_close(p.detach().double(), expected, rtol=0, atol=3e-6)
+    # 9 steps of lr x scale = 2e-2; float32 rounding of V after a rotation reaches N through a square root, and D[S]
+    # is a difference of two numbers of the gradient's size
+    torch.testing.assert_close(p.detach().double(), expected, rtol=0, atol=3e-6 if residual == "none" else 2e-5)
+
+
+@pytest.mark.parametrize("selection", ["row", "global"])
+@pytest.mark.parametrize(("side", "shape"), [("right", (32, 40)), ("left", (24, 60))])
+def test_candidates_find_the_support_of_a_dense_accumulator(selection: str, side: str, shape: tuple[int, int]) -> None:
+    """With gradients that repeat up to noise, the support is that of the dense moving average of D."""
+    matrix = LogicalMatrix(length=shape[0], columns=shape[1], side=side, rank=4)
+    p = weight(shape)
+    config = GaLoreConfig(
+        rank=4, residual_percent=5.0, residual_warmup_steps=6, residual_selection=selection, svd="exact"
+    )
+    optimizer = GaLoreAdamW(
+        [{"params": [p], "names": ["w"], "projected": True, "matrices": [[matrix]]}], config, lr=1e-3
+    )
+    reference = ReferenceMatrix(p.detach(), side, lr=1e-3, scale=config.scale)
+    fixed = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(8))
+    for step, G in enumerate(gradients(shape, steps=6)):
+        G = fixed + 0.2 * G
+        p.grad = G.clone()
+        optimizer.step()
+        if step == 0:
+            reference.refresh(optimizer.state[p]["basis"][0])
+        reference.step(G)
+    lines = shape[0] if selection == "row" else 1
+    found = optimizer.state[p]["residual_index"][0]
+    dense = reference.A.abs().reshape(lines, -1).topk(found.shape[-1], dim=-1).indices
+    pairs = zip(found.tolist(), dense.tolist(), strict=True)
+    shared = sum(len(set(a) & set(b)) for a, b in pairs) / found.numel()
+    assert shared >= 0.9
+    assert set(optimizer.state[p]) & {"candidate_index", "candidate_mean"} == set()
 
 
 @pytest.mark.parametrize(("blocks", "same_as"), [(4, "per_head"), (1, "shared")])
@@ -177,7 +237,7 @@ def test_steps_with_zero_lr_and_zero_gradient_on_empty_state_change_nothing() ->
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
             optimizer.step()
-            keys = {"basis", "exp_avg", "exp_avg_sq", "step", "calls", "refreshes", "due", "skipped"}
+            keys = {"basis", "exp_avg", "exp_avg_sq", "step", "calls", "refreshes", "due", "born", "phase", "skipped"}
             assert set(optimizer.state[projected]) == keys
             assert torch.equal(projected, weight((24, 16)))
             assert not any(v.any() for v in optimizer.state[projected].values() if torch.is_tensor(v))

@@ -146,6 +146,12 @@ class TestLoading:
         assert calls == [("a/b", "s", "train", "r"), ("a/b", "s", "test", "r")]
         assert (len(data.train), len(data.eval)) == (8, 10)
 
+    def test_a_data_set_that_is_a_script_is_read_from_its_converted_copy(self, calls):
+        columns = {"mr": "question", "ref": "answer"}
+        load_data(DataConfig(source="tuetschek/e2e_nlg", task="nlg", columns=columns, eval_samples=2))
+        load_data(DataConfig(source="tuetschek/e2e_nlg", task="nlg", columns=columns, eval_samples=2, revision="r"))
+        assert calls == [("tuetschek/e2e_nlg", None, "train", r) for r in ("refs/convert/parquet", "r")]
+
     def test_subset_belongs_to_the_training_source(self, calls):
         load_data(DataConfig(source="a/b", subset="s", eval_source="c/d", eval_split="test"))
         assert calls == [("a/b", "s", "train", None), ("c/d", None, "test", None)]

@@ -16,6 +16,7 @@ from galore_trainer.run import artifacts
 from galore_trainer.run.artifacts import environment, plot_losses, write_file, write_json
 from galore_trainer.run.card import model_card
 from galore_trainer.run.config import DataConfig, RunConfig
+from galore_trainer.run.scores import in_words
 
 
 def test_json_is_standard_and_numbers_it_lacks_are_null(tmp_path: Path):
@@ -155,3 +156,21 @@ def test_card_links_a_hub_data_set_and_says_when_nothing_was_scored():
     assert "Not evaluated." in text
     unscored = model_card(run, before=None, after={**AFTER, "score": None, "interval": None}, environment=FACTS)
     assert "| this model | none | 0.100 | 100 |" in unscored
+
+
+def test_card_of_texts_shows_every_metric_and_what_was_skipped():
+    scores = {"bleu": 0.6512, "nist": 7.25, "meteor": None, "rouge_l": 0.7, "cider": 2.125}
+    texts = {
+        **AFTER, **scores, "task": "nlg", "score": 0.6512, "interval": None, "extract": None,
+        "notes": ["METEOR is skipped: it needs Java."],
+    }  # fmt: skip
+    before = {**texts, "bleu": 0.01}
+    text = model_card(RunConfig(), before=before, after=texts, environment=FACTS)
+    assert "| | BLEU | NIST | METEOR | ROUGE-L | CIDEr | loss on the targets | examples |\n|---|---|---|" in text
+    assert "| base model | 0.0100 | 7.2500 | skipped | 0.7000 | 2.1250 | 0.100 | 100 |" in text
+    assert "| this model | 0.6512 | 7.2500 | skipped | 0.7000 | 2.1250 | 0.100 | 100 |" in text
+    assert "Task `nlg`, greedy decoding.\n\nMETEOR is skipped: it needs Java.\n" in text
+    assert in_words(texts) == (
+        "BLEU 0.6512, NIST 7.2500, METEOR skipped, ROUGE-L 0.7000, CIDEr 2.1250 on 100 prompts, eval loss 0.1000"
+    )
+    assert in_words(BEFORE) == "9.0% exact match [5.0%, 16.0%] on 100 problems, eval loss 2.3456"

@@ -11,9 +11,10 @@ import pytest
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import METHOD_DEFAULTS, EvalConfig, RunConfig, known_keys, load_run_config
+from galore_trainer.run.config import EvalConfig, LoraSettings, RunConfig, known_keys, load_run_config
 from galore_trainer.run.keys import GONE, NOT_OURS, ONLY_TRL, OUR_NAMES, training_hints
 from galore_trainer.run.knobs import knob_table
+from galore_trainer.run.methods import METHODS
 
 YAML = """\
 learning_rate: "2e-4"
@@ -74,7 +75,7 @@ def test_values_take_the_type_of_their_field(file: Path) -> None:
     assert config.data.revision == "1e5"
 
 
-@pytest.mark.parametrize("method", METHOD_DEFAULTS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_resolved_file_loads_back_to_an_equal_configuration(file: Path, tmp_path: Path, method: str) -> None:
     text = ["run_name=1e-4", "hub_revision=yes", "project=null and void", "trackio_space_id='none'"]
     config = load_run_config(file, text, {"method": method, "learning_rate": "3e-5"})
@@ -100,12 +101,25 @@ def test_galore_means_its_own_basis_and_refuses_another(file: Path) -> None:
         RunConfig(method="galore", galore=GaLoreConfig())
 
 
-def test_adamw_refuses_galore_settings_of_the_command_line_alone(file: Path) -> None:
-    assert load_run_config(file, ["method=adamw"]).galore.rank == 16
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.block != "galore"])
+def test_others_refuse_galore_settings_of_the_command_line_alone(file: Path, method: str) -> None:
+    assert load_run_config(file, [f"method={method}"]).galore.rank == 16
     for overrides, flags in ((["galore.rank=8"], {}), ([], {"galore.rank": "8"}), (["galore={rank: 8}"], {})):
-        error = refusal(file, [*overrides, "method=adamw"], flags)
+        error = refusal(file, [*overrides, f"method={method}"], flags)
         assert error.option == "galore.rank"
         assert "rank" in error.got
+        assert "--method galore_plus" in error.way_out
+
+
+def test_settings_of_lora_are_for_lora_and_dora_alone(file: Path) -> None:
+    for method in ("lora", "dora"):
+        assert load_run_config(file, ["lora.alpha=8", f"method={method}"], {"lora.rank": "4"}).lora.rank == 4
+    for method in ("galore_plus", "adamw"):
+        error = refusal(file, [], {"method": method, "lora.rank": "4"})
+        assert (error.option, error.got) == ("lora.rank", "--lora-rank 4")
+        assert "--method lora or dora" in error.way_out
+    for setting, wanted in (("rank=0", "at least 1"), ("dropout=1", "below 1"), ("target_modules=[]", "one name")):
+        assert wanted in refusal(file, ["method=lora", f"lora.{setting}"]).wanted
 
 
 @pytest.mark.parametrize(
@@ -140,7 +154,10 @@ def test_a_setting_given_twice_is_refused_naming_both(file: Path, overrides, fla
         ("cutoff_len=512", "cutoff_len", "'max_length: 512'"),
         ("no_cuda=true", "no_cuda", "'use_cpu: true'"),
         ("optim=galore_adamw", "optim", "method: galore"),
-        ("packing=true", "packing", "SFTTrainer"),
+        ("packing=true", "packing", "--trainer trl"),
+        ("assistant_only_loss=true", "assistant_only_loss", "SFTTrainer"),
+        ("lora_r=8", "lora_r", "'lora.rank=8'"),
+        ("lora.r=8", "lora.r", "'lora.rank=8'"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_way_out(file: Path, override: str, option: str, way_out: str) -> None:
@@ -163,6 +180,8 @@ def test_every_refused_name_has_a_way_out_and_is_no_key(key: str) -> None:
         ("learning_rate=fast", "a number"),
         ("max_steps=1.5", "an integer"),
         ("method=galor", "one of galore_plus, galore, adamw"),
+        ("trainer=sft", "one of hf, trl"),
+        ("packing_strategy=wrapped", "one of bfd, bfd_split"),
         ("lr_scheduler_type=cosin", "cosine_with_restarts"),
         ("galore=8", "a mapping"),
         ("galore.rank=0", "at least 1"),
@@ -261,7 +280,7 @@ def test_every_setting_of_trl_alone_is_refused_by_name() -> None:
 
 
 def test_the_table_of_knobs_has_a_row_for_every_field() -> None:
-    for cls, prefix in ((GaLoreConfig, "galore."), (EvalConfig, "eval.")):
+    for cls, prefix in ((GaLoreConfig, "galore."), (LoraSettings, "lora."), (EvalConfig, "eval.")):
         table = knob_table(cls)
         assert all(f"| `{prefix}{field.name}` |" in table for field in dataclasses.fields(cls))
         assert {line.count(" | ") for line in table.splitlines()} == {3}

@@ -175,6 +175,7 @@ def test_score_interval_and_predictions_agree(loaded, tmp_path):
         "extracted": "17", "correct": True,
     }  # fmt: skip
     assert result["score"] == 5 / 6
+    assert (result["metric"], result["extract"]) == ("exact_match_flexible", "flexible")
     assert result["n"] == 6
     assert result["interval"][0] < result["score"] < result["interval"][1]
     assert result["eval_loss"] == pytest.approx(eval_loss(*loaded, [*EXAMPLES, wrong], 2), rel=1e-5)
@@ -193,7 +194,25 @@ def test_a_task_without_answers_has_a_loss_and_no_score(loaded):
     free = [dataclasses.replace(item, answer=None) for item in EXAMPLES]
     result = evaluate_examples(*loaded, "sft", free, config())
     assert (result["score"], result["interval"], result["n"]) == (None, None, 5)
+    assert (result["metric"], result["extract"]) == (None, None)
     assert result["eval_loss"] < 0.05
+
+
+def test_texts_are_scored_against_their_references_and_bleu_stands_for_them(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr("galore_trainer.metrics.nlg.meteor_missing", lambda: "METEOR is skipped: here.")
+    texts = [
+        dataclasses.replace(item, answer=None, references=(f"so #### {item.answer}", "it is so")) for item in EXAMPLES
+    ]
+    path = tmp_path / "predictions.jsonl"
+    result = evaluate_examples(*loaded, "nlg", texts, config(), predictions_path=path)
+    assert (result["metric"], result["interval"], result["extract"]) == ("bleu", None, None)
+    assert result["score"] == result["bleu"] == pytest.approx(1.0)
+    assert result["rouge_l"] == 1.0
+    assert result["meteor"] is None
+    assert result["notes"] == ["METEOR is skipped: here."]
+    assert "per_example" not in result
+    row = json.loads(path.read_text(encoding="utf-8").splitlines()[1])
+    assert (row["id"], row["references"], row["rouge_l"]) == ("eval/17", ["so #### 17", "it is so"], 1.0)
 
 
 def test_nothing_to_evaluate_on_is_refused(loaded):

@@ -54,7 +54,9 @@ def test_a_run_leaves_everything_that_tells_what_it_did(finished: Path) -> None:
     parts = seconds["forward_backward"] + seconds["refresh"] + seconds["update"]
     assert parts == pytest.approx(seconds["training"])
     assert min(seconds.values()) > 0
-    assert {"basis", "moments", "plain"} == set(result["optimizer_state_bytes"])
+    assert {"basis", "moments", "residual", "plain"} == set(result["optimizer_state_bytes"])
+    assert 0 < result["parameters"]["trained"] <= result["parameters"]["total"]
+    assert result["learning_rate"] == 1e-3
     assert 0 < result["projection_error"]["mean"] < 1
     assert len(result["projection_error"]["by_matrix"]) == 14
     for when in ("score_before", "score_after"):

@@ -1,0 +1,88 @@
+"""``galore-ft ablate``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from galore_trainer.cli.options import Debug, Overrides
+from galore_trainer.cli.train import INTERRUPTED
+from galore_trainer.errors import OptionError
+
+FAILED = 1
+
+Name = Annotated[
+    str, typer.Argument(metavar="STUDY", help="rank, residual, cross_head, svd, methods, or a YAML file of yours.")
+]
+OutputDir = Annotated[
+    str | None, typer.Option("--output-dir", metavar="TEXT", help="Folder of the study (default runs/ablate-STUDY).")
+]
+Seeds = Annotated[str | None, typer.Option("--seeds", metavar="0,1,2", help="Seeds, in place of the study's.")]
+Jobs = Annotated[
+    int, typer.Option("--jobs", min=1, help="Runs side by side on one device; a timing pass of each cell follows.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; run nothing.")]
+Only = Annotated[str | None, typer.Option("--only", metavar="TEXT", help="Run cells with this in their name.")]
+MaxCells = Annotated[int | None, typer.Option("--max-cells", min=1, help="Most runs to start; the others wait.")]
+KeepModels = Annotated[
+    bool, typer.Option("--keep-models", help="Keep trained weights; otherwise only results, logs and predictions.")
+]
+
+
+def ablate(
+    study: Name,
+    overrides: Overrides = None,
+    *,
+    output_dir: OutputDir = None,
+    seeds: Seeds = None,
+    jobs: Jobs = 1,
+    dry_run: DryRun = False,
+    only: Only = None,
+    max_cells: MaxCells = None,
+    keep_models: KeepModels = False,
+    debug: Debug = False,
+) -> None:
+    """Run a study: galore-ft ablate STUDY [key=value ...]. Each cell and seed is a run of its own.
+
+    Finished runs are skipped and others go on from their last checkpoint, so that the same command resumes a sweep.
+    base=CONFIG chooses what is varied, for example base=mawps data.source=path/to/train.json.
+    """
+    from galore_trainer.run.study import load_study
+
+    loaded = load_study(study, overrides or (), None if seeds is None else _integers(seeds))
+    output = Path(output_dir or f"runs/ablate-{loaded.name}").expanduser()
+    if dry_run:
+        from galore_trainer.run.sweep_plan import describe_sweep
+
+        typer.echo(describe_sweep(loaded, output, jobs=jobs, only=only, max_cells=max_cells))
+        return
+    from galore_trainer.run.ablate import ablate as run_study
+
+    flags = {"--output-dir": output, "--seeds": seeds, "--jobs": jobs, "--only": only, "--max-cells": max_cells}
+    given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+    outcome = run_study(
+        loaded, output, jobs=jobs, only=only, max_cells=max_cells, keep_models=keep_models,
+        command=shlex.join(["galore-ft", "ablate", study, *(overrides or ()), *given]), say=_say,
+    )  # fmt: skip
+    for name, reason in outcome.failed.items():
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    if outcome.interrupted:
+        typer.echo("interrupted; the same command goes on")
+        raise typer.Exit(INTERRUPTED)
+    typer.echo(f"tables and plots: galore-ft report {shlex.quote(str(output))}")
+    if outcome.failed:
+        raise typer.Exit(FAILED)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError("--seeds", text, "integers with commas between them", "For example --seeds 0,1,2.") from None

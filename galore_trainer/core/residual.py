@@ -1,0 +1,66 @@
+"""The sparsely coded residual: Adam on a few entries of what the projection loses.
+
+Legend (shapes without the leading ``blocks`` dimension; G, R, P, lift as in ``core/galore.py``):
+    D = G - lift(R)   what the projection loses, m x n; never kept
+    S                 support of k entries a line (see ``core/sparse.py``); D[S] has its shape
+    m_S, v_S, u       moments of D[S] and their age
+
+While P is fixed and M started at zero, the lost part of the first moment is exactly the moving average of D:
+
+    m_S <- b1 m_S + (1 - b1) D[S]           v_S <- b2 v_S + (1 - b2) D[S]^2
+    W[S] <- W[S] - lr scale residual_scale (m_S / (1 - b1^u)) / (sqrt(v_S / (1 - b2^u)) + eps)
+
+S is chosen once. At the first step the 4 k largest entries of |D| become candidates; over ``residual_warmup_steps``
+steps their moving average is kept, then the best k are S. A dense accumulator exists in the tests only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from galore_trainer.core.galore import lift
+from galore_trainer.core.sparse import Support, read_at
+
+CANDIDATES = 4  # for each entry of the support
+CHUNK = 1 << 24  # products held at a time while D[S] is formed
+
+
+def support_size(rows: int, columns: int, percent: float, balanced: bool) -> tuple[int, int]:
+    """Lines and entries a line of a support that holds ``percent`` % of rows x columns entries, at least one a line."""
+    if balanced:
+        return rows, max(1, round(columns * percent / 100.0))
+    return 1, max(1, round(rows * columns * percent / 100.0))
+
+
+def choose(scores: Tensor, lines: int, entries: int) -> Tensor:
+    """The positions of the largest scores in rising order: [blocks, rows, n] to int32 [blocks, lines, entries]."""
+    by_line = scores.reshape(len(scores), lines, -1)
+    return by_line.topk(min(entries, by_line.shape[-1]), dim=-1).indices.sort(dim=-1).values.int()
+
+
+def best_candidates(index: Tensor, mean: Tensor, entries: int) -> Tensor:
+    """Of candidates [blocks, lines, c] with moving averages ``mean``, the ``entries`` largest in every line."""
+    best = mean.abs().topk(entries, dim=-1).indices
+    return index.gather(-1, best).sort(dim=-1).values
+
+
+def dense_loss(G: Tensor, R: Tensor, P: Tensor, side: str) -> Tensor:
+    """D in float32: formed for a moment while candidates are found and averaged, never kept."""
+    return G.float() - lift(R, P, side)
+
+
+def sampled_loss(G: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
+    """D[S] in float32, from G[S] and rows of R and P alone: D itself is not formed."""
+    left, right = (R, P) if side == "right" else (P, R.mT)  # lift = left right^T; [m, r] and [n, r]
+    (blocks, m, r), n = left.shape, right.shape[-2]
+    start = torch.arange(blocks, device=G.device)[:, None, None]  # blocks one after the other: one index does for all
+    row, column = support.coordinates(m)
+    left_rows, right_rows = left.reshape(-1, r), right.reshape(-1, r)
+    i, j = (start * m + row).flatten(), (start * n + column).flatten()
+    width = max(1, CHUNK // r)
+    lifted = [
+        left_rows.index_select(0, a).mul_(right_rows.index_select(0, b)).sum(dim=-1)
+        for a, b in zip(i.split(width), j.split(width), strict=True)
+    ]
+    return read_at(G, support).float() - torch.cat(lifted).view(support.positions.shape)

@@ -1,0 +1,172 @@
+"""Texts against several references: the five metrics of the E2E challenge's scorer (github.com/tuetschek/e2e-metrics).
+
+Each is what that scorer computes, so that numbers can be put beside published ones: BLEU and NIST on mteval-v13a's
+tokens, METEOR, ROUGE-L and CIDEr on Penn Treebank tokens. All are corpus scores. CIDEr weighs n-grams by their rarity
+in the evaluated set: its values on different sets do not compare, and on a set of one example it is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from galore_trainer.metrics.meteor import meteor, meteor_missing
+from galore_trainer.metrics.tokens import mteval, treebank
+
+METRICS = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
+"""Key of each metric, and its name as people write it."""
+
+Tokens = Sequence[str]
+
+
+def nlg_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Score texts by all five metrics.
+
+    Args:
+        predictions: one text an example; an empty one is a wrong answer like any other.
+        references: for each example its right answers, at least one.
+
+    Returns:
+        ``n``, ``bleu``, ``nist``, ``meteor`` (None where it cannot run), ``rouge_l``, ``cider``; ``bleu_signature``
+        (sacrebleu's); ``notes``, sentences on what was skipped; ``per_example`` with ``rouge_l`` and ``cider`` of each.
+        BLEU, METEOR and ROUGE-L go from 0 to 1, CIDEr from 0 to 10, NIST has no upper bound.
+    """
+    assert predictions, "nothing to score"
+    assert len(predictions) == len(references), f"{len(predictions)} predictions for {len(references)} examples"
+    assert all(references), "an example without references"
+    bleu_score, signature = bleu(predictions, references)
+    words = [treebank(text) for text in predictions]
+    right = [[treebank(text) for text in group] for group in references]
+    overlaps, consensus = rouge_l(words, right), cider(words, right)
+    meteor_score, skipped = None, meteor_missing()
+    if skipped is None:
+        try:
+            meteor_score = meteor(words, right)
+        except RuntimeError as error:
+            skipped = str(error)
+    return {
+        "n": len(predictions),
+        "bleu": bleu_score,
+        "nist": nist(mteval(predictions), [mteval(group) for group in references]),
+        "meteor": meteor_score,
+        "rouge_l": sum(overlaps) / len(overlaps),
+        "cider": sum(consensus) / len(consensus),
+        "bleu_signature": signature,
+        "notes": [skipped] if skipped else [],
+        "per_example": [{"rouge_l": r, "cider": c} for r, c in zip(overlaps, consensus, strict=True)],
+    }
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
+    """BLEU (Papineni et al., ACL 2002) by sacrebleu, lower-cased, from 0 to 1; and sacrebleu's signature.
+
+    Where no n-gram of some order matches at all, it is smoothed as mteval-v13a does (``smooth:exp``).
+    """
+    from sacrebleu.metrics import BLEU
+
+    most = max(map(len, references))
+    columns = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
+    metric = BLEU(lowercase=True, smooth_method="exp", force=True)
+    score = metric.corpus_score(list(predictions), columns)  # type: ignore[arg-type]
+    return score.score / 100, str(metric.get_signature())
+
+
+def nist(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], order: int = 5) -> float:
+    """NIST (Doddington, HLT 2002) of tokens: matching n-grams weighed by how much they tell, times a length penalty.
+
+    The length is compared with that of an average reference over the whole set, as mteval-v13a.pl does and papers
+    quote. The E2E scorer's ``-p`` averages within each example first, which differs where examples have different
+    numbers of references.
+    """
+    seen: Counter[tuple[str, ...]] = Counter()
+    for group in references:
+        for n in range(1, order + 1):
+            for tokens in group:
+                seen.update(ngrams(tokens, n))
+    total = sum(len(tokens) for group in references for tokens in group)
+    seen[()] = total
+    score = 0.0
+    for n in range(1, order + 1):
+        told, written = 0.0, 0
+        for tokens, group in zip(predictions, references, strict=True):
+            found = ngrams(tokens, n)
+            written += found.total()
+            told += sum(
+                count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in (found & _most(group, n)).items()
+            )
+        score += told / max(written, 1)
+    average = total / (sum(map(len, references)) / len(references))
+    ratio = min(1.0, sum(map(len, predictions)) / average) if average else 0.0
+    beta = -math.log(0.5) / math.log(1.5) ** 2  # a text of two thirds the length counts half
+    return score * math.exp(-beta * math.log(ratio) ** 2) if ratio else 0.0
+
+
+def rouge_l(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], beta: float = 1.2) -> list[float]:
+    """ROUGE-L (Lin, 2004) of each example, from 0 to 1: the longest common subsequence as an F measure.
+
+    Precision and recall are each the best over the references, of possibly different ones, as COCO's scorer has it.
+    """
+    scores = []
+    for tokens, group in zip(predictions, references, strict=True):
+        common = [(_common(tokens, reference), len(reference)) for reference in group]
+        precision = max(length / max(len(tokens), 1) for length, _ in common)
+        recall = max(length / max(size, 1) for length, size in common)
+        both = recall + beta**2 * precision
+        scores.append((1 + beta**2) * precision * recall / both if both else 0.0)
+    return scores
+
+
+def cider(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], sigma: float = 6.0) -> list[float]:
+    """CIDEr-D (Vedantam et al., CVPR 2015) of each example, from 0 to 10: similarity of rarity-weighted n-grams.
+
+    An n-gram's rarity is that among the references of this very set, one document an example.
+    """
+    documents: Counter[tuple[str, ...]] = Counter()
+    for group in references:
+        documents.update({gram for tokens in group for n in range(1, 5) for gram in ngrams(tokens, n)})
+
+    def vector(tokens: Tokens, n: int) -> dict[tuple[str, ...], float]:
+        return {
+            gram: count * math.log(len(references) / max(documents[gram], 1))
+            for gram, count in ngrams(tokens, n).items()
+        }
+
+    def similarity(tokens: Tokens, reference: Tokens) -> float:
+        bigrams = max(len(tokens) - 1, 0) - max(len(reference) - 1, 0)
+        cosines = 0.0
+        for n in range(1, 5):
+            left, right = vector(tokens, n), vector(reference, n)
+            size = math.hypot(*left.values()) * math.hypot(*right.values())
+            clipped = sum(min(weight, right[gram]) * right[gram] for gram, weight in left.items() if gram in right)
+            cosines += clipped / size if size else 0.0
+        return cosines / 4 * math.exp(-(bigrams**2) / (2 * sigma**2))
+
+    return [
+        10 * sum(similarity(tokens, reference) for reference in group) / len(group)
+        for tokens, group in zip(predictions, references, strict=True)
+    ]
+
+
+def ngrams(tokens: Tokens, n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of ``n`` tokens occurs."""
+    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def _most(group: Sequence[Tokens], n: int) -> Counter[tuple[str, ...]]:
+    """For each n-gram, how often it occurs in the reference that has it most often."""
+    most: Counter[tuple[str, ...]] = Counter()
+    for tokens in group:
+        most |= ngrams(tokens, n)
+    return most
+
+
+def _common(left: Tokens, right: Tokens) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(right) + 1)
+    for token in left:
+        diagonal = 0
+        for j, other in enumerate(right, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if token == other else max(row[j], row[j - 1])
+    return row[-1]

@@ -1,0 +1,105 @@
+"""A new basis for a stack of matrices, and when it is due."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core import galore
+from galore_trainer.core.basis import BASES, sketch_width
+from galore_trainer.core.linalg import least_error
+from galore_trainer.optim.residual_state import reset_residual
+from galore_trainer.optim.stack import Job, Stack
+from galore_trainer.optim.streams import stream
+
+
+def next_due(calls: int, gap: int, phase: int) -> int:
+    """The first step after ``calls`` on the grid phase, phase + gap, ...; one that had to wait does not shift it."""
+    return calls + gap - (calls - phase) % gap
+
+
+def refresh_stack(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> galore.MatrixState:
+    """Find bases from the gradients, carry the moments over, write the state.
+
+    Args:
+        stack: matrices that are due; their gradients are finite and not all zero.
+        G: their gradients, [jobs x blocks, rows, n].
+        config: how.
+        seed: of the run.
+
+    Returns:
+        The new state, as written.
+    """
+    old, first = stack.read(), stack.jobs[0].state["refreshes"] == 0
+    omega, previous = None, None
+    if config.svd != "exact":
+        omega = torch.cat([_omega(job, config, seed) for job in stack.jobs])
+        previous = old.P if config.warm_start and not first else None
+    P = BASES[config.svd](
+        lending_rows(stack, G, config, seed),
+        stack.matrix.rank,
+        stack.matrix.side,
+        omega=omega,
+        previous=previous,
+        iterations=config.subspace_iterations,
+        raw_signs=config.momentum_transfer == "keep",
+    )
+    if first:
+        new = old._replace(P=P)
+    else:
+        new = galore.change_basis(
+            old, P, stack.matrix.side, config.momentum_transfer, betas=stack.group["betas"]
+        )  # fmt: skip
+    stack.write(new)
+    if config.momentum_transfer == "reset":
+        reset_residual(stack)
+    return new
+
+
+def lending_rows(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> Tensor:
+    """The rows that give each block its basis, float32, [jobs x blocks, lending rows, n]."""
+    matrix = stack.matrix
+    if not matrix.lenders or matrix.lenders == matrix.heads_per_block:
+        return G.float()
+    if config.head_choice == "energy":
+        heads = matrix.energy(G).topk(matrix.lenders, dim=-1).indices.sort(dim=-1).values
+    elif config.head_choice == "random":
+        heads = torch.cat([_random_heads(job, seed) for job in stack.jobs]).to(G.device)
+    else:
+        heads = torch.arange(matrix.lenders, device=G.device).expand(len(G), -1)
+    return matrix.lend(G, heads).float()
+
+
+def diagnose(stack: Stack, G: Tensor, P: Tensor, config: GaLoreConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """What randomization and sharing cost, against the best that any basis could do: two tensors [jobs].
+
+    ``excess`` is e(P) / e(exact) - 1 on the rows that were decomposed, ``sharing_excess`` e(P) / e(joint exact) on the
+    whole matrix, with one basis of the same rank and side; e is the projection error.
+    """
+    matrix, parts = stack.matrix, len(stack.jobs)
+    lent = lending_rows(stack, G, config, seed)
+    best = least_error(lent, matrix.rank, parts)  # 0 where the lending rows have no more directions than the rank
+    excess = torch.where(best > 1e-6, galore.projection_error(lent, P, matrix.side, parts) / best, 1.0)
+    whole = G.reshape(parts, matrix.rows, matrix.columns) if matrix.head_dim else G
+    sharing = galore.projection_error(G, P, matrix.side, parts) / least_error(whole, matrix.rank, parts)
+    return excess - 1.0, sharing
+
+
+def _random_heads(job: Job, seed: int) -> Tensor:
+    """Drawn on the CPU, so that every type of device lends the same heads: [blocks, lenders]."""
+    matrix, refresh = job.matrix, job.state["refreshes"]
+    draws = (stream("cpu", seed, job.name, "head", refresh, b) for b in range(matrix.blocks))
+    heads = torch.stack([torch.randperm(matrix.heads_per_block, generator=g) for g in draws])
+    return heads[:, : matrix.lenders].sort(dim=-1).values
+
+
+def _omega(job: Job, config: GaLoreConfig, seed: int) -> Tensor:
+    """The Gaussian test matrices of one job, [blocks, n, k]."""
+    blocks, m, n = job.matrix.lending_shape
+    k = sketch_width(job.matrix.rank, config.resolved_oversampling(job.matrix.rank), m, n)
+    device: Any = job.parameter.device
+    draws = (stream(device, seed, job.name, "omega", job.state["refreshes"], b) for b in range(blocks))
+    return torch.stack([torch.randn(n, k, generator=g, device=device) for g in draws])

@@ -1,0 +1,84 @@
+"""The residual inside the optimizer's state: born with the first basis, then candidates, then a support.
+
+Keys (after the matrix's prefix): ``candidate_index`` and ``candidate_mean`` while warming up; ``residual_index``,
+``residual_exp_avg``, ``residual_exp_avg_sq`` and ``residual_step`` afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core import residual
+from galore_trainer.core.galore import adam
+from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.sparse import Support, read_at
+from galore_trainer.optim.stack import Stack
+
+MOMENTS, AGE = ("residual_exp_avg", "residual_exp_avg_sq"), "residual_step"
+
+
+def support_shape(matrix: LogicalMatrix, config: GaLoreConfig) -> tuple[int, int, int]:
+    """Blocks, lines and entries a line of the support of one matrix."""
+    balanced = config.residual_selection == "row"
+    size = residual.support_size(matrix.block_rows, matrix.columns, config.residual_percent, balanced)
+    return matrix.blocks, *size
+
+
+def has_residual(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
+    """Whether a matrix gets one: switched on, and the projection loses something."""
+    return config.residual_percent > 0.0 and matrix.loses
+
+
+def residual_step(
+    stack: Stack, G: Tensor, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig
+) -> tuple[Support, Tensor] | None:
+    """Take this step's lost part in; the support and its update N_S, or None while candidates warm up.
+
+    Args:
+        stack: matrices of one age; their states are changed in place.
+        G, R, P: gradients, projections and bases of this step, [jobs x blocks, ...].
+        ok: [jobs x blocks, 1, 1], 1.0 where the gradient is finite.
+        config: how many entries, how long a warm-up, which scale.
+    """
+    if not stack.has("residual_index"):
+        _warm_up(stack, G, R, P, ok, config)
+        if not stack.has("residual_index") or config.residual_warmup_steps > 0:
+            return None  # the support's moments begin with the step after the warm-up
+    support = Support(stack.get("residual_index"), stack.matrix.columns)
+    D = residual.sampled_loss(G, R, P, stack.matrix.side, support)
+    m, v = (stack.get(key) for key in MOMENTS)
+    m, v, age, N = adam(m, v, stack.get_count(AGE), D, ok, betas=stack.group["betas"], eps=stack.group["eps"])
+    stack.put(MOMENTS[0], m)
+    stack.put(MOMENTS[1], v)
+    stack.put_count(AGE, age)
+    return support, config.residual_scale * N
+
+
+def reset_residual(stack: Stack) -> None:
+    """Start the sparse moments anew, on the same support (``momentum_transfer: reset``)."""
+    if stack.has(AGE):
+        for key in MOMENTS:
+            stack.put(key, torch.zeros_like(stack.get(key)))
+        stack.put_count(AGE, torch.zeros_like(stack.get_count(AGE)))
+
+
+def _warm_up(stack: Stack, G: Tensor, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig) -> None:
+    state = stack.jobs[0].state
+    _, lines, entries = support_shape(stack.matrix, config)
+    dense = residual.dense_loss(G, R, P, stack.matrix.side)  # for four times the entries one product is cheaper
+    if not stack.has("candidate_index"):
+        wide = entries if config.residual_warmup_steps == 0 else entries * residual.CANDIDATES
+        index = residual.choose(dense.abs(), lines, wide)
+        stack.put("candidate_index", index)
+        stack.put("candidate_mean", torch.zeros(index.shape, device=G.device))
+    support = Support(stack.get("candidate_index"), stack.matrix.columns)
+    D = torch.where(ok > 0.0, read_at(dense, support), 0.0)
+    stack.put("candidate_mean", torch.lerp(stack.get("candidate_mean"), D, ok * (1.0 - stack.group["betas"][0])))
+    if state["calls"] - state["born"] + 1 >= config.residual_warmup_steps:
+        index = residual.best_candidates(stack.pop("candidate_index"), stack.pop("candidate_mean"), entries)
+        stack.put("residual_index", index)
+        for key in MOMENTS:
+            stack.put(key, torch.zeros(index.shape, device=G.device))
+        stack.put_count(AGE, torch.zeros(len(index), 1, 1, device=G.device))

@@ -1,0 +1,245 @@
+"""Running a study: each cell and seed is a process of its own, so that one that fails costs the others nothing."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from galore_trainer.errors import OptionError
+from galore_trainer.run.artifacts import write_file
+from galore_trainer.run.cells import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    RUNNING,
+    TIMING,
+    Job,
+    Record,
+    read_result,
+    remove_weights,
+    timing_config,
+)
+from galore_trainer.run.config import RESOLVED_CONFIG
+from galore_trainer.run.methods import METHODS
+from galore_trainer.run.scores import in_words
+from galore_trainer.run.study import Study
+from galore_trainer.run.sweep_plan import count_all_steps, select
+
+POLL_SECONDS = 0.2
+LOG_LINES = 20
+EXIT_INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended: the runs that failed, by name, with the reason; and whether it was interrupted."""
+
+    failed: dict[str, str]
+    interrupted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Child:
+    job: Job
+    process: subprocess.Popen[bytes]
+    start: float
+    exclusive: bool
+
+
+def ablate(
+    study: Study, output: Path, *, jobs: int = 1, only: str | None = None, max_cells: int | None = None,
+    keep_models: bool = False, command: str = "", say: Callable[[str], None] = print,
+) -> Outcome:  # fmt: skip
+    """Run what is still to do of a study, and record what became of it in ``study.json``.
+
+    Finished runs are left alone, others go on from their last checkpoint. With several jobs the runs' own times are not
+    exclusive: a short timing pass of each cell follows, alone on the device.
+
+    Args:
+        study: resolved cells.
+        output: the study's folder.
+        jobs: runs side by side.
+        only: part of a cell's name; other cells wait.
+        max_cells: most runs to start; the others wait.
+        keep_models: leave trained models and checkpoints in the runs' folders.
+        command: as the user typed it, for the report.
+        say: takes one line of progress.
+
+    Raises:
+        OptionError: nothing was started.
+    """
+    from filelock import FileLock, Timeout
+
+    record = Record(study, output)
+    todo = select(record, only)[:max_cells]
+    steps = count_all_steps(study)
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".sweep.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OptionError("--output-dir", str(output), "a folder that no other sweep works in") from None
+    if command not in record.commands:
+        record.commands.append(command)
+    sweep = _Sweep(record, keep_models=keep_models, say=say)
+    tried, interrupted = [*todo], False
+    with lock, _terminable():
+        try:
+            sweep.run(todo, jobs)
+            if timings := record.to_time():
+                say(f"{len(timings)} timing passes, one at a time")
+                tried += timings
+                sweep.run([_prepare_timing(job, steps[job.slug]) for job in timings], 1)
+        except KeyboardInterrupt:
+            interrupted = True
+    return Outcome({job.name: job.entry["reason"] for job in tried if job.entry["status"] == FAILED}, interrupted)
+
+
+def _prepare_timing(job: Job, steps: int) -> Job:
+    shutil.rmtree(job.folder, ignore_errors=True)
+    return dataclasses.replace(job, config=timing_config(job.config, steps))
+
+
+class _Sweep:
+    """Starts, watches and ends the processes of a study."""
+
+    def __init__(self, record: Record, *, keep_models: bool, say: Callable[[str], None]) -> None:
+        self.record, self.keep_models, self.say = record, keep_models, say
+        self.total = self.done = 0
+
+    def run(self, jobs: Sequence[Job], parallel: int) -> None:
+        """Run all jobs, some at a time; on KeyboardInterrupt the running ones save a checkpoint and end."""
+        waiting, running = collections.deque(jobs), list[_Child]()
+        parallel = min(parallel, len(jobs))
+        self.total, self.done = len(jobs), 0
+        self.record.save()
+        try:
+            while waiting or running:
+                while waiting and len(running) < parallel:
+                    running.append(self._start(waiting.popleft(), parallel))
+                time.sleep(POLL_SECONDS)
+                self._collect(running)
+        except KeyboardInterrupt:
+            self.say("interrupted: the running cells save a checkpoint and end (again to stop at once)")
+            self._stop(running)
+            raise
+
+    def _start(self, job: Job, parallel: int) -> _Child:
+        path = job.folder.with_suffix(".yaml")
+        write_file(path, job.config.to_yaml())
+        command = [sys.executable, "-m", "galore_trainer.cli", "train", str(path), *_start_flags(job)]
+        job.entry.update(status=RUNNING, reason=None)
+        job.entry.pop("log_tail", None)
+        self.record.save()
+        self.say(f"start {job.entry['folder']}")
+        with job.folder.with_suffix(".log").open("ab") as log:
+            process = start_process(command, log, _environment(parallel))
+        return _Child(job, process, time.perf_counter(), parallel == 1)
+
+    def _collect(self, running: list[_Child]) -> None:
+        for child in [child for child in running if child.process.poll() is not None]:
+            running.remove(child)
+            self._finish(child)
+
+    def _finish(self, child: _Child) -> None:
+        job, entry, code = child.job, child.job.entry, child.process.returncode
+        seconds = time.perf_counter() - child.start
+        entry["wall_seconds"] += seconds
+        entry["exclusive"] = entry["exclusive"] and child.exclusive
+        entry["exit_code"] = code
+        result = read_result(job.folder) if code == 0 else None
+        self.done += 1
+        if result is not None:
+            entry.update(status=FINISHED, steps=result["steps"])
+            score = in_words(result["score_after"]) if result["score_after"] and job.folder.name != TIMING else ""
+            told = f"finished in {seconds:.0f} s{': ' if score else ''}{score}"
+            if not self.keep_models:
+                remove_weights(job.folder)
+        else:
+            lines = job.folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
+            stopped = code in (EXIT_INTERRUPTED, -signal.SIGINT)
+            entry.update(status=INTERRUPTED if stopped else FAILED, log_tail=lines[-LOG_LINES:])
+            entry["reason"] = None if stopped else failure(code, lines)
+            told = "interrupted" if stopped else f"failed: {entry['reason']} ({job.folder.with_suffix('.log')})"
+        self.record.save()
+        self.say(f"[{self.done}/{self.total}] {entry['folder']} {told}")
+
+    def _stop(self, running: list[_Child]) -> None:
+        """End the children: SIGINT for each interrupt, then, at the third, SIGKILL."""
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGKILL):
+            for child in running:
+                child.process.send_signal(number)
+            with contextlib.suppress(KeyboardInterrupt):
+                while running:
+                    time.sleep(POLL_SECONDS)
+                    self._collect(running)
+                return
+
+
+def failure(code: int, lines: Sequence[str]) -> str:
+    """Why a run failed, in one line, from its exit code and its log."""
+    said = [line.strip() for line in lines if line.strip() and "--debug" not in line]
+    word = next((line for line in reversed(said) if line.startswith(("Failed", "Error"))), said[-1] if said else "")
+    word = re.sub(r"^(Failed|Error)( on rank \d+)?: ", "", word)
+    if "out of memory" in " ".join(said[-LOG_LINES:]).lower():
+        return f"out of memory: {word}"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"ended by {name}" + (", as a system short of memory does" if name == "SIGKILL" else "")
+    return word or f"exit code {code}"
+
+
+def start_process(command: list[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a run out of reach of the terminal's Ctrl-C, which this process passes on; it dies with this process."""
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+        start_new_session=True, preexec_fn=_die_with_parent if _LIBC else None,
+    )  # fmt: skip
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    set_parent_death_signal = 1
+    assert _LIBC is not None
+    _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _start_flags(job: Job) -> list[str]:
+    if METHODS[job.config.method].resumable:
+        return ["--resume", "auto"]
+    return ["--overwrite"] if (job.folder / RESOLVED_CONFIG).is_file() else []
+
+
+def _environment(parallel: int) -> dict[str, str]:
+    """This process's environment; runs side by side share the cores instead of fighting for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = {"OMP_NUM_THREADS": str(max(cores // parallel, 1))} if parallel > 1 else {}
+    return {"PYTHONUNBUFFERED": "1", **shared, **os.environ}
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C, so that a batch system's end is a soft one too."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

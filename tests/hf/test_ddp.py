@@ -1,0 +1,28 @@
+"""Two processes under DDP end with the weights of one process on the whole batch, and with equal ones on both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).with_name("ddp_script.py")
+
+
+def test_two_processes_equal_one(tiny_model_dir: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]}
+    for command in launch.values():
+        subprocess.run(
+            [*command, str(SCRIPT), str(tiny_model_dir), str(tmp_path)], check=True, env=env, timeout=240,
+            capture_output=True,
+        )  # fmt: skip
+    alone, first, second = (
+        torch.load(tmp_path / f"weights-{name}.pt", weights_only=True) for name in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    for name in alone:
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], alone[name], rtol=0, atol=1e-5)  # sums of gradients in another order
