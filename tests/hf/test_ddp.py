@@ -25,4 +25,6 @@ def test_two_processes_equal_one(tiny_model_dir: Path, tmp_path: Path) -> None:
     )
     for name in alone:
         assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], alone[name], rtol=0, atol=1e-5)  # sums of gradients in another order
+        # Sums of gradients come in another order, and Adam normalises residual entries near zero: 1.5e-5 seen in one
+        # entry of a matrix, where five steps move weights by up to 0.1; without the residual 1e-5 holds.
+        torch.testing.assert_close(first[name], alone[name], rtol=0, atol=5e-5)
