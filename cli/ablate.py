@@ -72,7 +72,10 @@ def ablate(
     if outcome.interrupted:
         typer.echo("interrupted; the same command goes on")
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"tables and plots: galore-ft report {shlex.quote(str(output))}")
+    if outcome.unfinished:
+        typer.echo(f"{outcome.unfinished} runs are still to do: without --only and --max-cells the command goes on")
+    else:
+        typer.echo(f"tables and plots: galore-ft report {shlex.quote(str(output))}")
     if outcome.failed:
         raise typer.Exit(FAILED)
 

@@ -44,9 +44,16 @@ EXIT_INTERRUPTED = 130
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended: the runs that failed, by name, with the reason; and whether it was interrupted."""
+    """How a sweep ended.
+
+    Attributes:
+        failed: reason by run, of those that were tried.
+        unfinished: how many runs of the study are still to do, the failed ones aside.
+        interrupted: by Ctrl-C or SIGTERM.
+    """
 
     failed: dict[str, str]
+    unfinished: int
     interrupted: bool
 
 
@@ -104,7 +111,9 @@ def ablate(
                 sweep.run([_prepare_timing(job, steps[job.slug]) for job in timings], 1)
         except KeyboardInterrupt:
             interrupted = True
-    return Outcome({job.name: job.entry["reason"] for job in tried if job.entry["status"] == FAILED}, interrupted)
+    failed = {job.name: job.entry["reason"] for job in tried if job.entry["status"] == FAILED}
+    unfinished = [job for job in record.runs if job.entry["status"] not in (FINISHED, FAILED)]
+    return Outcome(failed, len(unfinished), interrupted)
 
 
 def _prepare_timing(job: Job, steps: int) -> Job:
@@ -205,17 +214,19 @@ def start_process(command: list[str], log: IO[bytes], environment: dict[str, str
     """Start a run out of reach of the terminal's Ctrl-C, which this process passes on; it dies with this process."""
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-        start_new_session=True, preexec_fn=_die_with_parent if _LIBC else None,
+        start_new_session=True, preexec_fn=_prepare_child if os.name == "posix" else None,
     )  # fmt: skip
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _die_with_parent() -> None:
-    set_parent_death_signal = 1
-    assert _LIBC is not None
-    _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
+def _prepare_child() -> None:
+    """Hear SIGINT even where this process was started with it ignored, and (on Linux) die with this process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _LIBC is not None:
+        set_parent_death_signal = 1
+        _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _start_flags(job: Job) -> list[str]:

@@ -29,7 +29,7 @@ class Column:
         group: the table it stands in.
         read: takes a run's result, and the result that its times are taken from; None where the run has no such figure.
         factor: on the figure, to get the unit of ``title``.
-        digits: after the point; None shows three significant ones.
+        digits: after the point; None shows three significant ones, of a mean four.
         missing: why a run may lack it, in words.
     """
 
@@ -47,7 +47,7 @@ class Column:
             return "-"
         scaled = [self.factor * value for value in values]
         mean = statistics.fmean(scaled)
-        digits = self.digits if self.digits is not None else _three_digits(mean)
+        digits = self.digits if self.digits is not None else _digits(mean, 3 if len(scaled) == 1 else 4)
         deviation = f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
         return f"{round(mean, digits) + 0.0:,.{digits}f}{deviation}"  # + 0.0: never -0.0
 
@@ -131,7 +131,7 @@ def timed_steps(result: Result) -> int:
 
 _UNTIMED = "no exclusive timing pass has finished"
 _PLAIN = "the method projects nothing"
-_UNDIAGNOSED = "measured where gradients are projected and galore.diagnose_refreshes is at least 1"
+_UNDIAGNOSED = "measured at the first refreshes (galore.diagnose_refreshes), if the run was not resumed after them"
 
 
 def _skipped(key: str) -> str:
@@ -175,7 +175,8 @@ def _fine_tuning(result: Result, timed: Result) -> float | None:
     return None if each is None else each * result["steps"]
 
 
-def _three_digits(value: float) -> int:
+def _digits(value: float, significant: int) -> int:
+    """Digits after the point that show so many significant ones."""
     if value == 0.0 or not math.isfinite(value):
-        return 2
-    return min(max(2 - math.floor(math.log10(abs(value))), 0), 6)
+        return 1
+    return min(max(significant - 1 - math.floor(math.log10(abs(value))), 0), 6)

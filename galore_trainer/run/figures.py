@@ -23,10 +23,10 @@ def parameter_counts(model: Any) -> dict[str, int]:
     return {"trained": sum(n for n, trained in sizes if trained), "total": sum(n for n, _ in sizes)}
 
 
-def refresh_seconds(optimizer: Any) -> float:
-    """Seconds spent on new projections; 0 for an optimizer that has none."""
+def optimizer_seconds(optimizer: Any, part: str) -> float:
+    """Seconds that a part of its steps (``refresh``, ``diagnosis``) took; 0 for an optimizer that has none."""
     stopwatch = getattr(unwrapped(optimizer), "stopwatch", None)
-    return float(stopwatch.seconds().get("refresh", 0.0)) if stopwatch else 0.0
+    return float(stopwatch.seconds().get(part, 0.0)) if stopwatch else 0.0
 
 
 def optimizer_figures(optimizer: Any) -> dict[str, Any]:

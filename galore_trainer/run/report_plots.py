@@ -77,7 +77,7 @@ def _against_values(panel: Axes, found: Gathered, column: Column, axis: tuple[st
     spread = [list(side) for side in zip(*errors, strict=True)]
     at = [places[i] for i in known]
     seeds = [(places[i], column.factor * value) for i in known for value in values[i] if len(values[i]) > 1]
-    points: dict[str, Any] = {"color": COLOURS[0], "alpha": 0.35, "s": 14, "zorder": 3, "linewidths": 0}
+    points: dict[str, Any] = {"facecolors": "none", "edgecolors": INK, "s": 20, "zorder": 5, "linewidths": 0.8}
     bars: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "markersize": 6, "capsize": 3, "zorder": 4}
     if axis:
         panel.errorbar(at, means, yerr=spread, linewidth=1.6, **bars)

@@ -256,11 +256,12 @@ def _disk_guard(output: Path) -> Iterator[None]:
 
 
 def _seconds(trainer: Trainer, timing: Any) -> dict[str, float]:
-    from galore_trainer.run.figures import refresh_seconds
+    """Seconds of training by part, without those of diagnosis, which is no part of the method."""
+    from galore_trainer.run.figures import optimizer_seconds
 
     mine = timing.stopwatch.seconds()
-    step, optimizer = mine.get("step", 0.0), mine.get("optimizer", 0.0)
-    refresh = refresh_seconds(trainer.optimizer)
+    diagnosis, refresh = (optimizer_seconds(trainer.optimizer, part) for part in ("diagnosis", "refresh"))
+    step, optimizer = mine.get("step", 0.0) - diagnosis, mine.get("optimizer", 0.0) - diagnosis
     return {"training": step, "forward_backward": step - optimizer, "refresh": refresh, "update": optimizer - refresh}
 
 

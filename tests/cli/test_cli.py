@@ -194,7 +194,8 @@ def test_show_config_prints_yaml_that_loads_back(
 
 
 def test_a_dry_run_prints_the_plan_and_trains_nothing(calls: list[tuple], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "quickstart", "--dry-run", "data.train_samples=20", "--max-steps", "4"]) == 0
+    settings = ["data.train_samples=20", "per_device_train_batch_size=16", "--max-steps", "4"]
+    assert main(["train", "quickstart", "--dry-run", *settings]) == 0
     out = capsys.readouterr().out
     assert "20 to train on" in out
     assert "4 of 16 examples" in out
