@@ -22,11 +22,16 @@ OutputDir = Annotated[
 ]
 Seeds = Annotated[str | None, typer.Option("--seeds", metavar="0,1,2", help="Seeds, in place of the study's.")]
 Jobs = Annotated[
-    int, typer.Option("--jobs", min=1, help="Runs side by side on one device; a timing pass of each cell follows.")
+    int,
+    typer.Option(
+        "--jobs", metavar="N", min=1, help="Runs side by side on one device; a timing pass of each cell follows."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; run nothing.")]
 Only = Annotated[str | None, typer.Option("--only", metavar="TEXT", help="Run cells with this in their name.")]
-MaxCells = Annotated[int | None, typer.Option("--max-cells", min=1, help="Most runs to start; the others wait.")]
+MaxCells = Annotated[
+    int | None, typer.Option("--max-cells", metavar="N", min=1, help="Most runs to start; the others wait.")
+]
 KeepModels = Annotated[
     bool, typer.Option("--keep-models", help="Keep trained weights; otherwise only results, logs and predictions.")
 ]

@@ -77,14 +77,16 @@ def diagnose(stack: Stack, G: Tensor, P: Tensor, config: GaLoreConfig, seed: int
     """What randomization and sharing cost, against the best that any basis could do: two tensors [jobs].
 
     ``excess`` is e(P) / e(exact) - 1 on the rows that were decomposed, ``sharing_excess`` e(P) / e(joint exact) on the
-    whole matrix, with one basis of the same rank and side; e is the projection error.
+    whole matrix, with one basis of the same rank and side; e is the projection error. Where the best basis loses
+    nothing there is nothing to compare with: 0 and 1.
     """
     matrix, parts = stack.matrix, len(stack.jobs)
     lent = lending_rows(stack, G, config, seed)
     best = least_error(lent, matrix.rank, parts)  # 0 where the lending rows have no more directions than the rank
     excess = torch.where(best > 1e-6, galore.projection_error(lent, P, matrix.side, parts) / best, 1.0)
     whole = G.reshape(parts, matrix.rows, matrix.columns) if matrix.head_dim else G
-    sharing = galore.projection_error(G, P, matrix.side, parts) / least_error(whole, matrix.rank, parts)
+    least = least_error(whole, matrix.rank, parts)
+    sharing = torch.where(least > 1e-6, galore.projection_error(G, P, matrix.side, parts) / least, 1.0)
     return excess - 1.0, sharing
 
 

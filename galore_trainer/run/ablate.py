@@ -31,6 +31,7 @@ from galore_trainer.run.cells import (
     remove_weights,
     timing_config,
 )
+from galore_trainer.run.checkpoints import checkpoints, damage
 from galore_trainer.run.config import RESOLVED_CONFIG
 from galore_trainer.run.methods import METHODS
 from galore_trainer.run.scores import in_words
@@ -63,6 +64,7 @@ class _Child:
     process: subprocess.Popen[bytes]
     start: float
     exclusive: bool
+    log_start: int
 
 
 def ablate(
@@ -89,18 +91,18 @@ def ablate(
     """
     from filelock import FileLock, Timeout
 
+    environment = dict(os.environ)  # before transformers writes its own settings into it
     record = Record(study, output)
     todo = select(record, only)[:max_cells]
     steps = count_all_steps(study)
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".sweep.lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(output / ".sweep.lock").acquire(timeout=0)
     except Timeout:
         raise OptionError("--output-dir", str(output), "a folder that no other sweep works in") from None
-    if command not in record.commands:
+    if command and command not in record.commands:
         record.commands.append(command)
-    sweep = _Sweep(record, keep_models=keep_models, say=say)
+    sweep = _Sweep(record, environment, keep_models=keep_models, say=say)
     tried, interrupted = [*todo], False
     with lock, _terminable():
         try:
@@ -124,8 +126,10 @@ def _prepare_timing(job: Job, steps: int) -> Job:
 class _Sweep:
     """Starts, watches and ends the processes of a study."""
 
-    def __init__(self, record: Record, *, keep_models: bool, say: Callable[[str], None]) -> None:
-        self.record, self.keep_models, self.say = record, keep_models, say
+    def __init__(
+        self, record: Record, environment: dict[str, str], *, keep_models: bool, say: Callable[[str], None]
+    ) -> None:
+        self.record, self.environment, self.keep_models, self.say = record, environment, keep_models, say
         self.total = self.done = 0
 
     def run(self, jobs: Sequence[Job], parallel: int) -> None:
@@ -146,6 +150,7 @@ class _Sweep:
             raise
 
     def _start(self, job: Job, parallel: int) -> _Child:
+        _drop_broken_checkpoints(job.folder)
         path = job.folder.with_suffix(".yaml")
         write_file(path, job.config.to_yaml())
         command = [sys.executable, "-m", "galore_trainer.cli", "train", str(path), *_start_flags(job)]
@@ -154,8 +159,9 @@ class _Sweep:
         self.record.save()
         self.say(f"start {job.entry['folder']}")
         with job.folder.with_suffix(".log").open("ab") as log:
-            process = start_process(command, log, _environment(parallel))
-        return _Child(job, process, time.perf_counter(), parallel == 1)
+            end = log.seek(0, os.SEEK_END)
+            process = start_process(command, log, _shared_cores(self.environment, parallel))
+        return _Child(job, process, time.perf_counter(), parallel == 1, end)
 
     def _collect(self, running: list[_Child]) -> None:
         for child in [child for child in running if child.process.poll() is not None]:
@@ -172,12 +178,14 @@ class _Sweep:
         self.done += 1
         if result is not None:
             entry.update(status=FINISHED, steps=result["steps"])
-            score = in_words(result["score_after"]) if result["score_after"] and job.folder.name != TIMING else ""
+            timing = job.folder.name == TIMING
+            score = in_words(result["score_after"]) if result["score_after"] and not timing else ""
             told = f"finished in {seconds:.0f} s{': ' if score else ''}{score}"
-            if not self.keep_models:
+            if timing or not self.keep_models:
                 remove_weights(job.folder)
         else:
-            lines = job.folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
+            log = job.folder.with_suffix(".log").read_bytes()[child.log_start :]
+            lines = log.decode(errors="replace").splitlines()
             stopped = code in (EXIT_INTERRUPTED, -signal.SIGINT)
             entry.update(status=INTERRUPTED if stopped else FAILED, log_tail=lines[-LOG_LINES:])
             entry["reason"] = None if stopped else failure(code, lines)
@@ -229,17 +237,25 @@ def _prepare_child() -> None:
         _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
 
 
+def _drop_broken_checkpoints(folder: Path) -> None:
+    """Where no checkpoint is whole, as after a kill during the first one, the run starts anew."""
+    found = checkpoints(folder)
+    if all(damage(path) for path in found):
+        for path in found:
+            shutil.rmtree(path)
+
+
 def _start_flags(job: Job) -> list[str]:
     if METHODS[job.config.method].resumable:
         return ["--resume", "auto"]
     return ["--overwrite"] if (job.folder / RESOLVED_CONFIG).is_file() else []
 
 
-def _environment(parallel: int) -> dict[str, str]:
-    """This process's environment; runs side by side share the cores instead of fighting for them."""
+def _shared_cores(environment: dict[str, str], parallel: int) -> dict[str, str]:
+    """The environment of a run: runs side by side share the cores instead of fighting for them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {"OMP_NUM_THREADS": str(max(cores // parallel, 1))} if parallel > 1 else {}
-    return {"PYTHONUNBUFFERED": "1", **shared, **os.environ}
+    return {"PYTHONUNBUFFERED": "1", **shared, **environment}
 
 
 @contextlib.contextmanager

@@ -85,7 +85,8 @@ def compose(found: Gathered, plots: dict[str, Plot], commands: Sequence[str] = (
     yield Code(without_places(dump(common(found.runs))), "What the runs have in common")
     yield Heading("Versions and commands")
     yield Bullets(list(_environment(found)))
-    yield Code("\n".join(without_places(text) for text in (*found.commands, *commands)))
+    if made := [without_places(text) for text in (*found.commands, *commands)]:
+        yield Code("\n".join(made))
 
 
 def without_places(text: str) -> str:

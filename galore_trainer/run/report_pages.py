@@ -98,8 +98,8 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(map(_html, blocks)) + "\n</body>\n</html>\n"
+        f"<title>{_escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{_escape(title)}</h1>\n" + "\n".join(map(_html, blocks)) + "\n</body>\n</html>\n"
     )
 
 
@@ -126,27 +126,31 @@ def _markdown(block: Block) -> str:
 def _html(block: Block) -> str:
     match block:
         case Heading(text):
-            return f"<h2>{html.escape(text)}</h2>"
+            return f"<h2>{_escape(text)}</h2>"
         case Text(text):
-            return f"<p>{html.escape(text)}</p>"
+            return f"<p>{_escape(text)}</p>"
         case Bullets(items):
-            return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
+            return "<ul>" + "".join(f"<li>{_escape(item)}</li>" for item in items) + "</ul>"
         case Plot(alt=alt, svg=svg):
             return f'<figure role="img" aria-label="{html.escape(alt)}">{svg}</figure>'
         case Code(text, summary):
-            pre = f"<pre>{html.escape(text.rstrip())}</pre>"
-            return f"<details><summary>{html.escape(summary)}</summary>{pre}</details>" if summary else pre
+            pre = f"<pre>{_escape(text.rstrip())}</pre>"
+            return f"<details><summary>{_escape(summary)}</summary>{pre}</details>" if summary else pre
         case Table(head, rows):
             left = _left_columns(rows)
-            names = "".join(f"<th{_class(i in left)}>{html.escape(cell)}</th>" for i, cell in enumerate(head))
+            names = "".join(f"<th{_class(i in left)}>{_escape(cell)}</th>" for i, cell in enumerate(head))
             lines = "\n".join(f"<tr>{_html_row(row, len(head), left)}</tr>" for row in rows)
             return f'<div class="table"><table><thead><tr>{names}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
 
 
+def _escape(text: str) -> str:
+    return html.escape(text, quote=False)
+
+
 def _html_row(row: Sequence[str], columns: int, left: set[int]) -> str:
-    cells = [f"<td{_class(i in left)}>{html.escape(cell)}</td>" for i, cell in enumerate(row)]
+    cells = [f"<td{_class(i in left)}>{_escape(cell)}</td>" for i, cell in enumerate(row)]
     if len(row) < columns:
-        cells[-1] = f'<td class="rest" colspan="{columns - len(row) + 1}">{html.escape(row[-1])}</td>'
+        cells[-1] = f'<td class="rest" colspan="{columns - len(row) + 1}">{_escape(row[-1])}</td>'
     return "".join(cells)
 
 

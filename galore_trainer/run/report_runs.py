@@ -105,7 +105,7 @@ def differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
     found = [settings(group.runs[0]) for group in groups if group.runs]
     keys = dict.fromkeys(key for one in found for key in one)
     columns = {key: [one.get(key, ABSENT) for one in found] for key in keys}
-    return {key: values for key, values in columns.items() if len({repr(v) for v in values if v is not ABSENT}) > 1}
+    return {key: values for key, values in columns.items() if len({_key(v) for v in values if v is not ABSENT}) > 1}
 
 
 def common(runs: Sequence[Run]) -> dict[str, Any]:
@@ -199,9 +199,12 @@ def _comparison(folders: Sequence[Path]) -> Gathered:
         way_out = "Finish them with galore-ft train ... --resume auto, or leave them out."
         raise OptionError("RUNS", unfinished, "finished runs alone", way_out)
     task = _task({str(run.folder): [run] for run in runs})
-    together: dict[str, list[Run]] = {}
+    unset = _training_defaults(runs)
+    together: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        together.setdefault(json.dumps(settings(run), sort_keys=True), []).append(run)
+        together.setdefault(
+            tuple((key, _key(value)) for key, value in sorted({**unset, **settings(run)}.items())), []
+        ).append(run)
     groups = [Group(name="", values={}, runs=tuple(members)) for members in together.values()]
     named = _name(groups)
     commands = tuple(f"galore-ft train {run.folder}/{RESOLVED_CONFIG} --output-dir NEW" for run in runs)
@@ -216,8 +219,8 @@ def _name(groups: Sequence[Group]) -> list[Group]:
     """Name cells by as few of the differing settings as tell them apart, the method first."""
     columns = differing(groups)
     keys: list[str] = []
-    for key in sorted(columns, key=lambda key: (key != "method", -len(set(map(repr, columns[key]))))):
-        if len({tuple(repr(columns[k][i]) for k in keys) for i in range(len(groups))}) == len(groups):
+    for key in sorted(columns, key=lambda key: (key != "method", -len(set(map(_key, columns[key]))))):
+        if len({tuple(_key(columns[k][i]) for k in keys) for i in range(len(groups))}) == len(groups):
             break
         keys.append(key)
     short = short_names(keys)
@@ -227,6 +230,11 @@ def _name(groups: Sequence[Group]) -> list[Group]:
         words = [show_value(v) if k == "method" else f"{short[k]} {show_value(v)}" for k, v in values.items()]
         name = ", ".join(words) or group.runs[0].result["method"]
         named.append(dataclasses.replace(group, name=name, values=values))
+    for name in {group.name for group in named if [other.name for other in named].count(group.name) > 1}:
+        named = [
+            dataclasses.replace(group, name=f"{name} ({group.runs[0].folder.name})") if group.name == name else group
+            for group in named
+        ]
     numeric = all(is_number(value) for group in named for value in group.values.values())
     return sorted(named, key=lambda group: tuple(group.values.values())) if numeric else named
 
@@ -234,6 +242,23 @@ def _name(groups: Sequence[Group]) -> list[Group]:
 def is_number(value: Any) -> bool:
     """Whether a setting's value can be put on an axis."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _training_defaults(runs: Sequence[Run]) -> dict[str, Any]:
+    """What transformers takes for fields that some runs set and others leave to it."""
+    every = [settings(run) for run in runs]
+    partly = {key for one in every for key in one if "." not in key and not all(key in other for other in every)}
+    if not partly:
+        return {}
+    from transformers import TrainingArguments
+
+    plain = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    return {key: plain[key] for key in partly if plain.get(key, dataclasses.MISSING) is not dataclasses.MISSING}
+
+
+def _key(value: Any) -> str:
+    """A text that is the same for equal values: 10 and 10.0 are one."""
+    return repr(float(value) if is_number(value) else value)
 
 
 def _run(folder: Path, result: Result) -> Run:

@@ -107,14 +107,13 @@ def load_study(study: str | Path, overrides: Sequence[str] = (), seeds: Sequence
 
     cells: list[Cell] = []
     slugs: set[str] = set()
-    seen: dict[str, str] = {}
+    seen: list[tuple[str, dict[str, Any]]] = []
     for name, values in zip(_names(points), (values for _, values in points), strict=True):
         config = _resolve(document.name, base, name, values, common)
-        text = json.dumps(comparable(config), sort_keys=True)
-        if text in seen:
-            both = f"{seen[text]!r} and {name!r}"
+        if twin := next((other for other, settings in seen if settings == comparable(config)), None):
+            both = f"{twin!r} and {name!r}"
             raise OptionError("grid", both, "cells that differ", f"Both say the same: remove one ({document.name}).")
-        seen[text] = name
+        seen.append((name, comparable(config)))
         configs = {s: dataclasses.replace(config, training={**config.training, "seed": s}) for s in seeds}
         cells.append(Cell(name=name, slug=_slug(name, slugs), values=values, configs=configs))
     methods = {config.method for cell in cells for config in cell.configs.values()}
