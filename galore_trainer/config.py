@@ -122,6 +122,8 @@ class GaLoreConfig:
                 raise OptionError(option, value, f"{kind} of at least {low:g}")
         if isinstance(self.target_modules, list) and not self.target_modules:
             raise OptionError("galore.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
+        if self.warm_start and self.svd == "exact":
+            raise OptionError("galore.warm_start", True, "svd randomized", "An exact SVD starts from nothing.")
         if self.residual_percent > 100.0:
             raise OptionError("galore.residual_percent", self.residual_percent, "a share from 0 to 100 percent")
         for key, rank in self.rank_pattern.items():

@@ -87,7 +87,7 @@ class GaLoreCallback(TrainerCallback):
         }
         errors = list(self._optimizer.projection_errors.values())
         if errors:
-            added["galore/projection_error"] = torch.stack(errors).mean().item()
+            added["galore/projection_error"] = torch.stack([e.to(errors[0].device) for e in errors]).mean().item()
         logs.update(added)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(added)

@@ -18,7 +18,7 @@ SEPARATE = {
     "k": ("k_proj", "key", "k_lin", "wk", "k", "key_proj"),
     "v": ("v_proj", "value", "v_lin", "wv", "v", "value_proj"),
 }
-OUTPUT = ("o_proj", "out_proj", "out_lin", "wo", "o")
+OUTPUT = ("o_proj", "out_proj", "out_lin", "wo", "Wo", "o", "c_proj", "dense")
 FUSED_NAMES = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj_qkv", "wqkv", "W_pack", "att_proj")
 ROWS, PER_HEAD = "q, k, v one after the other", "q, k, v of each head together"
 FUSED = {  # by (model_type, leaf name)
@@ -71,7 +71,8 @@ def role_of(module_name: str, output_heads: bool = False) -> str | None:
     role = next((role for role, names in names_of.items() if leaf in names), None)
     # short names such as "q" or "key" are attention only under a module that says so
     inside = any("att" in parent.lower() for parent in parents)
-    return role if role and (inside or leaf.endswith("_proj") or leaf.endswith("_lin")) else None
+    clear = role != "o" and leaf.endswith(("_proj", "_lin"))
+    return role if role and (inside or clear) else None
 
 
 def project_heads(
@@ -102,9 +103,9 @@ def project_heads(
         OptionError: heads unknown, rows that are not heads, a left projection, or a rank that heads cannot span.
     """
     option = "galore.head_sharing"
-    if config.proj_type == "left":
+    if config.proj_type in ("left", "reverse_std"):
         wanted = "proj_type std or right with heads that share a basis"
-        raise OptionError("galore.proj_type", "left", wanted, "Use head_sharing joint for left projections.")
+        raise OptionError("galore.proj_type", config.proj_type, wanted, "Use head_sharing joint for the other side.")
     if heads is None:
         raise OptionError(option, config.head_sharing, f"a model whose config tells the heads of {name}", JOINT)
     d = heads.head_dim
@@ -162,7 +163,10 @@ def _group_size(count: int, heads: Heads, config: GaLoreConfig) -> int:
     group = config.head_group_size if count == heads.num_heads else max(
         1, config.head_group_size * heads.num_kv_heads // heads.num_heads
     )  # fmt: skip
-    if heads.num_heads % config.head_group_size or count % group:
+    uneven = config.head_group_size * heads.num_kv_heads > heads.num_heads and (
+        config.head_group_size * heads.num_kv_heads % heads.num_heads
+    )
+    if heads.num_heads % config.head_group_size or count % group or uneven:
         wanted = f"a divisor of the {heads.num_heads} query heads (and of {heads.num_kv_heads} key-value heads)"
         raise OptionError("galore.head_group_size", config.head_group_size, wanted)
     return group

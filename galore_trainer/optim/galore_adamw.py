@@ -43,7 +43,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     State of a parameter: tensors and integers only. ``calls`` counts steps, ``refreshes`` changes of basis, ``due`` is
     the value of ``calls`` at which the next one happens, ``born`` that of the first one,
-    ``phase`` the place of its refreshes within the gap, ``skipped`` [in a row, in all] counts non-finite gradients.
+    ``phase`` the place of its refreshes within the gap, ``skipped`` [in a row, in all, longest
+    row] counts non-finite gradients.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         jobs: list[Job] = []
+        plain: list[tuple[Tensor, Tensor, str, dict[str, Any]]] = []
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 grad = p.grad
@@ -108,8 +110,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 if group["projected"]:
                     jobs += self._jobs(p, grad, group["names"][i], group["matrices"][i], group)
                 else:
-                    with self.stopwatch.measure("plain", p.device):
-                        self._plain_step(p, grad, group["names"][i], group)
+                    plain.append((p, grad, group["names"][i], group))
+        if plain:
+            with self.stopwatch.measure("plain", plain[0][0].device):
+                for each in plain:
+                    self._plain_step(*each)
         if jobs:
             self._refresh(jobs)
             with self.stopwatch.measure("update", jobs[0].parameter.device):
@@ -127,7 +132,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     ) -> list[Job]:
         state = self.state[p]
         if not state:
-            skipped = torch.zeros(2, dtype=torch.int32, device=p.device)
+            skipped = torch.zeros(3, dtype=torch.int32, device=p.device)
             state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(p), skipped=skipped)
             for matrix in matrices:
                 Stack([Job(p, grad, name, matrix, state, group)]).write(_empty_state(matrix, p.device))
@@ -182,7 +187,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _plain_step(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
-            state.update(plain_state(p), calls=0, skipped=torch.zeros(2, dtype=torch.int32, device=p.device))
+            state.update(plain_state(p), calls=0, skipped=torch.zeros(3, dtype=torch.int32, device=p.device))
             if group["lr"] == 0.0 and not grad.any():
                 return
         ok = plain_step(p, grad, state, group, self._rounding(p, name, state["calls"]))
@@ -199,7 +204,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         due = [job for job in jobs if job.state["calls"] >= job.state["due"]]
         if not due:
             return
-        norms = torch.stack([n.float() for n in torch._foreach_norm([job.grad for job in due])]).tolist()
+        found = torch._foreach_norm([job.grad for job in due], 2, torch.float32)
+        norms = torch.stack([n.to(due[0].grad.device) for n in found]).tolist()
         good = [job for job, norm in zip(due, norms, strict=True) if 0.0 < norm < float("inf")]
         for stack in make_stacks(good, self._stack_elements(jobs[0].parameter.device)):
             with self.stopwatch.measure("refresh", stack.device):
@@ -229,14 +235,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if not states:
             return {}
         counts = torch.stack([s["skipped"].to(states[0]["skipped"].device) for s in states]).tolist()
-        stuck = [n for n, (in_a_row, _) in zip(names, counts, strict=True) if in_a_row >= NON_FINITE_LIMIT]
+        stuck = [n for n, (_, _, longest) in zip(names, counts, strict=True) if longest >= NON_FINITE_LIMIT]
         if stuck:
             some = ", ".join(stuck[:5]) + (f" and {len(stuck) - 5} more" if len(stuck) > 5 else "")
             raise FloatingPointError(
                 f"gradients were not finite in {NON_FINITE_LIMIT} steps in a row: {some}. Their weights were left as "
                 "they were. Lower the learning rate, look for a bad batch, or train in float32 or bfloat16."
             )
-        return {n: total for n, (_, total) in zip(names, counts, strict=True) if total}
+        return {n: total for n, (_, total, _) in zip(names, counts, strict=True) if total}
 
     def projection_report(self) -> dict[str, Any] | None:
         """Projection errors of the newest refreshes: ``mean``, ``by_matrix``, and the means of what was diagnosed.
@@ -264,6 +270,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     if isinstance(value, Tensor):
                         kinds[_kind(key, group["projected"])] += value.numel() * value.element_size()
         return kinds
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or pickle keeps: torch's part, and what this class adds but the stopwatch."""
+        own = ("config", "seed", "max_stack_elements", "projection_errors", "excess_errors", "_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Undo ``__getstate__``; torch calls it at ``load_state_dict`` too."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("stopwatch", Stopwatch())
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors, numbers and strings, readable with ``torch.load(weights_only=True)``."""
@@ -315,5 +331,6 @@ def _part(sparse: tuple[Support, Tensor] | None, i: int, blocks: int) -> tuple[S
 
 
 def _count_skipped(state: dict[str, Any], bad: Tensor) -> None:
-    in_a_row, total = state["skipped"]
-    state["skipped"] = torch.stack([(in_a_row + 1) * bad, total + bad])
+    in_a_row, total, longest = state["skipped"]
+    in_a_row = (in_a_row + 1) * bad
+    state["skipped"] = torch.stack([in_a_row, total + bad, torch.maximum(longest, in_a_row)])

@@ -95,6 +95,12 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
         largest = max((min(candidates[c].shape[-2:]) for c in chosen), default=0)
         wanted = f"at most {largest}, the largest smaller side of any target" if largest else "a trainable target"
         raise OptionError("galore.rank", config.rank, wanted, "No weight would be projected.")
+    with_heads = {role_of(w.name.removesuffix(".weight"), True) for w in weights if any(m.head_dim for m in w.matrices)}
+    if config.share_output_heads and "o" not in with_heads:
+        raise OptionError("galore.share_output_heads", True, "an output projection of attention that is known by name")
+    if config.head_sharing != "joint" and heads is not None and not by_user and not with_heads:
+        wanted = "q, k, v projections that are known by name (q_proj, query, qkv_proj, ...)"
+        raise OptionError("galore.head_sharing", config.head_sharing, wanted, "Use head_sharing joint for this model.")
     return weights
 
 

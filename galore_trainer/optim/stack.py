@@ -51,7 +51,7 @@ class Job:
         """Equal for jobs that one stack may hold."""
         m, s = self.matrix, self.state
         shape = (m.blocks, m.block_rows, m.columns, m.side, m.rank, m.head_dim, m.lenders)
-        phase = (s["refreshes"] > 0, s["calls"] - s["born"], s["refreshes"])
+        phase = (self.grad_ok is None, s["refreshes"] > 0, s["calls"] - s["born"], s["refreshes"])
         dtype = (self.parameter.dtype, self.grad.dtype, self.parameter.device)
         return (id(self.group), *shape, *phase, *dtype)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import torch
+
+OPEN_EVENTS = 1024  # kept before those that are done are read
 
 
 class Stopwatch:
@@ -15,7 +17,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
     def measure(self, name: str, device: torch.device) -> Iterator[None]:
@@ -26,6 +28,8 @@ class Stopwatch:
             yield
             end.record(torch.cuda.current_stream(device))
             self._events.append((name, begin, end))
+            if len(self._events) > OPEN_EVENTS:
+                self._collect(wait=False)
         else:
             start = time.perf_counter()
             yield
@@ -33,8 +37,16 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """Seconds by name since the start; waits for the device where events are open."""
-        for name, begin, end in self._events:
-            end.synchronize()
-            self._seconds[name] += begin.elapsed_time(end) / 1000.0
-        self._events.clear()
+        self._collect(wait=True)
         return dict(self._seconds)
+
+    def _collect(self, wait: bool) -> None:
+        """Read events in their order: all of them, or those the device has passed."""
+        while self._events:
+            name, begin, end = self._events[0]
+            if wait:
+                end.synchronize()
+            elif not end.query():
+                return
+            self._seconds[name] += begin.elapsed_time(end) / 1000.0
+            self._events.popleft()

@@ -97,6 +97,7 @@ def read_mapping(text: str, name: str) -> Document:
     if not isinstance(data, dict):
         got = "nothing" if data is None else type(data).__name__
         raise OptionError(name, got, "a mapping of settings", "Write lines such as 'learning_rate: 1e-4'.")
+    assert node is not None, "a mapping has a node"
     lines: dict[tuple[str, ...], int] = {}
     _collect_lines(node, (), lines)
     _check_keys(data, name)

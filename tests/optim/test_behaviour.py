@@ -157,11 +157,24 @@ def test_ten_non_finite_gradients_in_a_row_stop_the_run_naming_the_parameter() -
         optimizer.step()
 
 
+def test_ten_in_a_row_stop_the_run_wherever_they_begin() -> None:
+    """The count is read every ten steps; a good step in between does not hide a long row of bad ones."""
+    params, optimizer = make()
+    with pytest.raises(FloatingPointError):  # noqa: PT012 - the step that raises is not known beforehand
+        for step in range(20):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            if 3 <= step < 14:
+                params[0].grad[0, 0] = float("nan")
+            optimizer.step()
+    assert optimizer.state[params[0]]["skipped"].tolist()[1:] == [11, 11]
+
+
 def test_state_bytes_are_what_the_state_holds() -> None:
     params, optimizer = make(residual_percent=0.0)
     train(params, optimizer, range(1))
     kinds = optimizer.state_bytes()
-    counters = 3 * 8 + 3 * 4  # skipped (two int32) and step (float32)
+    counters = 3 * 12 + 3 * 4  # skipped (three int32) and step (float32)
     basis = 4 * (16 * 4 + 16 * 4)  # right: n x r; left: m x r
     assert kinds.pop("residual") == 0
     moments = 4 * 2 * (24 * 4 + 4 * 40)

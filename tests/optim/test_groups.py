@@ -196,6 +196,8 @@ def test_rank_pattern_and_small_weights() -> None:
         ({"rank": 9, "head_sharing": "grouped", "head_group_size": 2}, "galore.rank", "at most 8"),
         ({"rank": 4, "head_sharing": "grouped", "head_group_size": 3}, "galore.head_group_size", "divisor"),
         ({"rank": 4, "proj_type": "left"}, "galore.proj_type", "joint"),
+        ({"rank": 4, "proj_type": "reverse_std"}, "galore.proj_type", "joint"),
+        ({"rank": 4, "svd": "exact", "warm_start": True}, "galore.warm_start", "randomized"),
         ({"rank_pattern": {"nope": 3}, "rank": 4}, "galore.rank_pattern['nope']", "matches"),
     ],
 )
@@ -204,6 +206,27 @@ def test_what_cannot_be_honoured_is_refused(settings: dict, option: str, words: 
         plan_weights(llama(), GaLoreConfig(**settings))
     assert error.value.option == option
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "leaf"),
+    [("gpt2", "attn.c_proj"), ("gpt_neox", "attention.dense"), ("bloom", "self_attention.dense")],
+)
+def test_output_heads_are_found_in_attention_and_nowhere_else(architecture: str, leaf: str) -> None:
+    plan = plan_weights(FUSED[architecture](), GaLoreConfig(rank=4, share_output_heads=True))
+    outputs = [w.name for w in plan if len(w.matrices) == 1 and w.matrices[0].head_dim]
+    assert len(outputs) == 1
+    assert outputs[0].endswith(f"{leaf}.weight")
+
+
+def test_attention_under_names_nobody_knows_is_refused_not_joint_in_silence() -> None:
+    model = llama()
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            layer.self_attn.add_module(f"to_{name[0]}", layer.self_attn._modules.pop(name))
+    with pytest.raises(OptionError, match="head_sharing joint"):
+        plan_weights(model, GaLoreConfig(rank=4))
+    assert plan_weights(model, GaLoreConfig(rank=4, head_sharing="joint"))
 
 
 def test_unknown_heads_are_refused_with_joint_as_the_way_out() -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.basis import exact, randomized
@@ -60,6 +60,41 @@ def test_a_stack_moves_as_its_matrices_would_alone(
         for a, b in zip(results[0], other, strict=True):
             # bfloat16: a last-bit difference of the product may fall on the other side of a rounding
             torch.testing.assert_close(a, b, rtol=0, atol=5e-6 if dtype == torch.float32 else 2**-6)
+
+
+@pytest.mark.parametrize("elements", [0, 7 * 32 * 32, 1 << 20])
+def test_a_bad_part_of_a_fused_weight_skips_all_of_it_whatever_else_is_in_the_stack(elements: int) -> None:
+    """Phi-3's output projection has the shape of its q part and may stand in one stack with it."""
+    model = model_of(
+        Phi3Config(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4, pad_token_id=0,
+        )
+    )  # fmt: skip
+    optimizer = build_optimizer(model, GaLoreConfig(rank=4, share_output_heads=True, update_proj_gap=2), lr=1e-3)
+    optimizer.max_stack_elements = elements
+    fused = model.model.layers[0].self_attn.qkv_proj.weight
+    for step in range(4):
+        give_gradients(model, step)
+        before = fused.detach().clone()
+        if step == 2:
+            fused.grad[40, 3] = float("nan")  # a row of k
+        optimizer.step()
+        assert torch.equal(before, fused) == (step == 2)
+    assert optimizer.check_finite() == {"model.layers.0.self_attn.qkv_proj.weight": 1}
+
+
+def test_a_copy_of_the_optimizer_goes_on_by_itself() -> None:
+    model = model_of(LLAMA)
+    optimizer = build_optimizer(model, GaLoreConfig(rank=4, update_proj_gap=2, residual_warmup_steps=1), lr=1e-3)
+    give_gradients(model, 0)
+    optimizer.step()
+    twin, other = copy.deepcopy((model, optimizer))
+    for step in range(1, 4):
+        for m, o in ((model, optimizer), (twin, other)):
+            give_gradients(m, step)
+            o.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_a_resume_may_arrange_stacks_otherwise() -> None:
