@@ -111,15 +111,7 @@ class GaLoreConfig:
 
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError`` for what a refusal says."""
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            option = f"galore.{field.name}"
-            check_type(option, value, hints[field.name])
-            low = field.metadata["minimum"]
-            if low is not None and value is not None and not (math.isfinite(value) and value >= low):
-                kind = "an integer" if isinstance(value, int) else "a finite number"
-                raise OptionError(option, value, f"{kind} of at least {low:g}")
+        check_fields("galore.", self)
         if isinstance(self.target_modules, list) and not self.target_modules:
             raise OptionError("galore.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
         if self.warm_start and self.svd == "exact":
@@ -142,6 +134,25 @@ class GaLoreConfig:
     def trajectory_fields(cls) -> tuple[str, ...]:
         """Names of the fields whose saved state cannot continue under another value."""
         return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["trajectory"])
+
+
+def check_fields(prefix: str, config: Any) -> None:
+    """Check every field of a settings dataclass against its annotation and its declared minimum.
+
+    Args:
+        prefix: of the dotted names in errors, for example ``galore.``.
+        config: an instance whose fields were declared with ``knob``.
+
+    Raises:
+        OptionError: for the first field that does not fit.
+    """
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, low = getattr(config, field.name), field.metadata.get("minimum")
+        check_type(prefix + field.name, value, hints[field.name])
+        if low is not None and value is not None and not (math.isfinite(value) and value >= low):
+            kind = "an integer" if isinstance(value, int) else "a finite number"
+            raise OptionError(prefix + field.name, value, f"{kind} of at least {low:g}")
 
 
 def check_type(option: str, value: Any, hint: Any) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from galore_trainer.config import check_type, knob
+from galore_trainer.config import check_fields, knob
 from galore_trainer.errors import OptionError
 
 Task = Literal["auto", "arithmetic", "gsm8k", "mawps", "nlg", "sft"]
@@ -71,13 +71,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check every field by itself; what does not fit together is refused when the data is loaded."""
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, option = getattr(self, field.name), f"data.{field.name}"
-            check_type(option, value, hints[field.name])
-            low = field.metadata["minimum"]
-            if low is not None and value is not None and value < low:
-                raise OptionError(option, value, f"an integer of at least {low:g}")
+        check_fields("data.", self)
         if self.difficulty > 4:
             raise OptionError("data.difficulty", self.difficulty, "a number of steps from 1 to 4")
         if self.max_number > 10_000:

@@ -16,6 +16,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.optim.plain import plain_state, plain_step
 from galore_trainer.optim.refresh import diagnose, next_due, refresh_stack
 from galore_trainer.optim.residual_state import has_residual, residual_step
+from galore_trainer.optim.sides import project_whole
 from galore_trainer.optim.stack import Job, Stack, make_stacks
 from galore_trainer.optim.state import check_same_method, restore_dtypes
 from galore_trainer.optim.streams import stream
@@ -42,9 +43,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         FloatingPointError: a parameter's gradient was not finite ten steps in a row.
 
     State of a parameter: tensors and integers only. ``calls`` counts steps, ``refreshes`` changes of basis, ``due`` is
-    the value of ``calls`` at which the next one happens, ``born`` that of the first one,
-    ``phase`` the place of its refreshes within the gap, ``skipped`` [in a row, in all, longest
-    row] counts non-finite gradients.
+    the value of ``calls`` at which the next one happens, ``born`` that of the first one, ``phase`` the place of its
+    refreshes within the gap; ``skipped`` [in a row, in all, longest row] counts non-finite gradients.
     """
 
     def __init__(
@@ -80,14 +80,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         group.setdefault("names", [f"{index}.{i}" for i in range(len(group["params"]))])
         if group["projected"]:
             if "matrices" not in group:
-                group["matrices"] = [[self._whole(p, n)] for p, n in zip(group["params"], group["names"], strict=True)]
+                pairs = zip(group["params"], group["names"], strict=True)
+                group["matrices"] = [[project_whole(p.shape, name, self.config)] for p, name in pairs]
             fields = self.config.to_dict()
             group["galore"] = {k: fields[k] for k in GaLoreConfig.trajectory_fields()} | {"seed": self.seed}
-
-    def _whole(self, p: Tensor, name: str) -> LogicalMatrix:
-        from galore_trainer.optim.sides import project_whole
-
-        return project_whole(p.shape, name, self.config)
 
     # ------------------------------------------------------------------ step
 
@@ -170,7 +166,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         sparse = None
         if has_residual(stack.matrix, config) and stack.jobs[0].state["refreshes"] > 0:
             sparse = residual_step(stack, G, R, old.P, ok, config)
-        stack.write(new)
+        stack.write_moments(new)
         bad = (1.0 - by_job).to(torch.int32)
         parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), bad.unbind(), strict=True)
         for i, (job, N_job, P_job, ok_job, bad_job) in enumerate(parts):

@@ -104,8 +104,13 @@ class Stack:
 
     def write(self, new: MatrixState) -> None:
         """Undo ``read``."""
-        for key, value in zip(STATE_KEYS[:3], new[:3], strict=True):
-            self.put(key, value)
+        self.put(STATE_KEYS[0], new.P)
+        self.write_moments(new)
+
+    def write_moments(self, new: MatrixState) -> None:
+        """``write`` but for the basis, which an ordinary step leaves as it is."""
+        self.put(STATE_KEYS[1], new.M)
+        self.put(STATE_KEYS[2], new.V)
         self.put_count(STATE_KEYS[3], new.t)
 
     def spread(self, by_job: Tensor) -> Tensor:

@@ -6,12 +6,11 @@ import dataclasses
 import difflib
 import functools
 import importlib.resources
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_type, knob
+from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, knob
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig
 from galore_trainer.run.keys import TRL_HINTS, coerce, refuse_key, training_hints
@@ -42,7 +41,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
-        _check_fields("eval.", self)
+        check_fields("eval.", self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
-        _check_fields("lora.", self)
+        check_fields("lora.", self)
         if self.dropout >= 1.0:
             raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
         if not self.target_modules:
@@ -105,7 +104,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check every field, the training arguments' names and types, and that the method is what it says."""
-        _check_fields("", self)
+        check_fields("", self)
         for key, value in METHOD_DEFAULTS[self.method].items():
             got = getattr(self.galore, key.removeprefix("galore."))
             if got != value:
@@ -240,13 +239,3 @@ def _check_method(name: str) -> None:
         close = difflib.get_close_matches(name, METHOD_DEFAULTS, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else ""
         raise OptionError(f"methods.{name}", name, f"one of {', '.join(METHODS)}", hint)
-
-
-def _check_fields(prefix: str, config: Any) -> None:
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, low = getattr(config, field.name), field.metadata.get("minimum")
-        check_type(prefix + field.name, value, hints[field.name])
-        if low is not None and value is not None and not (math.isfinite(value) and value >= low):
-            kind = "an integer" if isinstance(value, int) else "a finite number"
-            raise OptionError(prefix + field.name, value, f"{kind} of at least {low:g}")
