@@ -40,7 +40,7 @@ def evaluate(
     saved = Path(model_or_run).expanduser() / RESOLVED_CONFIG
     if name is None and saved.is_file():
         name = str(saved)
-    run = load(name, rest, {} if limit is None else {"eval.limit": limit})
+    run = load(name, rest, {} if limit is None else {"eval.limit": limit}, model=model_or_run)
 
     from galore_trainer.run.evaluate import evaluate as evaluate_model
 

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import RunConfig, load_run_config, packaged_configs
+from galore_trainer.hub import is_cached, require_dataset, require_model
+from galore_trainer.recipes import DataConfig
+from galore_trainer.recipes.sources import kind_of
+from galore_trainer.run.config import RunConfig, load_own_settings, load_run_config, packaged_configs
+from galore_trainer.run.model import EMBEDDED, is_hub_id
+from galore_trainer.run.model import OPTION as MODEL_OPTION
 
 
 def is_main_process() -> bool:
@@ -24,14 +29,40 @@ def split_overrides(config: str | None, overrides: Sequence[str] | None) -> tupl
     return config, rest
 
 
-def load(config: str | None, overrides: Sequence[str] | None, flags: Mapping[str, Any] | None = None) -> RunConfig:
+def load(
+    config: str | None,
+    overrides: Sequence[str] | None,
+    flags: Mapping[str, Any] | None = None,
+    *,
+    model: str | None = None,
+    reach: bool = True,
+) -> RunConfig:
     """Resolve the configuration a command was given; CONFIG must be there.
 
+    Args:
+        config: CONFIG, or the first ``key=value``.
+        overrides: the other ``key=value`` arguments.
+        flags: values by dotted key.
+        model: what the command loads in the place of the configuration's model.
+        reach: whether the command will load the data and the model: then what can only come from the hub is asked for
+            first, so that the answer "no network" does not wait for libraries that take seconds to import.
+
     Raises:
-        OptionError: CONFIG is missing; anything ``load_run_config`` refuses.
+        OptionError: CONFIG is missing; no network where one is needed; anything ``load_run_config`` refuses.
     """
     name, rest = split_overrides(config, overrides)
     if name is None:
         wanted = f"a packaged name ({', '.join(packaged_configs())}) or the path of a YAML file"
         raise OptionError("CONFIG", "nothing", wanted, "For example: galore-ft train quickstart.")
+    if reach:
+        own = load_own_settings(name, rest, flags)
+        _require_hub(own.data, model or own.model_name_or_path)
     return load_run_config(name, rest, flags)
+
+
+def _require_hub(data: DataConfig, model: str) -> None:
+    for option, source in (("data.source", data.source), ("data.eval_source", data.eval_source)):
+        if source is not None and kind_of(option, source) == "hub" and not is_cached(source, "dataset"):
+            require_dataset(option, source)
+    if is_hub_id(model) and not is_cached(model, "model"):
+        require_model(MODEL_OPTION, model, EMBEDDED)

@@ -45,6 +45,18 @@ def require_hub(option: str, repo_id: str, repo_type: Literal["model", "dataset"
     raise OptionError(option, repo_id, f"a {repo_type} at hand; {reason} and the local cache has no copy", way_out)
 
 
+def require_dataset(option: str, repo_id: str) -> bool:
+    """``require_hub`` for a data set; the way out is a local file."""
+    way_out = f"Without a network, give a local file instead: {option}=path/to/{repo_id.split('/')[-1]}.jsonl."
+    return require_hub(option, repo_id, "dataset", way_out)
+
+
+def require_model(option: str, repo_id: str, embedded: str) -> bool:
+    """``require_hub`` for a model; the way out is a folder, or the model that needs no network."""
+    way_out = f"No folder has this name either. Give one that exists, or {embedded}."
+    return require_hub(option, repo_id, "model", way_out)
+
+
 def probe(endpoint: str) -> str | None:
     """Send one request to ``endpoint``: None when anything answers, else the reason in a few words."""
     outcome: list[str | None] = []

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from galore_trainer.errors import OptionError
-from galore_trainer.hub import require_hub
+from galore_trainer.hub import require_dataset
 from galore_trainer.recipes.sources import Row
 
 DEFAULT_SUBSET = {"openai/gsm8k": "main"}
@@ -26,8 +26,7 @@ def read_hub(
         revision: branch, tag or commit; None for the newest, of a data set that is a script for its converted copy.
         split_option: the option that named ``split``, for errors.
     """
-    way_out = f"Without a network, give a local file instead: {option}=path/to/{repo_id.split('/')[-1]}.jsonl."
-    online = require_hub(option, repo_id, "dataset", way_out)
+    online = require_dataset(option, repo_id)
     if not online and revision is not None:
         raise OptionError("data.revision", revision, "unset without a network: the cache does not tell revisions apart")
     from datasets import load_dataset
@@ -46,6 +45,7 @@ def read_hub(
                 raise OptionError("data.subset", subset, f"a configuration of {repo_id} ({reason})") from error
             if "split" in reason.lower() and isinstance(error, ValueError):
                 raise OptionError(split_option, split, f"a split of {repo_id} ({reason})") from error
+            way_out = ""
             if "scripts are no longer supported" in reason:
                 way_out = "Its converted copy may load: data.revision=refs/convert/parquet."
             raise OptionError(option, repo_id, f"a data set that loads ({reason})", way_out) from error

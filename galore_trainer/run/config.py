@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import functools
 import importlib.resources
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -14,7 +15,7 @@ from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, knob
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig
 from galore_trainer.run.keys import TRL_HINTS, coerce, refuse_key, training_hints
-from galore_trainer.run.layers import collect, command_line_settings, file_settings
+from galore_trainer.run.layers import Setting, collect, command_line_settings, file_settings
 from galore_trainer.run.methods import METHOD_DEFAULTS, METHODS, Method
 from galore_trainer.run.yaml_io import Document, dump, read_mapping
 
@@ -22,6 +23,7 @@ Extract = Literal["flexible", "strict", "last_number"]
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 """The file in a run's folder that holds its resolved configuration."""
+_LEAF = re.compile(r"methods\.[^.]+\.")
 _ARGUMENT = {"train": "CONFIG", "studies": "STUDY"}
 
 
@@ -112,7 +114,7 @@ class RunConfig:
                     key, got, f"{value!r}, which is what method {self.method!r} means",
                     "Use method: galore_plus to choose, or set it under 'methods: {galore_plus: ...}' alone.",
                 )  # fmt: skip
-        training, hints = {}, trainer_hints()
+        training, hints = {}, trainer_hints() if self.training else {}
         for key, value in self.training.items():
             if key not in hints:
                 raise refuse_key(key, value, hints)
@@ -162,6 +164,14 @@ def load_run_config(
     return _resolve(document, overrides, flags or {})
 
 
+def load_own_settings(
+    config: str | Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """As ``load_run_config`` without the trainers' own keys: it needs no transformers, whose import takes seconds."""
+    document = Document("run", {}, {}) if config is None else read_config(config)
+    return _resolve(document, overrides, flags or {}, own_only=True)
+
+
 def packaged_configs(kind: str = "train") -> dict[str, str]:
     """The packaged configurations, or with ``kind="studies"`` the studies: name to YAML text."""
     folder = importlib.resources.files("galore_trainer.configs") / kind
@@ -198,16 +208,29 @@ def trainer_hints() -> dict[str, Any]:
 
 
 @functools.cache
-def known_keys() -> dict[str, Any]:
-    """Every dotted key a configuration may hold, with its type."""
+def own_keys() -> dict[str, Any]:
+    """The dotted keys that this project declares, with their types."""
     own = get_type_hints(RunConfig)
     blocks = {f"{name}.{key}": hint for name, cls in BLOCKS.items() for key, hint in get_type_hints(cls).items()}
-    return {**{key: own[key] for key in OWN}, **trainer_hints(), **blocks}
+    return {**{key: own[key] for key in OWN}, **blocks}
 
 
-def _resolve(document: Document, overrides: Sequence[str], flags: Mapping[str, Any]) -> RunConfig:
-    file = collect(file_settings(document), known_keys(), _check_method)
-    given = collect(command_line_settings(overrides, flags), known_keys(), _check_method)
+@functools.cache
+def known_keys() -> dict[str, Any]:
+    """Every dotted key a configuration may hold, with its type."""
+    return {**own_keys(), **trainer_hints()}
+
+
+def _resolve(
+    document: Document, overrides: Sequence[str], flags: Mapping[str, Any], own_only: bool = False
+) -> RunConfig:
+    sources: list[Iterable[Setting]] = [file_settings(document), command_line_settings(overrides, flags)]
+    if own_only:
+        hints = own_keys()
+        sources = [[s for s in source if _LEAF.sub("", s.key) in hints] for source in sources]
+    else:
+        hints = known_keys()
+    file, given = (collect(source, hints, _check_method) for source in sources)
     method = given.own.get("method", file.own.get("method", RunConfig.method))
     for key in given.own:
         block = key.partition(".")[0]

