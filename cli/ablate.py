@@ -24,7 +24,7 @@ Seeds = Annotated[str | None, typer.Option("--seeds", metavar="0,1,2", help="See
 Jobs = Annotated[
     int,
     typer.Option(
-        "--jobs", metavar="N", min=1, help="Runs side by side on one device; a timing pass of each cell follows."
+        "--jobs", metavar="N", min=1, help="Runs side by side, spread over the GPUs; a timing pass of each cell follows."
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; run nothing.")]
@@ -34,6 +34,9 @@ MaxCells = Annotated[
 ]
 KeepModels = Annotated[
     bool, typer.Option("--keep-models", help="Keep trained weights; otherwise only results, logs and predictions.")
+]
+Timing = Annotated[
+    bool, typer.Option("--timing/--no-timing", help="After runs side by side, time each cell alone on a device.")
 ]
 
 
@@ -48,6 +51,7 @@ def ablate(
     only: Only = None,
     max_cells: MaxCells = None,
     keep_models: KeepModels = False,
+    timing: Timing = True,
     debug: Debug = False,
 ) -> None:
     """Run a study: galore-ft ablate STUDY [key=value ...]. Each cell and seed is a run of its own.
@@ -68,8 +72,9 @@ def ablate(
 
     flags = {"--output-dir": output, "--seeds": seeds, "--jobs": jobs, "--only": only, "--max-cells": max_cells}
     given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+    given += [] if timing else ["--no-timing"]
     outcome = run_study(
-        loaded, output, jobs=jobs, only=only, max_cells=max_cells, keep_models=keep_models,
+        loaded, output, jobs=jobs, only=only, max_cells=max_cells, keep_models=keep_models, timing=timing,
         command=shlex.join(["galore-ft", "ablate", study, *(overrides or ()), *given]), say=_say,
     )  # fmt: skip
     for name, reason in outcome.failed.items():

@@ -41,6 +41,7 @@ from galore_trainer.run.sweep_plan import count_all_steps, select
 POLL_SECONDS = 0.2
 LOG_LINES = 20
 EXIT_INTERRUPTED = 130
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +66,18 @@ class _Child:
     start: float
     exclusive: bool
     log_start: int
+    device: str | None
 
 
 def ablate(
     study: Study, output: Path, *, jobs: int = 1, only: str | None = None, max_cells: int | None = None,
-    keep_models: bool = False, command: str = "", say: Callable[[str], None] = print,
+    keep_models: bool = False, timing: bool = True, command: str = "", say: Callable[[str], None] = print,
 ) -> Outcome:  # fmt: skip
     """Run what is still to do of a study, and record what became of it in ``study.json``.
 
     Finished runs are left alone, others go on from their last checkpoint. With several jobs the runs' own times are not
-    exclusive: a short timing pass of each cell follows, alone on the device.
+    exclusive: a short timing pass of each cell follows, alone on the device. Every run has one device; where there are
+    several, jobs spread over them.
 
     Args:
         study: resolved cells.
@@ -83,6 +86,7 @@ def ablate(
         only: part of a cell's name; other cells wait.
         max_cells: most runs to start; the others wait.
         keep_models: leave trained models and checkpoints in the runs' folders.
+        timing: do the timing passes; without them a report's times are those of runs that shared the device.
         command: as the user typed it, for the report.
         say: takes one line of progress.
 
@@ -107,7 +111,7 @@ def ablate(
     with lock, _terminable():
         try:
             sweep.run(todo, jobs)
-            if timings := record.to_time():
+            if timing and (timings := record.to_time()):
                 say(f"{len(timings)} timing passes, one at a time")
                 tried += timings
                 sweep.run([_prepare_timing(job, steps[job.slug]) for job in timings], 1)
@@ -130,6 +134,7 @@ class _Sweep:
         self, record: Record, environment: dict[str, str], *, keep_models: bool, say: Callable[[str], None]
     ) -> None:
         self.record, self.environment, self.keep_models, self.say = record, environment, keep_models, say
+        self.devices = visible_devices(environment)
         self.total = self.done = 0
 
     def run(self, jobs: Sequence[Job], parallel: int) -> None:
@@ -141,7 +146,9 @@ class _Sweep:
         try:
             while waiting or running:
                 while waiting and len(running) < parallel:
-                    running.append(self._start(waiting.popleft(), parallel))
+                    busy = [child.device for child in running]
+                    device = min(self.devices, key=busy.count, default=None)
+                    running.append(self._start(waiting.popleft(), parallel, device))
                 time.sleep(POLL_SECONDS)
                 self._collect(running)
         except KeyboardInterrupt:
@@ -149,7 +156,7 @@ class _Sweep:
             self._stop(running)
             raise
 
-    def _start(self, job: Job, parallel: int) -> _Child:
+    def _start(self, job: Job, parallel: int, device: str | None) -> _Child:
         _drop_broken_checkpoints(job.folder)
         path = job.folder.with_suffix(".yaml")
         write_file(path, job.config.to_yaml())
@@ -160,8 +167,9 @@ class _Sweep:
         self.say(f"start {job.entry['folder']}")
         with job.folder.with_suffix(".log").open("ab") as log:
             end = log.seek(0, os.SEEK_END)
-            process = start_process(command, log, _shared_cores(self.environment, parallel))
-        return _Child(job, process, time.perf_counter(), parallel == 1, end)
+            own = {} if device is None else {VISIBLE: device}
+            process = start_process(command, log, _shared_cores(self.environment, parallel) | own)
+        return _Child(job, process, time.perf_counter(), parallel == 1, end, device)
 
     def _collect(self, running: list[_Child]) -> None:
         for child in [child for child in running if child.process.poll() is not None]:
@@ -216,6 +224,15 @@ def failure(code: int, lines: Sequence[str]) -> str:
         name = signal.Signals(-code).name
         return f"ended by {name}" + (", as a system short of memory does" if name == "SIGKILL" else "")
     return word or f"exit code {code}"
+
+
+def visible_devices(environment: dict[str, str]) -> list[str]:
+    """The CUDA devices that runs may have, by the names that ``CUDA_VISIBLE_DEVICES`` takes."""
+    if VISIBLE in environment:
+        return [name.strip() for name in environment[VISIBLE].split(",") if name.strip()]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]  # counts without taking hold of a device
 
 
 def start_process(command: list[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -145,6 +146,31 @@ def test_runs_side_by_side_are_timed_once_more_alone(make_study: MakeStudy, in_p
     assert not entries(output)["rank-2/seed-0"]["exclusive"]
     ablate(study, output, say=quiet)
     assert len(in_process) == 6
+
+
+def test_timing_passes_can_wait(make_study: MakeStudy, in_process: list, tmp_path: Path) -> None:
+    study, output = make_study({"galore.rank": [2, 4]}), tmp_path / "out"
+    assert ablate(study, output, jobs=2, timing=False, say=quiet).unfinished == 0
+    assert [Path(words[1]).stem for words in in_process] == ["seed-0", "seed-0"]
+    ablate(study, output, say=quiet)
+    assert [Path(words[1]).stem for words in in_process[2:]] == ["timing", "timing"]
+
+
+def test_runs_side_by_side_spread_over_the_devices(make_study: MakeStudy, monkeypatch, tmp_path: Path) -> None:
+    given: list[str] = []
+
+    def start(command: list[str], log: IO[bytes], environment: dict[str, str]) -> Any:
+        given.append(environment["CUDA_VISIBLE_DEVICES"])
+        answers = iter([None, None, 1])
+        process = types.SimpleNamespace(returncode=1)
+        process.poll = lambda: process.returncode if (answer := next(answers, 1)) else answer
+        return process
+
+    monkeypatch.setattr(module, "start_process", start)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5")
+    ablate(make_study({"galore.rank": [2, 3, 4, 5]}), tmp_path / "out", jobs=4, timing=False, say=quiet)
+    assert given == ["3", "GPU-5", "3", "GPU-5"]
 
 
 def test_a_timing_pass_is_the_same_run_but_for_its_length() -> None:
