@@ -24,7 +24,7 @@ Seeds = Annotated[str | None, typer.Option("--seeds", metavar="0,1,2", help="See
 Jobs = Annotated[
     int,
     typer.Option(
-        "--jobs", metavar="N", min=1, help="Runs side by side, spread over the GPUs; a timing pass of each cell follows."
+        "--jobs", metavar="N", min=1, help="Runs side by side, over all GPUs; then a timing pass of each cell."
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; run nothing.")]
