@@ -151,12 +151,12 @@ def apply_update_(
         left, right = (N, P.mT) if side == "right" else (P, N)
         W.baddbmm_(left, right, alpha=-lr * scale)
         if sparse is not None:
-            add_at_(W, sparse[0], (-lr * scale) * sparse[1])
+            add_at_(W, *sparse, alpha=-lr * scale)
         return
     low = torch.bfloat16 if W.dtype == torch.bfloat16 and W.is_cuda else torch.float32
     new = W.float() * (1.0 - ok * (lr * weight_decay)) - (lr * scale) * lift(N.to(low), P.to(low), side)
     if sparse is not None:
-        add_at_(new, sparse[0], (-lr * scale) * sparse[1])
+        add_at_(new, *sparse, alpha=-lr * scale)
     W.copy_(stochastic_round(new, generator) if generator is not None and W.dtype == torch.bfloat16 else new)
 
 

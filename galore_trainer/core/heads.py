@@ -103,12 +103,14 @@ class LogicalMatrix:
 
     def take(self, stored: Tensor) -> Tensor:
         """The matrix as [blocks, rows, n]: a view where strides allow, else a copy."""
+        if stored.shape == (self.length, self.columns) and not self.transposed:  # one whole weight, as most are
+            return stored.reshape(self.blocks, self.block_rows, self.columns)
         return self._strided(stored).reshape(self.blocks, self.block_rows, self.columns)
 
     def put(self, stored: Tensor, blocks: Tensor) -> None:
         """Write [blocks, rows, n] back; nothing is copied where ``take`` gave a view that was changed in place."""
-        target = self._strided(stored)
         if blocks.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+            target = self._strided(stored)
             target.copy_(blocks.reshape(target.shape))
 
     def lend(self, blocks: Tensor, heads: Tensor | None) -> Tensor:

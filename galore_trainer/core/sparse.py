@@ -18,6 +18,10 @@ class Support(NamedTuple):
     positions: Tensor
     columns: int
 
+    def wide(self) -> Support:
+        """With int64 positions, which indexing takes as they are."""
+        return Support(self.positions.long(), self.columns)
+
     def by_row(self, rows: int) -> bool:
         """Whether positions are columns, the same number in each of ``rows`` rows."""
         return self.positions.shape[-2] == rows
@@ -39,9 +43,9 @@ def read_at(X: Tensor, support: Support) -> Tensor:
     return support.lines_of(X).gather(-1, support.positions.long())
 
 
-def add_at_(W: Tensor, support: Support, values: Tensor) -> None:
-    """W[S] += values, in place, whatever the strides of W [blocks, m, n]."""
+def add_at_(W: Tensor, support: Support, values: Tensor, alpha: float) -> None:
+    """W[S] += alpha values, in place, whatever the strides of W [blocks, m, n]; values in the dtype of W."""
     lines, index = support.lines_of(W), support.positions.long()
-    lines.scatter_(-1, index, lines.gather(-1, index) + values.to(W.dtype))
+    lines.scatter_(-1, index, lines.gather(-1, index).add_(values, alpha=alpha))
     if lines.untyped_storage().data_ptr() != W.untyped_storage().data_ptr():
         W.copy_(lines.view(W.shape))

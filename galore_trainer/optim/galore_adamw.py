@@ -17,6 +17,7 @@ from galore_trainer.optim.plain import plain_state, plain_step
 from galore_trainer.optim.refresh import diagnose, next_due, refresh_stack
 from galore_trainer.optim.residual_state import has_residual, residual_step
 from galore_trainer.optim.sides import project_whole
+from galore_trainer.optim.skips import Flag, count_skips, finite_flags, no_skips
 from galore_trainer.optim.stack import Job, Stack, make_stacks
 from galore_trainer.optim.state import check_same_method, restore_dtypes
 from galore_trainer.optim.streams import stream
@@ -95,6 +96,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         jobs: list[Job] = []
+        flags: list[Flag] = []
         plain: list[tuple[Tensor, Tensor, str, dict[str, Any]]] = []
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
@@ -109,15 +111,17 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     plain.append((p, grad, group["names"][i], group))
         if plain:
             with self.stopwatch.measure("plain", plain[0][0].device):
-                for each in plain:
-                    self._plain_step(*each)
+                finite = finite_flags([grad for _, grad, _, _ in plain])
+                for each, ok in zip(plain, finite, strict=True):
+                    flags += self._plain_step(*each, ok)
         if jobs:
             self._refresh(jobs)
             with self.stopwatch.measure("update", jobs[0].parameter.device):
                 for stack in make_stacks(jobs, self._stack_elements(jobs[0].parameter.device)):
-                    self._update(stack)
+                    flags += self._update(stack)
             for job in jobs:
                 job.state["calls"] += job.last
+        count_skips(flags)
         self._steps += 1
         if self._steps % NON_FINITE_LIMIT == 0:
             self.check_finite()
@@ -128,8 +132,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     ) -> list[Job]:
         state = self.state[p]
         if not state:
-            skipped = torch.zeros(3, dtype=torch.int32, device=p.device)
-            state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(p), skipped=skipped)
+            state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(p), skipped=no_skips(p.device))
             for matrix in matrices:
                 Stack([Job(p, grad, name, matrix, state, group)]).write(_empty_state(matrix, p.device))
             if group["lr"] == 0.0 and not grad.any():
@@ -153,8 +156,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             return self.max_stack_elements
         return 0 if device.type == "cpu" else STACK_ELEMENTS
 
-    def _update(self, stack: Stack) -> None:
-        """One step of a stack of matrices with the bases they have."""
+    def _update(self, stack: Stack) -> list[Flag]:
+        """One step of a stack of matrices with the bases they have; whose gradients were finite."""
         side, group, config = stack.matrix.side, stack.group, self.config
         old, G = stack.read(), stack.gradients()
         R = galore.project(G, old.P, side)
@@ -167,9 +170,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if has_residual(stack.matrix, config) and stack.jobs[0].state["refreshes"] > 0:
             sparse = residual_step(stack, G, R, old.P, ok, config)
         stack.write_moments(new)
-        bad = (1.0 - by_job).to(torch.int32)
-        parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), bad.unbind(), strict=True)
-        for i, (job, N_job, P_job, ok_job, bad_job) in enumerate(parts):
+        parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), strict=True)
+        for i, (job, N_job, P_job, ok_job) in enumerate(parts):
             W = job.matrix.take(job.parameter)
             galore.apply_update_(
                 W, N_job, P_job, side, lr=group["lr"], scale=config.scale, weight_decay=group["weight_decay"],
@@ -177,18 +179,17 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 generator=self._rounding(job.parameter, job.name, job.state["calls"]),
             )  # fmt: skip
             job.matrix.put(job.parameter, W)
-            if job.last:
-                _count_skipped(job.state, bad_job)
+        return [(job.state, ok_job) for job, ok_job in zip(stack.jobs, by_job.unbind(), strict=True) if job.last]
 
-    def _plain_step(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any]) -> None:
+    def _plain_step(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any], ok: Tensor) -> list[Flag]:
         state = self.state[p]
         if not state:
-            state.update(plain_state(p), calls=0, skipped=torch.zeros(3, dtype=torch.int32, device=p.device))
+            state.update(plain_state(p), calls=0, skipped=no_skips(p.device))
             if group["lr"] == 0.0 and not grad.any():
-                return
-        ok = plain_step(p, grad, state, group, self._rounding(p, name, state["calls"]))
-        _count_skipped(state, (1.0 - ok).to(torch.int32))
+                return []
+        plain_step(p, grad, state, group, ok, self._rounding(p, name, state["calls"]))
         state["calls"] += 1
+        return [(state, ok)]
 
     def _rounding(self, p: Tensor, name: str, calls: int) -> torch.Generator | None:
         if p.dtype != torch.bfloat16 or not self.config.stochastic_rounding:
@@ -324,9 +325,3 @@ def _part(sparse: tuple[Support, Tensor] | None, i: int, blocks: int) -> tuple[S
     (index, columns), values = sparse
     here = slice(i * blocks, (i + 1) * blocks)
     return Support(index[here], columns), values[here]
-
-
-def _count_skipped(state: dict[str, Any], bad: Tensor) -> None:
-    in_a_row, total, longest = state["skipped"]
-    in_a_row = (in_a_row + 1) * bad
-    state["skipped"] = torch.stack([in_a_row, total + bad, torch.maximum(longest, in_a_row)])

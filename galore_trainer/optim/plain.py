@@ -23,22 +23,18 @@ def plain_state(p: Tensor) -> dict[str, Any]:
 
 
 def plain_step(
-    p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], generator: torch.Generator | None
-) -> Tensor:
-    """One AdamW step in place; skipped on the device where the gradient is not finite.
+    p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], ok: Tensor, generator: torch.Generator | None
+) -> None:
+    """One AdamW step in place.
 
     Args:
         p: parameter of any shape; float32 is updated directly, other dtypes through float32 chunks.
         grad: its gradient.
         state: from ``plain_state``.
         group: gives lr, betas, eps and weight_decay.
+        ok: scalar tensor, 1.0, or 0.0 to leave everything as it is.
         generator: for stochastic rounding of bf16; None rounds to nearest.
-
-    Returns:
-        Scalar tensor, 1.0 where the gradient was finite, else 0.0.
     """
-    finite = torch.isfinite(grad).all()
-    ok = finite.to(torch.float32)
     options = dict(
         found_inf=1.0 - ok, fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
@@ -46,7 +42,7 @@ def plain_step(
     m, v = state["exp_avg"], state["exp_avg_sq"]
     if p.dtype == torch.float32 and p.is_contiguous():
         adamw([p], [grad], [m], [v], [], [state["step"]], **options)
-        return ok
+        return
     before = state["step"].clone()
     weight = p.contiguous().view(-1)
     parts = (x.reshape(-1).split(CHUNK) for x in (weight, grad, m, v))
@@ -57,4 +53,3 @@ def plain_step(
         w.copy_(stochastic_round(wide, generator) if generator is not None and w.dtype == torch.bfloat16 else wide)
     if not p.is_contiguous():
         p.copy_(weight.view(p.shape))
-    return ok

@@ -46,7 +46,7 @@ def residual_step(
         _warm_up(stack, G, R, P, ok, config)
         if not stack.has("residual_index") or config.residual_warmup_steps > 0:
             return None  # the support's moments begin with the step after the warm-up
-    support = Support(stack.get("residual_index"), stack.matrix.columns)
+    support = Support(stack.get("residual_index"), stack.matrix.columns).wide()
     D = residual.sampled_loss(G, R, P, stack.matrix.side, support)
     m, v = (stack.get(key) for key in MOMENTS)
     m, v, age, N = adam(m, v, stack.get_count(AGE), D, ok, betas=stack.group["betas"], eps=stack.group["eps"])

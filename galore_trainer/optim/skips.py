@@ -1,0 +1,53 @@
+"""Steps that a non-finite gradient skips: found on the device, by parameter, counted without waiting for it.
+
+``state["skipped"]`` of a parameter holds int32 [in a row, in all, longest row].
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Flag = tuple[dict[str, Any], Tensor]
+"""A parameter's state and a scalar tensor on its device: 1.0 where its gradient was finite, else 0.0."""
+
+
+def no_skips(device: torch.device) -> Tensor:
+    """The counters of a parameter that has skipped nothing."""
+    return torch.zeros(3, dtype=torch.int32, device=device)
+
+
+def finite_flags(grads: Sequence[Tensor]) -> list[Tensor]:
+    """1.0 for each gradient that holds finite numbers alone, else 0.0: scalar tensors, in a few launches a device."""
+    flags: list[Tensor] = [torch.ones(())] * len(grads)
+    for members in _by_device(grads).values():
+        # the largest magnitude is finite if all are; an empty gradient has none
+        tops = [grads[i] if grads[i].numel() else grads[i].new_zeros(1) for i in members]
+        largest = torch.stack([top.float() for top in torch._foreach_norm(tops, float("inf"))])
+        for i, flag in zip(members, torch.isfinite(largest).float().unbind(), strict=True):
+            flags[i] = flag
+    return flags
+
+
+def count_skips(flags: Sequence[Flag]) -> None:
+    """Take one step's flags into the counters."""
+    for members in _by_device([ok for _, ok in flags]).values():
+        states = [flags[i][0] for i in members]
+        bad = 1 - torch.stack([flags[i][1] for i in members]).int()
+        in_a_row, total, longest = torch.stack([state["skipped"] for state in states]).unbind(1)
+        in_a_row = (in_a_row + 1) * bad
+        new = torch.stack([in_a_row, total + bad, torch.maximum(longest, in_a_row)], dim=1)
+        for state, counters in zip(states, new.unbind(), strict=True):
+            state["skipped"] = counters
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Which of the tensors lie on each device."""
+    found: dict[torch.device, list[int]] = defaultdict(list)
+    for i, tensor in enumerate(tensors):
+        found[tensor.device].append(i)
+    return found
