@@ -17,7 +17,7 @@ ProjType = Literal["std", "reverse_std", "left", "right"]
 HeadSharing = Literal["shared", "grouped", "per_head", "joint"]
 HeadChoice = Literal["random", "energy", "fixed"]
 Svd = Literal["randomized", "exact"]
-MomentumTransfer = Literal["rotate", "align", "keep", "reset"]
+MomentumTransfer = Literal["align", "rotate", "keep", "reset"]
 ResidualSelection = Literal["row", "global"]
 
 ALL_LINEAR = "all-linear"
@@ -90,7 +90,7 @@ class GaLoreConfig:
         minimum=0,
     )
     momentum_transfer: MomentumTransfer = knob(
-        "rotate", "What happens to the moments at a refresh: rotate, align (signs only), keep (GaLore), reset."
+        "align", "What happens to the moments at a refresh: align (signs only), rotate, keep (GaLore), reset."
     )
     residual_percent: float = knob(
         1.2,
