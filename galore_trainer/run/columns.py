@@ -69,9 +69,9 @@ def columns(results: Iterable[Result] = ()) -> dict[str, Column]:
           for key in texts if not (key == "bleu" and scores)),
         Column(key="eval_loss", title="eval loss, nats per token", group="quality", read=_after("eval_loss"), digits=4,
                missing="the run held nothing out"),
-        Column(key="fine_tuning_seconds", title="fine-tuning, s", group="time", read=_fine_tuning, missing=_UNTIMED),
-        Column(key="seconds_per_step", title="s per step", group="time", read=_per_step("training"), missing=_UNTIMED),
-        *(Column(key=key, title=f"{name}, ms per step", group="time", read=_per_step(key), factor=1e3, missing=_UNTIMED)
+        Column(key="fine_tuning_seconds", title="fine-tuning, s", group="time", read=_fine_tuning),
+        Column(key="seconds_per_step", title="s per step", group="time", read=_per_step("training")),
+        *(Column(key=key, title=f"{name}, ms per step", group="time", read=_per_step(key), factor=1e3)
           for key, name in PARTS.items()),
         Column(key="refresh_seconds", title="refresh, ms each", group="time", read=seconds_per_refresh, factor=1e3,
                missing=_PLAIN),
@@ -129,7 +129,6 @@ def timed_steps(result: Result) -> int:
     return int(result["steps"]) - (result.get("resumed_from_step") or 0)
 
 
-_UNTIMED = "no exclusive timing pass has finished"
 _PLAIN = "the method projects nothing"
 _UNDIAGNOSED = "measured at the first refreshes (galore.diagnose_refreshes), if the run was not resumed after them"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from galore_trainer.run.artifacts import write_file
+from galore_trainer.run.cells import TIMING
 from galore_trainer.run.columns import Column, columns, timed_steps
 from galore_trainer.run.report_pages import Block, Bullets, Code, Heading, Plot, Table, Text, to_html, to_markdown
 from galore_trainer.run.report_plots import make_plots
@@ -23,6 +26,7 @@ from galore_trainer.run.report_runs import (
 from galore_trainer.run.study import show_value
 from galore_trainer.run.yaml_io import dump
 
+UNTIMED = "no exclusive timing pass has finished"
 SECTIONS = {
     "quality": "Scores and losses",
     "time": "Time",
@@ -32,7 +36,7 @@ SECTIONS = {
 
 
 def report(folders: Sequence[str | Path], output: Path, *, title: str | None = None, command: str = "") -> list[Path]:
-    """Write ``report.md``, ``report.html`` and the plots' PNG files.
+    """Write ``report.md``, ``report.html``, the plots' PNG files, and the figures of every run as ``runs.jsonl``.
 
     Args:
         folders: of finished runs, or of one study.
@@ -54,10 +58,22 @@ def report(folders: Sequence[str | Path], output: Path, *, title: str | None = N
         "report.html": to_html(title, blocks),
         "report.md": to_markdown(title, blocks),
         **{f"{plot.name}.png": plot.png for plot in plots.values()},
+        "runs.jsonl": "".join(json.dumps(figures, ensure_ascii=False) + "\n" for figures in _figures(found)),
     }
     for name, content in files.items():
         write_file(output / name, content)
     return [output / name for name in files]
+
+
+def _figures(found: Gathered) -> Iterator[dict[str, Any]]:
+    """What the tables were made of: each run's figures, those of a timing pass as the run ``timing``."""
+    for group in found.groups:
+        for name, result in [*((run.folder.name, run.result) for run in group.runs), (TIMING, group.timing)]:
+            kept = {key: value for key, value in result.items() if key not in ("config", "data_notes")}
+            if error := kept.get("projection_error"):
+                kept["projection_error"] = {key: value for key, value in error.items() if key != "by_matrix"}
+            if kept:
+                yield {"cell": group.name, "run": name, **kept}
 
 
 def compose(found: Gathered, plots: dict[str, Plot], commands: Sequence[str] = ()) -> Iterator[Block]:
@@ -154,7 +170,9 @@ def _how_to_read(found: Gathered) -> Iterator[str]:
     if any(len(group.runs) > 1 for group in found.groups):
         yield "mean ± standard deviation over the seeds"
     yield "eval loss: cross entropy on the held-out targets after training"
-    if found.exclusive_pass:
+    if found.exclusive_pass and not any(group.timing for group in found.groups):
+        yield "no times: the runs shared their device, and no timing pass of the cells was made"
+    elif found.exclusive_pass:
         yield (
             "times: the runs shared their device, so each cell was timed once more, alone and without evaluation: the "
             "exclusive pass, s per step; fine-tuning is that figure times the run's steps"
@@ -166,9 +184,12 @@ def _how_to_read(found: Gathered) -> Iterator[str]:
 def _notes(found: Gathered, chosen: Iterable[Column]) -> Iterator[str]:
     alike: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for column in chosen:
-        absent = tuple(g.name for g in found.groups if g.runs and not cell_values(found, g, column))
-        if absent:
-            alike.setdefault((absent, column.missing), []).append(column.title)
+        by_reason: dict[str, list[str]] = {}
+        for group in [g for g in found.groups if g.runs and not cell_values(found, g, column)]:
+            untimed = column.group == "time" and found.exclusive_pass and not group.timing
+            by_reason.setdefault(UNTIMED if untimed else column.missing, []).append(group.name)
+        for reason, cells in by_reason.items():
+            alike.setdefault((tuple(cells), reason), []).append(column.title)
     for (absent, reason), titles in alike.items():
         where = "any cell" if len(absent) == sum(bool(g.runs) for g in found.groups) else _some(absent)
         yield f"no {' / '.join(titles)} for {where}" + (f": {reason}" if reason else "")

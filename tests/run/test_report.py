@@ -175,6 +175,21 @@ def test_every_figure_is_the_mean_and_deviation_of_the_runs(tmp_path: Path) -> N
         assert found["Result"][name]["fine-tuning, s"] == seconds["fine-tuning, s"]
 
 
+def test_the_figures_of_every_run_stand_beside_the_tables(tmp_path: Path) -> None:
+    paths = report([write_study(tmp_path / "study", jobs=2)], tmp_path / "out")
+    (path,) = [path for path in paths if path.name == "runs.jsonl"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["cell"], row["run"]) for row in rows if row["cell"] == "rank 32"] == [
+        ("rank 32", "seed-0"), ("rank 32", "seed-1"), ("rank 32", "seed-2"), ("rank 32", "timing"),
+    ]  # fmt: skip
+    result = make_result(32, 1)
+    row = next(row for row in rows if (row["cell"], row["run"]) == ("rank 32", "seed-1"))
+    assert row["score_after"] == result["score_after"]
+    assert row["seconds"] == result["seconds"]
+    assert not {"config", "data_notes"} & row.keys()
+    assert "by_matrix" not in row["projection_error"]
+
+
 def test_the_page_needs_no_other_file_and_shows_what_the_markdown_shows(tmp_path: Path) -> None:
     paths = report([write_study(tmp_path / "study")], tmp_path / "out", command="galore-ft report study")
     assert sorted(path.name for path in paths) == sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -229,6 +244,8 @@ def test_a_missing_timing_pass_is_said(tmp_path: Path) -> None:
     _, markdown = read_report(report([write_study(tmp_path / "study", jobs=2, timing=False)], tmp_path / "out"))
     assert tables(markdown)["Time"]["rank 32"]["s per step (exclusive pass)"] == "-"
     assert "for any cell: no exclusive timing pass has finished" in markdown
+    assert "no timing pass of the cells was made" in markdown
+    assert "projects nothing" not in markdown
 
 
 def test_failed_runs_stay_as_rows_with_their_reason(tmp_path: Path) -> None:
@@ -357,7 +374,7 @@ def test_a_report_of_odd_runs_is_still_written(tmp_path: Path) -> None:
         (many[-1] / "log.jsonl").write_text(
             '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1.0}\n{"step": 3, "loss": 0.5}\n'
         )
-    assert len(report(many, tmp_path / "twelve")) == 6
+    assert len(report(many, tmp_path / "twelve")) == 7
     assert math.isclose(sum(score_interval(gather([many[0]]).groups[0])), 0.79)
 
 
