@@ -17,7 +17,8 @@ ProjType = Literal["std", "reverse_std", "left", "right"]
 HeadSharing = Literal["shared", "grouped", "per_head", "joint"]
 HeadChoice = Literal["random", "energy", "fixed"]
 Svd = Literal["randomized", "exact"]
-MomentumTransfer = Literal["align", "rotate", "keep", "reset"]
+MomentumTransfer = Literal["rotate", "align", "keep", "reset"]
+FirstBasis = Literal["gradient", "sketch"]
 ResidualSelection = Literal["row", "global"]
 
 ALL_LINEAR = "all-linear"
@@ -81,6 +82,18 @@ class GaLoreConfig:
     stagger_refresh: bool = knob(
         False, "Spread the refreshes of the weights over the gap, so that no step does them all.", trajectory=True
     )
+    first_basis: FirstBasis = knob(
+        "gradient",
+        "Where a weight's first basis comes from: gradient (as all others), or sketch (one random sketch of the first "
+        "gradient; the weight moves from the second step on).",
+        trajectory=True,
+    )
+    layerwise: bool = knob(
+        False,
+        "Project each gradient inside backward and free it, accumulation and clipping included; implies "
+        "stagger_refresh and first_basis sketch.",
+        trajectory=True,
+    )
     share_output_heads: bool = knob(
         False, "Treat o_proj's columns as heads too, which share a basis as q, k, v do.", trajectory=True
     )
@@ -90,7 +103,7 @@ class GaLoreConfig:
         minimum=0,
     )
     momentum_transfer: MomentumTransfer = knob(
-        "align", "What happens to the moments at a refresh: align (signs only), rotate, keep (GaLore), reset."
+        "rotate", "What happens to the moments at a refresh: rotate, align (signs only), keep (GaLore), reset."
     )
     residual_percent: float = knob(
         1.2,
@@ -121,6 +134,16 @@ class GaLoreConfig:
         for key, rank in self.rank_pattern.items():
             if rank < 1:
                 raise OptionError(f"galore.rank_pattern[{key!r}]", rank, "an integer of at least 1")
+
+    @property
+    def staggers(self) -> bool:
+        """Whether refreshes are spread over the gap."""
+        return self.stagger_refresh or self.layerwise
+
+    @property
+    def sketches_first(self) -> bool:
+        """Whether the first basis comes from a sketch."""
+        return self.first_basis == "sketch" or self.layerwise
 
     def resolved_oversampling(self, rank: int) -> int:
         """Oversampling for a matrix of this rank: the field, or max(8, rank / 8)."""

@@ -101,3 +101,19 @@ def randomized(
     Q = subspace_iteration(G, Y, iterations)  # [..., m, k]
     U, V = thin_singular_vectors(Q.mT @ G, rank)  # of B = Q^T G, [..., k, n]
     return V if side == "right" else Q @ U
+
+
+def from_sketch(S: Tensor, rank: int, side: str) -> Tensor:
+    """A basis from one random sketch of the gradient (no second look at it, so q = 0).
+
+    Halko, Martinsson, Tropp 2011, section 5.5: the sketch's leading singular vectors on the side that was kept whole.
+
+    Args:
+        S: T^T G [..., k, n] (right) or G T [..., m, k] (left) for a Gaussian T, float32.
+        rank: r, at most k.
+        side: ``right`` or ``left``.
+
+    Returns:
+        P as ``exact`` does.
+    """
+    return thin_singular_vectors(S if side == "right" else S.mT, rank)[1]

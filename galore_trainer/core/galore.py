@@ -21,12 +21,15 @@ Sources: Zhao et al., arXiv 2403.03507; Liao et al., arXiv 2412.19820; moment ro
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from galore_trainer.core.sparse import Support, add_at_
+
+CHUNK = 1 << 24  # entries of a weight that is not float32 held in float32 at a time
 
 
 class MatrixState(NamedTuple):
@@ -154,10 +157,24 @@ def apply_update_(
             add_at_(W, *sparse, alpha=-lr * scale)
         return
     low = torch.bfloat16 if W.dtype == torch.bfloat16 and W.is_cuda else torch.float32
-    new = W.float() * (1.0 - ok * (lr * weight_decay)) - (lr * scale) * lift(N.to(low), P.to(low), side)
-    if sparse is not None:
-        add_at_(new, *sparse, alpha=-lr * scale)
-    W.copy_(stochastic_round(new, generator) if generator is not None and W.dtype == torch.bfloat16 else new)
+    N, P = N.to(low), P.to(low)
+    for rows in _row_chunks(W, sparse[0] if sparse else None):  # few of them are held in float32 at a time
+        left, right = (N[:, rows], P) if side == "right" else (N, P[:, rows])
+        new = W[:, rows].float() * (1.0 - ok * (lr * weight_decay)) - (lr * scale) * lift(left, right, side)
+        if sparse is not None:
+            support, values = sparse
+            here = rows if support.by_row(W.shape[-2]) else slice(None)
+            add_at_(new, Support(support.positions[:, here], support.columns), values[:, here], alpha=-lr * scale)
+        if generator is not None and W.dtype == torch.bfloat16:
+            new = stochastic_round(new, generator)
+        W[:, rows].copy_(new)
+
+
+def _row_chunks(W: Tensor, support: Support | None) -> Iterator[slice]:
+    """Slices of rows with at most ``CHUNK`` entries; one for all where a support counts through the whole matrix."""
+    blocks, m, n = W.shape
+    size = m if support is not None and not support.by_row(m) else max(1, CHUNK // (blocks * n))
+    return (slice(start, min(start + size, m)) for start in range(0, m, size))
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:

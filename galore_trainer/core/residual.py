@@ -52,9 +52,14 @@ def dense_loss(G: Tensor, R: Tensor, P: Tensor, side: str) -> Tensor:
 
 def sampled_loss(G: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
     """D[S] in float32, from G[S] and rows of R and P alone: D itself is not formed."""
+    return read_at(G, support).float() - lifted_at(R, P, side, support)
+
+
+def lifted_at(R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
+    """lift(R)[S] in float32, in the positions' shape, from rows of R and P alone."""
     left, right = (R, P) if side == "right" else (P, R.mT)  # lift = left right^T; [m, r] and [n, r]
     (blocks, m, r), n = left.shape, right.shape[-2]
-    start = torch.arange(blocks, device=G.device)[:, None, None]  # blocks one after the other: one index does for all
+    start = torch.arange(blocks, device=R.device)[:, None, None]  # blocks one after the other: one index does for all
     row, column = support.coordinates(m)
     left_rows, right_rows = left.reshape(-1, r), right.reshape(-1, r)
     i, j = (start * m + row).flatten(), (start * n + column).flatten()
@@ -63,4 +68,4 @@ def sampled_loss(G: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -
         left_rows.index_select(0, a).mul_(right_rows.index_select(0, b)).sum(dim=-1)
         for a, b in zip(i.split(width), j.split(width), strict=True)
     ]
-    return read_at(G, support).float() - torch.cat(lifted).view(support.positions.shape)
+    return torch.cat(lifted).view(support.positions.shape)

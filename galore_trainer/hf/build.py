@@ -8,7 +8,7 @@ from torch import nn
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.hf.backend import training_backend
+from galore_trainer.hf.backend import Backend, training_backend
 from galore_trainer.hf.callback import GaLoreCallback
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.groups import parameter_groups, plan_weights
@@ -46,7 +46,9 @@ def build_optimizer(
             "optimizers", f"an optimizer built beforehand, under {backend}", "one process or DDP",
             f"Under {backend} the Trainer drops or refuses optimizers=; use Trainer(**galore_plugin(config, args)).",
         )  # fmt: skip
-    return _build(model, config or GaLoreConfig(), lr, weight_decay, betas, eps, seed)
+    config = config or GaLoreConfig()
+    _check_layerwise(config, backend)
+    return _build(model, config, lr, weight_decay, betas, eps, seed)
 
 
 def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
             "Parameters that are sharded over processes are not supported by this version; launch without "
             f"{backend}, for example with `torchrun --nproc-per-node N` or `accelerate launch --multi_gpu`.",
         )  # fmt: skip
+    _check_layerwise(config, backend, fp16=getattr(args, "fp16", False))
     settings = {
         "config": config,
         "lr": args.learning_rate,
@@ -84,6 +87,17 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
         "seed": args.seed,
     }
     return {"optimizer_cls_and_kwargs": (GaLoreFactory, settings), "callbacks": [GaLoreCallback()]}
+
+
+def _check_layerwise(config: GaLoreConfig, backend: Backend, *, fp16: bool = False) -> None:
+    """Refuse layer-wise mode where something else looks at whole gradients between backward and the step."""
+    if config.layerwise and backend != "single":
+        raise OptionError(
+            "galore.layerwise", f"true, under {backend}", "a single process",
+            f"{backend} reduces whole gradients, which layer-wise mode does not keep; train without it.",
+        )  # fmt: skip
+    if config.layerwise and fp16:
+        raise OptionError("galore.layerwise", "true, with fp16", "bf16 or float32", "fp16 rescales whole gradients.")
 
 
 class GaLoreFactory:

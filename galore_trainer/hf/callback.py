@@ -46,6 +46,12 @@ class GaLoreCallback(TrainerCallback):
         self._optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         self._before, self._steps_with_lr = {}, 0
         self._logged = self._optimizer.stopwatch.seconds()
+        if self._optimizer.config.layerwise and args.gradient_accumulation_steps > 1:
+            logger.warning(
+                "layer-wise mode over %d micro-batches: grad_norm, and what is clipped by it, is an unbiased estimate "
+                "from one random direction of each weight; with one micro-batch it is exact",
+                args.gradient_accumulation_steps,
+            )
         if self.print_table and state.is_world_process_zero:
             print(weight_table(self._optimizer, kwargs.get("model")), flush=True)
 

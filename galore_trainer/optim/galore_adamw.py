@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,17 +14,18 @@ from galore_trainer.core import galore
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support
 from galore_trainer.errors import OptionError
+from galore_trainer.optim.layerwise import ProjectedGradient, attach, is_finite, norms_of
+from galore_trainer.optim.parts import Part
 from galore_trainer.optim.plain import plain_state, plain_step
-from galore_trainer.optim.refresh import diagnose, next_due, refresh_stack
-from galore_trainer.optim.residual_state import has_residual, residual_step
+from galore_trainer.optim.refresh import diagnose, first_basis, next_due, refresh_stack
+from galore_trainer.optim.residual_state import residual_lives, residual_step
 from galore_trainer.optim.sides import project_whole
-from galore_trainer.optim.skips import Flag, count_skips, finite_flags, no_skips
+from galore_trainer.optim.skips import ROW_LIMIT, Flag, count_skips, finite_flags, no_skips, total_skips
 from galore_trainer.optim.stack import Job, Stack, make_stacks
-from galore_trainer.optim.state import check_same_method, restore_dtypes
+from galore_trainer.optim.state import bytes_by_kind, check_same_method, restore_dtypes
 from galore_trainer.optim.streams import stream
 from galore_trainer.optim.timing import Stopwatch
 
-NON_FINITE_LIMIT = 10  # steps in a row
 STACK_ELEMENTS = 1 << 26  # gradient entries of equal matrices that are joined in one go on an accelerator
 
 
@@ -83,6 +85,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             if "matrices" not in group:
                 pairs = zip(group["params"], group["names"], strict=True)
                 group["matrices"] = [[project_whole(p.shape, name, self.config)] for p, name in pairs]
+            if self.config.layerwise:
+                self._attach(group)
             fields = self.config.to_dict()
             group["galore"] = {k: fields[k] for k in GaLoreConfig.trajectory_fields()} | {"seed": self.seed}
 
@@ -93,6 +97,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:
+            if self.config.layerwise:
+                raise OptionError(
+                    "step(closure)", "a closure", "none in layer-wise mode", "Call backward, then step()."
+                )
             with torch.enable_grad():
                 loss = closure()
         jobs: list[Job] = []
@@ -115,36 +123,72 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 for each, ok in zip(plain, finite, strict=True):
                     flags += self._plain_step(*each, ok)
         if jobs:
-            self._refresh(jobs)
+            waiting = self._refresh(jobs)
+            flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
+            still = {id(job) for job in waiting}
+            moving = [job for job in jobs if id(job) not in still]
             with self.stopwatch.measure("update", jobs[0].parameter.device):
-                for stack in make_stacks(jobs, self._stack_elements(jobs[0].parameter.device)):
+                for stack in make_stacks(moving, self._stack_elements(jobs[0].parameter.device)):
                     flags += self._update(stack)
             for job in jobs:
                 job.state["calls"] += job.last
         count_skips(flags)
         self._steps += 1
-        if self._steps % NON_FINITE_LIMIT == 0:
+        if self._steps % ROW_LIMIT == 0:
             self.check_finite()
         return loss
 
     def _jobs(
         self, p: Tensor, grad: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
     ) -> list[Job]:
-        state = self.state[p]
-        if not state:
-            state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(p), skipped=no_skips(p.device))
-            for matrix in matrices:
-                Stack([Job(p, grad, name, matrix, state, group)]).write(_empty_state(matrix, p.device))
-            if group["lr"] == 0.0 and not grad.any():
-                return []  # how checkpoint tools create state: nothing else may change
+        state, new = self._projected_state(p, name, matrices, group)
+        if new and group["lr"] == 0.0 and not grad.any():
+            return []  # how checkpoint tools create state: nothing else may change
+        parts = grad.parts if isinstance(grad, ProjectedGradient) else [None] * len(matrices)
         if len(matrices) == 1:
-            return [Job(p, grad, name, matrices[0], state, group)]
-        ok, last = torch.isfinite(grad).all().float(), matrices[-1]
-        return [Job(p, grad, f"{name}.{m.label}", m, state, group, m is last, ok) for m in matrices]
+            return [Job(p, grad, name, matrices[0], state, group, parts[0])]
+        ok, last = is_finite(grad), matrices[-1]
+        pairs = zip(matrices, parts, strict=True)
+        return [Job(p, grad, f"{name}.{m.label}", m, state, group, part, m is last, ok) for m, part in pairs]
+
+    def _projected_state(
+        self, p: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
+    ) -> tuple[dict[str, Any], bool]:
+        """The state of a projected parameter, and whether it has only now been made."""
+        state = self.state[p]
+        if state:
+            return state, False
+        state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(p), skipped=no_skips(p.device))
+        for matrix in matrices:
+            Stack([Job(p, p, name, matrix, state, group)]).write(_empty_state(matrix, p.device))
+        return state, True
+
+    def _attach(self, group: dict[str, Any]) -> None:
+        """Hook every parameter of a projected group, for as long as this optimizer lives."""
+        own = weakref.ref(self)
+        for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
+
+            def take(p: Tensor, name: str = name, matrices: list[LogicalMatrix] = matrices) -> ProjectedGradient | None:
+                optimizer = own()
+                return optimizer._take(p, name, matrices) if optimizer is not None else None
+
+            weakref.finalize(self, attach(p, name, take).remove)
+
+    def _take(self, p: Tensor, name: str, matrices: list[LogicalMatrix]) -> ProjectedGradient | None:
+        """What is kept of a gradient that backward has just made; None where the next step needs it whole."""
+        assert p.grad is not None
+        state, _ = self._projected_state(p, name, matrices, {})
+        if state["refreshes"] > 0 and state["calls"] >= state["due"]:
+            return None
+        with self.stopwatch.measure("update", p.device):
+            return ProjectedGradient(
+                p.grad, name,
+                [Part(m, f"{name}.{m.label}" if m.label else name, state, self.config, self.seed) for m in matrices],
+            )  # fmt: skip
 
     def _phase(self, p: Tensor) -> int:
         """Where in the gap this weight's refreshes lie: 0, or spread evenly over all projected weights."""
-        if not self.config.stagger_refresh:
+        if not self.config.staggers:
             return 0
         projected = [q for g in self.param_groups if g["projected"] for q in g["params"]]
         position = next(i for i, q in enumerate(projected) if q is p)
@@ -160,14 +204,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """One step of a stack of matrices with the bases they have; whose gradients were finite."""
         side, group, config = stack.matrix.side, stack.group, self.config
         old, G = stack.read(), stack.gradients()
-        R = galore.project(G, old.P, side)
+        R = stack.kept("projected") if G is None else galore.project(G, old.P, side)
         by_job = galore.finite_parts(R, len(stack.jobs))  # [jobs]
         if stack.jobs[0].grad_ok is not None:
             by_job = by_job * torch.stack([job.grad_ok for job in stack.jobs if job.grad_ok is not None])
         ok = stack.spread(by_job)
         new, N = galore.step_moments(old, R, ok, betas=group["betas"], eps=group["eps"])
         sparse = None
-        if has_residual(stack.matrix, config) and stack.jobs[0].state["refreshes"] > 0:
+        if residual_lives(stack, config):
             sparse = residual_step(stack, G, R, old.P, ok, config)
         stack.write_moments(new)
         parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), strict=True)
@@ -196,21 +240,28 @@ class GaLoreAdamW(torch.optim.Optimizer):
             return None
         return stream(p.device, self.seed, name, "rounding", calls)
 
-    def _refresh(self, jobs: list[Job]) -> None:
-        """New bases where they are due; an all-zero or non-finite gradient leaves its refresh due."""
+    def _refresh(self, jobs: list[Job]) -> list[Job]:
+        """New bases where they are due; an all-zero or non-finite gradient leaves its refresh due.
+
+        Returns:
+            The jobs that do not move in this step, as they had no basis when it began and a sketch gives the first.
+        """
         due = [job for job in jobs if job.state["calls"] >= job.state["due"]]
         if not due:
-            return
-        found = torch._foreach_norm([job.grad for job in due], 2, torch.float32)
-        norms = torch.stack([n.to(due[0].grad.device) for n in found]).tolist()
+            return []
+        waiting = [job for job in due if self.config.sketches_first and job.state["refreshes"] == 0]
+        norms = torch.stack([n.to(due[0].parameter.device) for n in norms_of([job.grad for job in due])]).tolist()
         good = [job for job, norm in zip(due, norms, strict=True) if 0.0 < norm < float("inf")]
         for stack in make_stacks(good, self._stack_elements(jobs[0].parameter.device)):
             with self.stopwatch.measure("refresh", stack.device):
-                G = stack.gradients()
+                G, first = stack.gradients(), stack.jobs[0].state["refreshes"] == 0
+                if G is None or (first and self.config.sketches_first):
+                    first_basis(stack, G, self.config, self.seed)
+                    continue
                 new = refresh_stack(stack, G, self.config, self.seed)
                 errors = galore.projection_error(G, new.P, stack.matrix.side, len(stack.jobs))
             self.projection_errors.update(zip((job.name for job in stack.jobs), errors.unbind(), strict=True))
-            if stack.jobs[0].state["refreshes"] < self.config.diagnose_refreshes:
+            if stack.jobs[0].state["refreshes"] < self.config.diagnose_refreshes + self.config.sketches_first:
                 with self.stopwatch.measure("diagnosis", stack.device):
                     found = diagnose(stack, G, new.P, self.config, self.seed)
                     for job, excess, sharing in zip(stack.jobs, *(x.tolist() for x in found), strict=True):
@@ -218,28 +269,18 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for job in good:
             if job.last:
                 state = job.state
-                if state["refreshes"] == 0:
+                if state["refreshes"] == self.config.sketches_first:  # the first one from a whole gradient
                     state["born"] = state["calls"]
                 state["refreshes"] += 1
                 state["due"] = next_due(state["calls"], self.config.update_proj_gap, state["phase"])
+        return waiting
 
     # ------------------------------------------------------------------ diagnostics and state
 
     def check_finite(self) -> dict[str, int]:
         """Skipped steps by parameter name (those with any); raises after ten non-finite gradients in a row."""
-        names = [n for g in self.param_groups for n, p in zip(g["names"], g["params"], strict=True) if p in self.state]
-        states = [self.state[p] for g in self.param_groups for p in g["params"] if p in self.state]
-        if not states:
-            return {}
-        counts = torch.stack([s["skipped"].to(states[0]["skipped"].device) for s in states]).tolist()
-        stuck = [n for n, (_, _, longest) in zip(names, counts, strict=True) if longest >= NON_FINITE_LIMIT]
-        if stuck:
-            some = ", ".join(stuck[:5]) + (f" and {len(stuck) - 5} more" if len(stuck) > 5 else "")
-            raise FloatingPointError(
-                f"gradients were not finite in {NON_FINITE_LIMIT} steps in a row: {some}. Their weights were left as "
-                "they were. Lower the learning rate, look for a bad batch, or train in float32 or bfloat16."
-            )
-        return {n: total for n, (_, total, _) in zip(names, counts, strict=True) if total}
+        pairs = [pair for g in self.param_groups for pair in zip(g["names"], g["params"], strict=True)]
+        return total_skips({name: self.state[p]["skipped"] for name, p in pairs if p in self.state})
 
     def projection_report(self) -> dict[str, Any] | None:
         """Projection errors of the newest refreshes: ``mean``, ``by_matrix``, and the means of what was diagnosed.
@@ -260,13 +301,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind: basis, moments, residual, plain (AdamW of what is not projected)."""
-        kinds = {"basis": 0, "moments": 0, "residual": 0, "plain": 0}
-        for group in self.param_groups:
-            for p in group["params"]:
-                for key, value in self.state.get(p, {}).items():
-                    if isinstance(value, Tensor):
-                        kinds[_kind(key, group["projected"])] += value.numel() * value.element_size()
-        return kinds
+        return bytes_by_kind((g["projected"], self.state.get(p, {})) for g in self.param_groups for p in g["params"])
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or pickle keeps: torch's part, and what this class adds but the stopwatch."""
@@ -298,15 +333,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
             group.update(kept)
             group["betas"] = tuple(group["betas"])
         restore_dtypes(self, state_dict)
-
-
-def _kind(key: str, projected: bool) -> str:
-    name = key.rsplit(".", 1)[-1]
-    if not projected:
-        return "plain"
-    if name.startswith(("residual", "candidate")):
-        return "residual"
-    return "basis" if name == "basis" else "moments"
 
 
 def _empty_state(matrix: LogicalMatrix, device: torch.device) -> galore.MatrixState:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.basis import BASES, sketch_width
+from galore_trainer.core.basis import BASES, from_sketch, sketch_width
 from galore_trainer.core.linalg import least_error
+from galore_trainer.optim.parts import sketch, sketch_matrices
 from galore_trainer.optim.residual_state import reset_residual
 from galore_trainer.optim.stack import Job, Stack
 from galore_trainer.optim.streams import stream
@@ -57,6 +58,20 @@ def refresh_stack(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> g
     if config.momentum_transfer == "reset":
         reset_residual(stack)
     return new
+
+
+def first_basis(stack: Stack, G: Tensor | None, config: GaLoreConfig, seed: int) -> None:
+    """Give matrices their first basis from a sketch of their gradients: of whole ones, or the one that was kept.
+
+    A sketch sees all rows of a block, whoever lends later: it is the same for every split into micro-batches.
+    """
+    side = stack.matrix.side
+    if G is None:
+        S = stack.kept("sketch")
+    else:
+        T = [sketch_matrices(job.matrix, config, seed, job.name, stack.device) for job in stack.jobs]
+        S = sketch(G, torch.cat(T), side)
+    stack.put("basis", from_sketch(S, stack.matrix.rank, side))
 
 
 def lending_rows(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> Tensor:

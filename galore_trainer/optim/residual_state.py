@@ -31,14 +31,20 @@ def has_residual(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
     return config.residual_percent > 0.0 and matrix.loses
 
 
+def residual_lives(stack: Stack, config: GaLoreConfig) -> bool:
+    """Whether it has begun: at the first basis that came from a whole gradient."""
+    return has_residual(stack.matrix, config) and stack.jobs[0].state["refreshes"] > config.sketches_first
+
+
 def residual_step(
-    stack: Stack, G: Tensor, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig
+    stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig
 ) -> tuple[Support, Tensor] | None:
     """Take this step's lost part in; the support and its update N_S, or None while candidates warm up.
 
     Args:
         stack: matrices of one age; their states are changed in place.
-        G, R, P: gradients, projections and bases of this step, [jobs x blocks, ...].
+        G, R, P: gradients, projections and bases of this step, [jobs x blocks, ...]; G is None where gradients were
+            sampled at the support beforehand.
         ok: [jobs x blocks, 1, 1], 1.0 where the gradient is finite.
         config: how many entries, how long a warm-up, which scale.
     """
@@ -47,7 +53,7 @@ def residual_step(
         if not stack.has("residual_index") or config.residual_warmup_steps > 0:
             return None  # the support's moments begin with the step after the warm-up
     support = Support(stack.get("residual_index"), stack.matrix.columns).wide()
-    D = residual.sampled_loss(G, R, P, stack.matrix.side, support)
+    D = _loss_at(stack, G, R, P, support)
     m, v = (stack.get(key) for key in MOMENTS)
     m, v, age, N = adam(m, v, stack.get_count(AGE), D, ok, betas=stack.group["betas"], eps=stack.group["eps"])
     stack.put(MOMENTS[0], m)
@@ -64,21 +70,30 @@ def reset_residual(stack: Stack) -> None:
         stack.put_count(AGE, torch.zeros_like(stack.get_count(AGE)))
 
 
-def _warm_up(stack: Stack, G: Tensor, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig) -> None:
+def _loss_at(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, support: Support) -> Tensor:
+    """D[S], from the gradients or from what was sampled of them."""
+    at_support = stack.kept("sampled") if G is None else read_at(G, support).float()
+    return at_support - residual.lifted_at(R, P, stack.matrix.side, support)
+
+
+def _warm_up(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig) -> None:
     state = stack.jobs[0].state
     _, lines, entries = support_shape(stack.matrix, config)
-    dense = residual.dense_loss(G, R, P, stack.matrix.side)  # for four times the entries one product is cheaper
+    # for four times the entries one product is cheaper than reading rows
+    dense = None if G is None else residual.dense_loss(G, R, P, stack.matrix.side)
     if not stack.has("candidate_index"):
+        assert dense is not None  # this step's basis came from it
         wide = entries if config.residual_warmup_steps == 0 else entries * residual.CANDIDATES
         index = residual.choose(dense.abs(), lines, wide)
         stack.put("candidate_index", index)
-        stack.put("candidate_mean", torch.zeros(index.shape, device=G.device))
+        stack.put("candidate_mean", torch.zeros(index.shape, device=R.device))
     support = Support(stack.get("candidate_index"), stack.matrix.columns)
-    D = torch.where(ok > 0.0, read_at(dense, support), 0.0)
+    D = _loss_at(stack, None, R, P, support) if dense is None else read_at(dense, support)
+    D = torch.where(ok > 0.0, D, 0.0)
     stack.put("candidate_mean", torch.lerp(stack.get("candidate_mean"), D, ok * (1.0 - stack.group["betas"][0])))
     if state["calls"] - state["born"] + 1 >= config.residual_warmup_steps:
         index = residual.best_candidates(stack.pop("candidate_index"), stack.pop("candidate_mean"), entries)
         stack.put("residual_index", index)
         for key in MOMENTS:
-            stack.put(key, torch.zeros(index.shape, device=G.device))
-        stack.put_count(AGE, torch.zeros(len(index), 1, 1, device=G.device))
+            stack.put(key, torch.zeros(index.shape, device=R.device))
+        stack.put_count(AGE, torch.zeros(len(index), 1, 1, device=R.device))

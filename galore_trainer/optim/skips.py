@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ROW_LIMIT = 10
+"""Steps in a row without a finite gradient that a parameter may have before training is stopped."""
 
 Flag = tuple[dict[str, Any], Tensor]
 """A parameter's state and a scalar tensor on its device: 1.0 where its gradient was finite, else 0.0."""
@@ -43,6 +46,26 @@ def count_skips(flags: Sequence[Flag]) -> None:
         new = torch.stack([in_a_row, total + bad, torch.maximum(longest, in_a_row)], dim=1)
         for state, counters in zip(states, new.unbind(), strict=True):
             state["skipped"] = counters
+
+
+def total_skips(counters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Skipped steps by parameter name (those with any); waits for the device.
+
+    Raises:
+        FloatingPointError: a parameter skipped ten steps in a row.
+    """
+    if not counters:
+        return {}
+    device = next(iter(counters.values())).device
+    counts = torch.stack([counter.to(device) for counter in counters.values()]).tolist()
+    stuck = [name for name, (_, _, longest) in zip(counters, counts, strict=True) if longest >= ROW_LIMIT]
+    if stuck:
+        some = ", ".join(stuck[:5]) + (f" and {len(stuck) - 5} more" if len(stuck) > 5 else "")
+        raise FloatingPointError(
+            f"gradients were not finite in {ROW_LIMIT} steps in a row: {some}. Their weights were left as they were. "
+            "Lower the learning rate, look for a bad batch, or train in float32 or bfloat16."
+        )
+    return {name: total for name, (_, total, _) in zip(counters, counts, strict=True) if total}
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from galore_trainer.core.galore import MatrixState
 from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.optim.parts import Part
 
 STATE_KEYS = ("basis", "exp_avg", "exp_avg_sq", "step")
 
@@ -29,6 +30,7 @@ class Job:
         matrix: where it lies and how it is projected.
         state: the parameter's state; keys of this matrix begin with ``prefix``.
         group: the parameter's group.
+        part: what layer-wise mode kept of the gradient; None where ``grad`` is whole.
         last: whether this is the parameter's last part.
         grad_ok: 1.0 if the whole gradient of a fused weight is finite (a scalar tensor), None for a weight of one part.
     """
@@ -39,6 +41,7 @@ class Job:
     matrix: LogicalMatrix
     state: dict[str, Any]
     group: dict[str, Any]
+    part: Part | None = None
     last: bool = True
     grad_ok: Tensor | None = None
 
@@ -51,7 +54,7 @@ class Job:
         """Equal for jobs that one stack may hold."""
         m, s = self.matrix, self.state
         shape = (m.blocks, m.block_rows, m.columns, m.side, m.rank, m.head_dim, m.lenders)
-        phase = (self.grad_ok is None, s["refreshes"] > 0, s["calls"] - s["born"], s["refreshes"])
+        phase = (self.part is None, self.grad_ok is None, s["refreshes"] > 0, s["calls"] - s["born"], s["refreshes"])
         dtype = (self.parameter.dtype, self.grad.dtype, self.parameter.device)
         return (id(self.group), *shape, *phase, *dtype)
 
@@ -64,9 +67,15 @@ class Stack:
         self.matrix, self.group = jobs[0].matrix, jobs[0].group
         self.device = jobs[0].parameter.device
 
-    def gradients(self) -> Tensor:
-        """[jobs x blocks, rows, n]: a view for a single job, else a copy."""
+    def gradients(self) -> Tensor | None:
+        """[jobs x blocks, rows, n]: a view for a single job, else a copy; None where they were not kept whole."""
+        if self.jobs[0].part is not None:
+            return None
         return _join([job.matrix.take(job.grad) for job in self.jobs])
+
+    def kept(self, what: str) -> Tensor:
+        """What layer-wise mode kept of the gradients: an attribute of ``Part`` of every job, joined."""
+        return _join([getattr(job.part, what) for job in self.jobs])
 
     def get(self, key: str) -> Tensor:
         """A state tensor [blocks, ...] of every job, joined."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 
 WAY_OUT = (
@@ -19,16 +21,40 @@ def check_same_method(saved: list[dict[str, Any]], own: list[dict[str, Any]]) ->
     if not any("projected" in g for g in saved):
         raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
     for before, now in zip([g for g in saved if g["projected"]], [g for g in own if g["projected"]], strict=False):
+        saved_settings = {**GaLoreConfig().to_dict(), **before.get("galore", {})}  # fields younger than the checkpoint
         for key, value in now["galore"].items():
-            if before.get("galore", {}).get(key) != value:
+            if saved_settings.get(key) != value:
                 option = "seed" if key == "seed" else f"galore.{key}"
-                raise OptionError(option, value, f"{before.get('galore', {}).get(key)!r} as in the checkpoint", WAY_OUT)
+                raise OptionError(option, value, f"{saved_settings.get(key)!r} as in the checkpoint", WAY_OUT)
     names_before, names_now = ([n for g in groups for n in g.get("names", [])] for groups in (saved, own))
     if names_before != names_now:
         changed = sorted(set(names_before) ^ set(names_now))[:5] or ["the same names in another order"]
         raise OptionError("parameters", changed, "the parameters of the checkpoint, in its order", WAY_OUT)
     if [(g["projected"], len(g["params"])) for g in saved] != [(g["projected"], len(g["params"])) for g in own]:
         raise OptionError("parameters", "other groups", "the checkpoint's projected and plain groups", WAY_OUT)
+
+
+def bytes_by_kind(states: Iterable[tuple[bool, Mapping[str, Any]]]) -> dict[str, int]:
+    """Bytes of the tensors in states: basis, moments, residual, plain (AdamW of what is not projected).
+
+    Args:
+        states: for each parameter, whether it is projected, and its state.
+    """
+    kinds = {"basis": 0, "moments": 0, "residual": 0, "plain": 0}
+    for projected, state in states:
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                kinds[_kind(key, projected)] += value.numel() * value.element_size()
+    return kinds
+
+
+def _kind(key: str, projected: bool) -> str:
+    name = key.rsplit(".", 1)[-1]
+    if not projected:
+        return "plain"
+    if name.startswith(("residual", "candidate")):
+        return "residual"
+    return "basis" if name == "basis" else "moments"
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -175,21 +175,6 @@ def test_every_figure_is_the_mean_and_deviation_of_the_runs(tmp_path: Path) -> N
         assert found["Result"][name]["fine-tuning, s"] == seconds["fine-tuning, s"]
 
 
-def test_the_figures_of_every_run_stand_beside_the_tables(tmp_path: Path) -> None:
-    paths = report([write_study(tmp_path / "study", jobs=2)], tmp_path / "out")
-    (path,) = [path for path in paths if path.name == "runs.jsonl"]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["cell"], row["run"]) for row in rows if row["cell"] == "rank 32"] == [
-        ("rank 32", "seed-0"), ("rank 32", "seed-1"), ("rank 32", "seed-2"), ("rank 32", "timing"),
-    ]  # fmt: skip
-    result = make_result(32, 1)
-    row = next(row for row in rows if (row["cell"], row["run"]) == ("rank 32", "seed-1"))
-    assert row["score_after"] == result["score_after"]
-    assert row["seconds"] == result["seconds"]
-    assert not {"config", "data_notes"} & row.keys()
-    assert "by_matrix" not in row["projection_error"]
-
-
 def test_the_page_needs_no_other_file_and_shows_what_the_markdown_shows(tmp_path: Path) -> None:
     paths = report([write_study(tmp_path / "study")], tmp_path / "out", command="galore-ft report study")
     assert sorted(path.name for path in paths) == sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -230,7 +215,12 @@ def test_no_folder_of_the_machine_is_told(tmp_path: Path) -> None:
 
 
 def test_times_of_runs_that_shared_a_device_come_from_the_exclusive_pass(tmp_path: Path) -> None:
-    _, markdown = read_report(report([write_study(tmp_path / "study", jobs=2)], tmp_path / "out"))
+    paths = report([write_study(tmp_path / "study", jobs=2)], tmp_path / "out")
+    _, markdown = read_report(paths)
+    rows = [json.loads(line) for line in paths[-1].read_text().splitlines()]
+    names = [row["run"] for row in rows if row["cell"] == "rank 32"]
+    assert names == ["seed-0", "seed-1", "seed-2", "timing"]
+    assert rows[names.index("seed-1")]["score_after"] == make_result(RANKS[0], 1)["score_after"]
     row = tables(markdown)["Time"]["rank 32"]
     assert (row["n"], row["seeds"]) == ("1", "0")
     assert row["s per step (exclusive pass)"] == "0.320"
@@ -342,9 +332,7 @@ def test_plots_show_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     drawn: list[Figure] = []
     real = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **more: (drawn.append(figure), real(figure, *args, **more))
-    )
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **more: (drawn.append(figure), real(figure, *a, **more)))
     report([write_study(tmp_path / "study")], tmp_path / "out")
     score, loss, time, projection = drawn[::2]
     panel = score.axes[0]
@@ -372,7 +360,7 @@ def test_a_report_of_odd_runs_is_still_written(tmp_path: Path) -> None:
         result = copy.deepcopy(make_result(settings={"galore": {"rank": 2 + i, "update_proj_gap": GAP}}))
         many.append(write_run(tmp_path / f"many{i}", result))
         (many[-1] / "log.jsonl").write_text(
-            '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1.0}\n{"step": 3, "loss": 0.5}\n'
+            '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1}\n{"step": 3, "loss": 2}\n'
         )
     assert len(report(many, tmp_path / "twelve")) == 7
     assert math.isclose(sum(score_interval(gather([many[0]]).groups[0])), 0.79)

@@ -1,0 +1,149 @@
+"""Layer-wise mode: a projected weight's gradient is taken in as soon as backward has made it, and freed.
+
+A hook puts a ``ProjectedGradient`` in the place of the dense ``.grad``. What it keeps is linear in the gradient, so
+micro-batches add up to what the whole batch would have given; its norm and its scaling answer to
+``clip_grad_norm_``, so that clipping and a logged gradient norm stay what they were. Only a weight whose refresh is
+due in this step keeps its dense gradient; refreshes are spread over the gap, so these are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.errors import OptionError
+from galore_trainer.optim.parts import Part
+
+aten = torch.ops.aten
+
+
+class ProjectedGradient(torch.Tensor):
+    """The ``.grad`` of a projected weight in layer-wise mode: shape, dtype and device of the weight, no dense storage.
+
+    It knows what autograd, gradient clipping and ``zero_grad`` ask of a gradient: to be added to, its 2-norm, to be
+    scaled, to be zeroed. Anything else raises and says so.
+
+    Attributes:
+        parts: one for each logical matrix.
+    """
+
+    parts: list[Part]
+
+    @staticmethod
+    def __new__(cls, grad: Tensor, name: str, parts: list[Part]) -> ProjectedGradient:
+        """A wrapper like ``grad``."""
+        return torch.Tensor._make_wrapper_subclass(cls, grad.shape, dtype=grad.dtype, device=grad.device)
+
+    def __init__(self, grad: Tensor, name: str, parts: list[Part]) -> None:
+        self.parts, self._name = parts, name
+        self._batches, self._square = 0, torch.zeros((), device=grad.device)
+        self.take_in(grad)
+
+    def take_in(self, grad: Tensor) -> None:
+        """Add one micro-batch's gradient."""
+        for part in self.parts:
+            part.take_in(part.matrix.take(grad))
+        self._batches += 1
+        self._square = self._square + torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+
+    def frobenius(self) -> Tensor:
+        """The gradient's norm: exact for a single backward, else estimated, see ``Part.energy``."""
+        if self._batches == 1:
+            return self._square.sqrt()
+        return torch.stack([part.energy() for part in self.parts]).sum().sqrt()
+
+    def scale_(self, factor: Tensor | float) -> ProjectedGradient:
+        """Multiply by a number, as clipping does."""
+        for part in self.parts:
+            part.scale_(factor)
+        self._square = self._square * factor**2
+        return self
+
+    def clear(self) -> ProjectedGradient:
+        """Set the gradient to zero."""
+        for part in self.parts:
+            part.clear()
+        self._square = torch.zeros_like(self._square)
+        return self
+
+    def finite(self) -> Tensor:
+        """Scalar tensor: 1.0 where every number of the gradient was finite, else 0.0."""
+        return torch.stack([part.finite() for part in self.parts]).all().float()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Name and shape: there are no entries to show."""
+        return f"ProjectedGradient({self._name}, shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """The few operations of a gradient that is accumulated, clipped and zeroed."""
+        first = args[0]
+        if func in (aten.add_.Tensor, aten.add.Tensor) and not kwargs:
+            mine, other = (first, args[1]) if isinstance(first, cls) else (args[1], first)
+            if not isinstance(other, cls) and other.shape == mine.shape:
+                mine.take_in(other)
+                return mine
+        elif func is aten.linalg_vector_norm.default and len(args) < 3 and (len(args) == 1 or args[1] == 2):
+            return first.frobenius()
+        elif func in (aten.mul_.Tensor, aten.mul_.Scalar) and isinstance(first, cls):
+            return first.scale_(args[1])
+        elif func in (aten.div_.Tensor, aten.div_.Scalar) and isinstance(first, cls):
+            return first.scale_(1.0 / args[1])
+        elif func is aten.zero_.default:
+            return first.clear()
+        elif func is aten.detach.default:
+            return first
+        raise RuntimeError(
+            f"{func} was asked of a gradient that layer-wise mode does not keep whole, {mine_of(args)!r}. It can be "
+            "accumulated, clipped by its 2-norm, scaled and zeroed; for anything else train without galore.layerwise."
+        )
+
+
+def mine_of(args: Any) -> Any:
+    """The first ``ProjectedGradient`` among the arguments of an operation."""
+    flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+    return next((x for x in flat if isinstance(x, ProjectedGradient)), None)
+
+
+def attach(
+    p: Tensor, name: str, take: Callable[[Tensor], ProjectedGradient | None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Let backward hand the gradient of ``p`` to ``take``, and put what comes back in its place.
+
+    Args:
+        p: a parameter that requires a gradient.
+        name: its name, for errors.
+        take: gets ``p``, whose ``.grad`` is dense; None leaves it as it is.
+
+    Raises:
+        OptionError: something else has a hook there, and would look for a dense gradient.
+    """
+    if getattr(p, "_post_accumulate_grad_hooks", None):
+        raise OptionError(
+            "galore.layerwise", f"{name}, which has a post-accumulate-grad hook", "weights that nobody else hooks",
+            "Another layer-wise optimizer, offloading or FSDP takes its gradient: remove that, or train without "
+            "galore.layerwise.",
+        )  # fmt: skip
+
+    def hook(p: Tensor) -> None:
+        if p.grad is not None and not isinstance(p.grad, ProjectedGradient):
+            kept = take(p)
+            if kept is not None:
+                p.grad = kept
+
+    return p.register_post_accumulate_grad_hook(hook)
+
+
+def is_finite(grad: Tensor) -> Tensor:
+    """Scalar tensor: 1.0 where every number of a gradient, whole or projected, is finite, else 0.0."""
+    return grad.finite() if isinstance(grad, ProjectedGradient) else torch.isfinite(grad).all().float()
+
+
+def norms_of(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The Frobenius norms of gradients, whole or projected, in float32."""
+    whole = [g for g in grads if not isinstance(g, ProjectedGradient)]
+    known = iter(torch._foreach_norm(whole, 2, torch.float32) if whole else ())
+    return [g.frobenius() if isinstance(g, ProjectedGradient) else next(known) for g in grads]

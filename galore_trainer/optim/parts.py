@@ -1,0 +1,113 @@
+"""What layer-wise mode keeps of a gradient: all of it linear, so that micro-batches add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.basis import sketch_width
+from galore_trainer.core.galore import project
+from galore_trainer.core.heads import LogicalMatrix, Side
+from galore_trainer.core.sparse import Support, read_at
+from galore_trainer.optim.streams import stream
+
+SUPPORTS = ("residual_index", "candidate_index")
+"""Keys of the positions at which the residual wants the gradient, the newer first."""
+ACROSS: dict[str, Side] = {"right": "left", "left": "right"}
+
+
+def sketch_matrices(matrix: LogicalMatrix, config: GaLoreConfig, seed: int, name: str, device: torch.device) -> Tensor:
+    """Gaussian matrices for ``sketch``: [blocks, rows, k] (right) or [blocks, n, k] (left)."""
+    oversampling = config.resolved_oversampling(matrix.rank)
+    k = sketch_width(matrix.rank, oversampling, matrix.block_rows, matrix.columns)
+    length = matrix.block_rows if matrix.side == "right" else matrix.columns
+    draws = (stream(device, seed, name, "sketch", b) for b in range(matrix.blocks))
+    return torch.stack([torch.randn(length, k, generator=g, device=device) for g in draws])
+
+
+def sketch(G: Tensor, T: Tensor, side: str) -> Tensor:
+    """T^T G [blocks, k, n] (right) or G T [blocks, rows, k] (left), float32: linear in G, and enough for a basis."""
+    return project(G, T, ACROSS[side])
+
+
+class Part:
+    """What is kept of the gradient of one logical matrix, all of it linear in the gradient.
+
+    Attributes:
+        sketch: before the first basis, see ``sketch``; else None.
+        projected: R, in the shape of the moments; None before the first basis.
+        sampled: G at the residual's candidates or support, None while there are none.
+    """
+
+    def __init__(
+        self, matrix: LogicalMatrix, name: str, state: dict[str, Any], config: GaLoreConfig, seed: int
+    ) -> None:
+        prefix = f"{matrix.label}." if matrix.label else ""
+        self.matrix, self.basis = matrix, state[f"{prefix}basis"]
+        self.sketch: Tensor | None = None
+        self.projected: Tensor | None = None
+        self.sampled: Tensor | None = None
+        self._draw = (config, seed, name, self.basis.device)
+        self._first = state["refreshes"] == 0
+        positions = next((state[prefix + key] for key in SUPPORTS if prefix + key in state), None)
+        self._support = None if positions is None else Support(positions, matrix.columns)
+        self._direction: Tensor | None = None
+        self._along: Tensor | None = None  # G times one random direction, across the projected side
+        if not self._first:
+            length = matrix.columns if matrix.side == "right" else matrix.block_rows
+            generator = stream(self.basis.device, seed, name, "norm", state["calls"])
+            self._direction = torch.randn(1, length, 1, generator=generator, device=self.basis.device)
+
+    def take_in(self, G: Tensor) -> None:
+        """Add one micro-batch's gradient, [blocks, rows, n]."""
+        side = self.matrix.side
+        if self._first:
+            self.sketch = _plus(self.sketch, sketch(G, sketch_matrices(self.matrix, *self._draw), side))
+            return
+        assert self._direction is not None
+        self.projected = _plus(self.projected, project(G, self.basis, side))
+        self._along = _plus(self._along, project(G, self._direction.expand(len(G), -1, -1), side))
+        if self._support is not None:
+            self.sampled = _plus(self.sampled, read_at(G, self._support).float())
+
+    def scale_(self, factor: Tensor | float) -> None:
+        """Multiply the gradient by a number."""
+        for kept in self._kept():
+            kept.mul_(factor)
+
+    def clear(self) -> None:
+        """Set the gradient to zero."""
+        for kept in self._kept():
+            kept.zero_()
+
+    def _kept(self) -> list[Tensor]:
+        return [x for x in (self.sketch, self.projected, self.sampled, self._along) if x is not None]
+
+    def energy(self) -> Tensor:
+        """An unbiased estimate of the gradient's squared Frobenius norm.
+
+        With a basis the projected part is known, and what it loses is seen along one random direction; before, the
+        sketch tells all.
+        """
+        if self.sketch is not None:
+            width = self.sketch.shape[-2 if self.matrix.side == "right" else -1]
+            return self.sketch.square().sum() / width
+        R, along, d, P = self.projected, self._along, self._direction, self.basis
+        assert R is not None
+        assert along is not None
+        assert d is not None
+        lifted = R @ (P.mT @ d) if self.matrix.side == "right" else (d.mT @ P) @ R  # lift(R) along d
+        return R.square().sum() + (along - lifted).square().sum()
+
+    def finite(self) -> Tensor:
+        """Whether every number of the gradient was finite: a scalar tensor, boolean."""
+        kept = self.sketch if self.sketch is not None else self.projected
+        assert kept is not None
+        return torch.isfinite(kept).all()
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
