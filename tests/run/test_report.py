@@ -359,9 +359,8 @@ def test_a_report_of_odd_runs_is_still_written(tmp_path: Path) -> None:
     for i in range(12):
         result = copy.deepcopy(make_result(settings={"galore": {"rank": 2 + i, "update_proj_gap": GAP}}))
         many.append(write_run(tmp_path / f"many{i}", result))
-        (many[-1] / "log.jsonl").write_text(
-            '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 1}\n{"step": 3, "loss": 2}\n'
-        )
+        rows = "NaN", "1.0", "0.5"
+        (many[-1] / "log.jsonl").write_text("".join(f'{{"step": {j}, "loss": {x}}}\n' for j, x in enumerate(rows, 1)))
     assert len(report(many, tmp_path / "twelve")) == 7
     assert math.isclose(sum(score_interval(gather([many[0]]).groups[0])), 0.79)
 
