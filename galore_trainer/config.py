@@ -19,6 +19,7 @@ HeadChoice = Literal["random", "energy", "fixed"]
 Svd = Literal["randomized", "exact"]
 MomentumTransfer = Literal["rotate", "align", "keep", "reset"]
 FirstBasis = Literal["gradient", "sketch"]
+Bits = Literal[32, 16, 8]
 ResidualSelection = Literal["row", "global"]
 
 ALL_LINEAR = "all-linear"
@@ -119,6 +120,15 @@ class GaLoreConfig:
         "row",
         "Where sparse entries are chosen: row (as many in each row) or global (anywhere in the matrix).",
         trajectory=True,
+    )
+    state_bits: Bits = knob(
+        32,
+        "Bits of the moments of projected weights and of the residual: 32, 16 (bfloat16) or 8 (block-wise).",
+        trajectory=True,
+    )
+    basis_bits: Bits = knob(32, "Bits of the bases: 32, 16 (bfloat16) or 8 (a scale for each column).", trajectory=True)
+    plain_state_bits: Bits = knob(
+        32, "Bits of the moments of what is not projected: embeddings, output layer, norms.", trajectory=True
     )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
 

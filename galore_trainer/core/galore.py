@@ -178,12 +178,15 @@ def _row_chunks(W: Tensor, support: Support | None) -> Iterator[slice]:
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down with the probability that makes the expectation exact.
+    """float32 to bfloat16, up or down with the probability that makes the expectation exact."""
+    return round_bits(x, torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32))
+
+
+def round_bits(x: Tensor, noise: Tensor) -> Tensor:
+    """``stochastic_round`` with noise from 0 to 2^16 - 1, int32.
 
     A bfloat16 is the upper half of a float32: adding a uniform 16-bit integer before cutting the lower half carries
     into the upper one with probability (lower half) / 2^16. Infinities and NaN stay as they are.
     """
-    bits = x.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    rounded = ((bits + noise) & -65536).view(torch.float32)
+    rounded = ((x.contiguous().view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)

@@ -160,7 +160,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             return state, False
         state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(p), skipped=no_skips(p.device))
         for matrix in matrices:
-            Stack([Job(p, p, name, matrix, state, group)]).write(_empty_state(matrix, p.device))
+            Stack([Job(p, p, name, matrix, state, group)]).create()
         return state, True
 
     def _attach(self, group: dict[str, Any]) -> None:
@@ -170,14 +170,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
             def take(p: Tensor, name: str = name, matrices: list[LogicalMatrix] = matrices) -> ProjectedGradient | None:
                 optimizer = own()
-                return optimizer._take(p, name, matrices) if optimizer is not None else None
+                return optimizer._take(p, name, matrices, group) if optimizer is not None else None
 
             weakref.finalize(self, attach(p, name, take).remove)
 
-    def _take(self, p: Tensor, name: str, matrices: list[LogicalMatrix]) -> ProjectedGradient | None:
+    def _take(
+        self, p: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
+    ) -> ProjectedGradient | None:
         """What is kept of a gradient that backward has just made; None where the next step needs it whole."""
         assert p.grad is not None
-        state, _ = self._projected_state(p, name, matrices, {})
+        state, _ = self._projected_state(p, name, matrices, group)
         if state["refreshes"] > 0 and state["calls"] >= state["due"]:
             return None
         with self.stopwatch.measure("update", p.device):
@@ -213,7 +215,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         sparse = None
         if residual_lives(stack, config):
             sparse = residual_step(stack, G, R, old.P, ok, config)
-        stack.write_moments(new)
+        stack.write_moments(new, ok)
         parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), strict=True)
         for i, (job, N_job, P_job, ok_job) in enumerate(parts):
             W = job.matrix.take(job.parameter)
@@ -228,10 +230,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _plain_step(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any], ok: Tensor) -> list[Flag]:
         state = self.state[p]
         if not state:
-            state.update(plain_state(p), calls=0, skipped=no_skips(p.device))
+            state.update(plain_state(p, self.config.plain_state_bits), calls=0, skipped=no_skips(p.device))
             if group["lr"] == 0.0 and not grad.any():
                 return []
-        plain_step(p, grad, state, group, ok, self._rounding(p, name, state["calls"]))
+        calls, bits = state["calls"], self.config.plain_state_bits
+        noise = stream(p.device, self.seed, name, "moments", calls) if bits < 32 else None
+        plain_step(p, grad, state, group, ok, self._rounding(p, name, calls), noise)
         state["calls"] += 1
         return [(state, ok)]
 
@@ -333,15 +337,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
             group.update(kept)
             group["betas"] = tuple(group["betas"])
         restore_dtypes(self, state_dict)
-
-
-def _empty_state(matrix: LogicalMatrix, device: torch.device) -> galore.MatrixState:
-    return galore.MatrixState(
-        P=torch.zeros(matrix.basis_shape, device=device),
-        M=torch.zeros(matrix.moment_shape, device=device),
-        V=torch.zeros(matrix.moment_shape, device=device),
-        t=torch.zeros(matrix.blocks, 1, 1, device=device),
-    )
 
 
 def _part(sparse: tuple[Support, Tensor] | None, i: int, blocks: int) -> tuple[Support, Tensor] | None:

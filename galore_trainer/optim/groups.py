@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from galore_trainer.config import ALL_LINEAR, GaLoreConfig
 from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.precision import stored_basis_bytes, stored_bytes
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.attention import heads_from_config, project_heads, role_of
 from galore_trainer.optim.residual_state import has_residual, support_shape
 from galore_trainer.optim.sides import project_whole
 from galore_trainer.optim.streams import logical_name
 
-ELEMENT_BYTES = 4  # float32, and int32 for positions
+POSITION_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +47,16 @@ class Weight:
 
     def state_bytes(self, config: GaLoreConfig) -> dict[str, int]:
         """Bytes of optimizer state by kind, before any step (residual: after its warm-up); counters are left out."""
-        elements = {"basis": 0, "moments": 0, "residual": 0, "plain": 0}
+        found = {"basis": 0, "moments": 0, "residual": 0, "plain": 0}
         for matrix in self.matrices:
-            elements["basis"] += _size(matrix.basis_shape)
-            elements["moments"] += 2 * _size(matrix.moment_shape)
+            found["basis"] += stored_basis_bytes(matrix.basis_shape, config.basis_bits)
+            found["moments"] += 2 * stored_bytes(matrix.moment_shape, config.state_bits)
             if has_residual(matrix, config):
-                elements["residual"] += 3 * _size(support_shape(matrix, config))  # a position and two moments
+                shape = support_shape(matrix, config)
+                found["residual"] += POSITION_BYTES * math.prod(shape) + 2 * stored_bytes(shape, config.state_bits)
         if self.kind == "plain":
-            elements["plain"] = 2 * self.parameter.numel()
-        return {k: v * ELEMENT_BYTES for k, v in elements.items()}
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return shape[0] * shape[1] * shape[2]
+            found["plain"] = 2 * stored_bytes((1, self.parameter.numel()), config.plain_state_bits)
+        return found
 
 
 def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:

@@ -11,6 +11,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.basis import sketch_width
 from galore_trainer.core.galore import project
 from galore_trainer.core.heads import LogicalMatrix, Side
+from galore_trainer.core.precision import Stored, decode_basis
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.optim.streams import stream
 
@@ -46,7 +47,8 @@ class Part:
         self, matrix: LogicalMatrix, name: str, state: dict[str, Any], config: GaLoreConfig, seed: int
     ) -> None:
         prefix = f"{matrix.label}." if matrix.label else ""
-        self.matrix, self.basis = matrix, state[f"{prefix}basis"]
+        self.matrix = matrix
+        self.basis = decode_basis(Stored(state[f"{prefix}basis"], state.get(f"{prefix}basis_scale")))
         self.sketch: Tensor | None = None
         self.projected: Tensor | None = None
         self.sampled: Tensor | None = None

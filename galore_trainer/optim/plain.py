@@ -1,4 +1,4 @@
-"""AdamW for what is not projected: torch's fused function; bf16 weights get fp32 moments and stochastic rounding."""
+"""AdamW for what is not projected: torch's fused function; moments in 32, 16 or 8 bits; bf16 weights as elsewhere."""
 
 from __future__ import annotations
 
@@ -9,47 +9,82 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from galore_trainer.core.galore import stochastic_round
+from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode
 
-CHUNK = 1 << 24  # elements of a bf16 weight that are held in float32 at a time
+CHUNK = 1 << 24  # entries that are held in float32 at a time, where weight or moments are stored otherwise
+MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # key, and whether it has a sign
 
 
-def plain_state(p: Tensor) -> dict[str, Any]:
-    """Fresh moments of a parameter: float32, whatever the weight's dtype."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=p.device),
-        "exp_avg": torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format),
-        "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format),
-    }
+def plain_state(p: Tensor, bits: int = 32) -> dict[str, Any]:
+    """Fresh moments of a parameter in ``bits`` bits, whatever the weight's dtype; 8 bits have scales beside them."""
+    dtype = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8}[bits]
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+    for key, signed in MOMENTS:
+        state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+        if bits == 8:
+            state[key].fill_(
+                int(encode(torch.zeros(1, 1), 8, torch.zeros(1, 1, dtype=torch.int32), signed=signed).values)
+            )
+            state[f"{key}_scale"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
+    return state
 
 
 def plain_step(
-    p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], ok: Tensor, generator: torch.Generator | None
+    p: Tensor,
+    grad: Tensor,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    ok: Tensor,
+    rounding: torch.Generator | None,
+    noise: torch.Generator | None = None,
 ) -> None:
     """One AdamW step in place.
 
     Args:
-        p: parameter of any shape; float32 is updated directly, other dtypes through float32 chunks.
+        p: parameter of any shape; float32 with float32 moments is updated directly, all else in chunks of float32.
         grad: its gradient.
         state: from ``plain_state``.
         group: gives lr, betas, eps and weight_decay.
         ok: scalar tensor, 1.0, or 0.0 to leave everything as it is.
-        generator: for stochastic rounding of bf16; None rounds to nearest.
+        rounding: for stochastic rounding of bf16 weights; None rounds to nearest.
+        noise: for the rounding of moments in fewer than 32 bits.
     """
     options = dict(
         found_inf=1.0 - ok, fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
-    m, v = state["exp_avg"], state["exp_avg_sq"]
-    if p.dtype == torch.float32 and p.is_contiguous():
-        adamw([p], [grad], [m], [v], [], [state["step"]], **options)
+    if p.dtype == state["exp_avg"].dtype == torch.float32 and p.is_contiguous():
+        adamw([p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], **options)
         return
     before = state["step"].clone()
-    weight = p.contiguous().view(-1)
-    parts = (x.reshape(-1).split(CHUNK) for x in (weight, grad, m, v))
-    for w, g, m_part, v_part in zip(*parts, strict=True):
+    weight, gradient = p.contiguous().view(-1), grad.reshape(-1)
+    for start in range(0, p.numel(), CHUNK):
+        here = slice(start, start + CHUNK)
         state["step"].copy_(before)
-        wide = w.float()
-        adamw([wide], [g.float()], [m_part], [v_part], [], [state["step"]], **options)
-        w.copy_(stochastic_round(wide, generator) if generator is not None and w.dtype == torch.bfloat16 else wide)
+        stored = [_chunk(state, key, here) for key, _ in MOMENTS]
+        wide = weight[here].float()
+        m, v = (decode(x, signed=signed)[0] for x, (_, signed) in zip(stored, MOMENTS, strict=True))
+        adamw([wide], [gradient[here].float()], [m], [v], [], [state["step"]], **options)
+        weight[here] = stochastic_round(wide, rounding) if rounding is not None and p.dtype == torch.bfloat16 else wide
+        if state["exp_avg"].dtype != torch.float32:
+            for old, new, (_, signed) in zip(stored, (m, v), MOMENTS, strict=True):
+                _replace_(old, new.unsqueeze(0), signed, ok, noise)
     if not p.is_contiguous():
         p.copy_(weight.view(p.shape))
+
+
+def _chunk(state: dict[str, Any], key: str, here: slice) -> Stored:
+    """A part of a stored moment, [1, entries]: views."""
+    scale = state.get(f"{key}_scale")
+    blocks = slice(here.start // BLOCK, here.stop // BLOCK)
+    return Stored(state[key].view(1, -1)[:, here], None if scale is None else scale.view(1, -1)[:, blocks])
+
+
+def _replace_(old: Stored, x: Tensor, signed: bool, ok: Tensor, noise: torch.Generator | None) -> None:
+    """Store new numbers in place; where ``ok`` is 0 what is stored stays, bit for bit."""
+    bits = 8 * old.values.element_size()
+    drawn = torch.randint(0, NOISE, x.shape, generator=noise, device=x.device, dtype=torch.int32)
+    new = encode(x, bits, drawn, signed=signed)
+    old.values.copy_(torch.where(ok > 0.0, new.values, old.values))
+    if old.scale is not None and new.scale is not None:
+        old.scale.copy_(torch.where(ok > 0.0, new.scale, old.scale))

@@ -54,7 +54,9 @@ def refresh_stack(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> g
         new = galore.change_basis(
             old, P, stack.matrix.side, config.momentum_transfer, betas=stack.group["betas"]
         )  # fmt: skip
-    stack.write(new)
+    new = new._replace(P=stack.put_basis(new.P))
+    if new.M is not old.M:
+        stack.write_moments(new, purpose=".refresh")
     if config.momentum_transfer == "reset":
         reset_residual(stack)
     return new
@@ -71,7 +73,7 @@ def first_basis(stack: Stack, G: Tensor | None, config: GaLoreConfig, seed: int)
     else:
         T = [sketch_matrices(job.matrix, config, seed, job.name, stack.device) for job in stack.jobs]
         S = sketch(G, torch.cat(T), side)
-    stack.put("basis", from_sketch(S, stack.matrix.rank, side))
+    stack.put_basis(from_sketch(S, stack.matrix.rank, side))
 
 
 def lending_rows(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> Tensor:

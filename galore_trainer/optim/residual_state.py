@@ -16,7 +16,8 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.optim.stack import Stack
 
-MOMENTS, AGE = ("residual_exp_avg", "residual_exp_avg_sq"), "residual_step"
+MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))  # key, and whether it has a sign
+AGE = "residual_step"
 
 
 def support_shape(matrix: LogicalMatrix, config: GaLoreConfig) -> tuple[int, int, int]:
@@ -54,10 +55,10 @@ def residual_step(
             return None  # the support's moments begin with the step after the warm-up
     support = Support(stack.get("residual_index"), stack.matrix.columns).wide()
     D = _loss_at(stack, G, R, P, support)
-    m, v = (stack.get(key) for key in MOMENTS)
+    m, v = (stack.get_moment(key, signed=signed) for key, signed in MOMENTS)
     m, v, age, N = adam(m, v, stack.get_count(AGE), D, ok, betas=stack.group["betas"], eps=stack.group["eps"])
-    stack.put(MOMENTS[0], m)
-    stack.put(MOMENTS[1], v)
+    for (key, signed), value in zip(MOMENTS, (m, v), strict=True):
+        stack.put_moment(key, value, signed=signed, ok=ok)
     stack.put_count(AGE, age)
     return support, config.residual_scale * N
 
@@ -65,8 +66,8 @@ def residual_step(
 def reset_residual(stack: Stack) -> None:
     """Start the sparse moments anew, on the same support (``momentum_transfer: reset``)."""
     if stack.has(AGE):
-        for key in MOMENTS:
-            stack.put(key, torch.zeros_like(stack.get(key)))
+        for key, signed in MOMENTS:
+            stack.put_moment(key, torch.zeros_like(stack.get_moment(key, signed=signed)), signed=signed)
         stack.put_count(AGE, torch.zeros_like(stack.get_count(AGE)))
 
 
@@ -94,6 +95,6 @@ def _warm_up(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, c
     if state["calls"] - state["born"] + 1 >= config.residual_warmup_steps:
         index = residual.best_candidates(stack.pop("candidate_index"), stack.pop("candidate_mean"), entries)
         stack.put("residual_index", index)
-        for key in MOMENTS:
-            stack.put(key, torch.zeros(index.shape, device=R.device))
+        for key, signed in MOMENTS:
+            stack.put_moment(key, torch.zeros(index.shape, device=R.device), signed=signed)
         stack.put_count(AGE, torch.zeros(len(index), 1, 1, device=R.device))

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from galore_trainer.core.galore import MatrixState
 from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.precision import NOISE, Stored, decode, decode_basis, encode, encode_basis
 from galore_trainer.optim.parts import Part
+from galore_trainer.optim.streams import stream
 
-STATE_KEYS = ("basis", "exp_avg", "exp_avg_sq", "step")
+BASIS, AGE, SCALE = "basis", "step", "_scale"
+MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # key, and whether it has a sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,21 +109,74 @@ class Stack:
         for job, part in zip(self.jobs, value.view(-1)[:: self.matrix.blocks].unbind(), strict=True):
             job.state[job.prefix + key] = part
 
+    def get_moment(self, key: str, *, signed: bool) -> Tensor:
+        """A moment of every job, joined, in float32."""
+        return decode(self._stored(key), signed=signed)
+
+    def put_moment(self, key: str, value: Tensor, *, signed: bool, ok: Tensor | None = None, purpose: str = "") -> None:
+        """Store a moment in as many bits as the group says.
+
+        Args:
+            key: of the state.
+            value: [jobs x blocks, ...], float32.
+            signed: as in ``encode``.
+            ok: [jobs x blocks, 1, 1], 0.0 where what is stored shall stay, bit for bit; None changes all.
+            purpose: tells random streams apart where a key is stored twice in a step.
+        """
+        bits = self.group["galore"]["state_bits"]
+        if bits == 32:
+            self.put(key, value)
+            return
+        new = encode(value, bits, self._noise(key + purpose, value), signed=signed)
+        if ok is not None:
+            values, scale = self._stored(key)
+            new = Stored(
+                torch.where(ok > 0.0, new.values, values),
+                None if scale is None or new.scale is None else torch.where(ok[:, 0] > 0.0, new.scale, scale),
+            )
+        self._store(key, new)
+
+    def put_basis(self, P: Tensor) -> Tensor:
+        """Store bases in as many bits as the group says; what was stored, in float32."""
+        stored = encode_basis(P, self.group["galore"]["basis_bits"])
+        self._store(BASIS, stored)
+        return decode_basis(stored)
+
     def read(self) -> MatrixState:
         """Basis, moments and their age."""
-        P, M, V = (self.get(key) for key in STATE_KEYS[:3])
-        return MatrixState(P, M, V, self.get_count(STATE_KEYS[3]))
+        M, V = (self.get_moment(key, signed=signed) for key, signed in MOMENTS)
+        return MatrixState(decode_basis(self._stored(BASIS)), M, V, self.get_count(AGE))
 
-    def write(self, new: MatrixState) -> None:
-        """Undo ``read``."""
-        self.put(STATE_KEYS[0], new.P)
-        self.write_moments(new)
+    def write_moments(self, new: MatrixState, ok: Tensor | None = None, purpose: str = "") -> None:
+        """Undo ``read`` but for the basis, which an ordinary step leaves as it is; see ``put_moment``."""
+        for (key, signed), value in zip(MOMENTS, (new.M, new.V), strict=True):
+            self.put_moment(key, value, signed=signed, ok=ok, purpose=purpose)
+        self.put_count(AGE, new.t)
 
-    def write_moments(self, new: MatrixState) -> None:
-        """``write`` but for the basis, which an ordinary step leaves as it is."""
-        self.put(STATE_KEYS[1], new.M)
-        self.put(STATE_KEYS[2], new.V)
-        self.put_count(STATE_KEYS[3], new.t)
+    def create(self) -> None:
+        """The state of matrices that have seen nothing: zeros."""
+        jobs, matrix = len(self.jobs), self.matrix
+        P, R = (
+            torch.zeros(jobs * n, *rest, device=self.device) for n, *rest in (matrix.basis_shape, matrix.moment_shape)
+        )
+        self.put_basis(P)
+        self.write_moments(MatrixState(P, R, R.clone(), torch.zeros(jobs * matrix.blocks, 1, 1, device=self.device)))
+
+    def _stored(self, key: str) -> Stored:
+        return Stored(self.get(key), self.get(key + SCALE) if self.has(key + SCALE) else None)
+
+    def _store(self, key: str, stored: Stored) -> None:
+        self.put(key, stored.values)
+        if stored.scale is not None:
+            self.put(key + SCALE, stored.scale)
+
+    def _noise(self, key: str, value: Tensor) -> Tensor:
+        """Rounding noise in the shape of ``value``, drawn for each job by itself."""
+        seed, shape = self.group["galore"]["seed"], (self.matrix.blocks, *value.shape[1:])
+        draws = (stream(self.device, seed, job.name, key, job.state["calls"]) for job in self.jobs)
+        return _join(
+            [torch.randint(0, NOISE, shape, generator=g, device=self.device, dtype=torch.int32) for g in draws]
+        )
 
     def spread(self, by_job: Tensor) -> Tensor:
         """[jobs] to [jobs x blocks, 1, 1]."""

@@ -54,7 +54,7 @@ def _kind(key: str, projected: bool) -> str:
         return "plain"
     if name.startswith(("residual", "candidate")):
         return "residual"
-    return "basis" if name == "basis" else "moments"
+    return "basis" if name.startswith("basis") else "moments"
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

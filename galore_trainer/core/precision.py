@@ -1,0 +1,128 @@
+"""How optimizer state is stored: in 32, 16 or 8 bits. All computing is in float32.
+
+16 bits are bfloat16. 8 bits are block-wise and dynamic (Dettmers et al. 2022, arXiv 2110.02861): every 256 numbers
+share a scale, the one of largest magnitude, and each is one of 256 values between -1 and 1 (0 and 1 for what has no
+sign), dense near zero over seven decades. Rounding is stochastic, so that a moving average which changes by a
+thousandth a step does not stand still; in 8 bits second moments are stored by their roots, never rounded to zero, so
+that M / sqrt(V) stays bounded.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from galore_trainer.core.galore import round_bits
+
+BLOCK = 256
+NOISE = 1 << 16  # rounding noise is uniform in 0 ... NOISE - 1
+
+
+class Stored(NamedTuple):
+    """A tensor as it is stored.
+
+    Attributes:
+        values: float32, bfloat16 or uint8 codes, in the tensor's shape [N, ...].
+        scale: of 8-bit codes, float32 [N, blocks of 256]; else None.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
+def encode(x: Tensor, bits: int, noise: Tensor | None, *, signed: bool) -> Stored:
+    """Store a float32 tensor in ``bits`` bits.
+
+    Args:
+        x: [N, ...]; each of the N gets blocks of its own.
+        bits: 32, 16 or 8.
+        noise: int32 in 0 ... ``NOISE`` - 1, in the shape of x; not looked at for 32 bits.
+        signed: False for second moments, which are at least 0.
+    """
+    if bits == 32:
+        return Stored(x)
+    assert noise is not None
+    if bits == 16:
+        return Stored(round_bits(x, noise))
+    blocks = _blocks(x if signed else x.sqrt())
+    largest = blocks.abs().argmax(dim=-1, keepdim=True)
+    scale = blocks.gather(-1, largest)  # with its sign: the table has 1, but not -1
+    table = _table(signed, x.device)
+    share = blocks / torch.where(scale == 0.0, 1.0, scale)
+    below = (torch.bucketize(share, table, right=True) - 1).clamp(0, len(table) - 2)
+    low, high = table[below], table[below + 1]
+    codes = below + (share - low > (high - low) * (_blocks(noise) / NOISE))
+    if not signed:
+        codes = torch.where(blocks > 0.0, codes.clamp(min=1), codes)
+    return Stored(codes.to(torch.uint8).flatten(1)[:, : x[0].numel()].view(x.shape), scale.squeeze(-1))
+
+
+def decode(stored: Stored, *, signed: bool) -> Tensor:
+    """The float32 tensor that was stored."""
+    values, scale = stored
+    if scale is None:
+        return values.float()
+    share = _table(signed, values.device)[_blocks(values).long()]
+    x = (share * scale.unsqueeze(-1)).flatten(1)[:, : values[0].numel()].view(values.shape)
+    return x if signed else x.square()
+
+
+def encode_basis(P: Tensor, bits: int) -> Stored:
+    """Store a basis [N, rows, r], to nearest; 8 bits are linear with a scale for each column, float32 [N, r]."""
+    if bits == 32:
+        return Stored(P)
+    if bits == 16:
+        return Stored(P.to(torch.bfloat16))
+    scale = P.abs().amax(dim=-2) / 127.0
+    codes = (P / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-2)).round()
+    return Stored(codes.to(torch.int8), scale)
+
+
+def decode_basis(stored: Stored) -> Tensor:
+    """The basis in float32."""
+    values, scale = stored
+    return values.float() if scale is None else values.float() * scale.unsqueeze(-2)
+
+
+def zero_code(*, signed: bool) -> int:
+    """The 8-bit code of zero."""
+    return 127 if signed else 0
+
+
+def stored_bytes(shape: tuple[int, ...], bits: int) -> int:
+    """Bytes of a moment [N, ...] as ``encode`` stores it."""
+    entries = math.prod(shape[1:])
+    return shape[0] * (entries * bits // 8 + (4 * -(-entries // BLOCK) if bits == 8 else 0))
+
+
+def stored_basis_bytes(shape: tuple[int, int, int], bits: int) -> int:
+    """Bytes of bases [N, rows, r] as ``encode_basis`` stores them."""
+    blocks, rows, rank = shape
+    return blocks * rank * (rows * bits // 8 + (4 if bits == 8 else 0))
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[N, ...] as [N, blocks, 256], filled up with zeros."""
+    flat = x.reshape(len(x), -1)
+    missing = -flat.shape[1] % BLOCK
+    if missing:
+        flat = torch.nn.functional.pad(flat, (0, missing))
+    return flat.view(len(x), -1, BLOCK)
+
+
+@functools.cache
+def _table(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values, rising: in decade 10^-k, k from 0 to 6, half as many as in the decade above."""
+    decades = 7
+    values = [0.0, 1.0]
+    for k in range(decades):
+        count = (64 if signed else 128) >> k  # midpoints of equal parts of 0.1 ... 1
+        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64)
+        values += ((edges[1:] + edges[:-1]) / 2 * 10.0**-k).tolist()
+    if signed:
+        values += [-v for v in values if 0.0 < v < 1.0]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
