@@ -64,5 +64,10 @@ def _require_hub(data: DataConfig, model: str) -> None:
     for option, source in (("data.source", data.source), ("data.eval_source", data.eval_source)):
         if source is not None and kind_of(option, source) == "hub" and not is_cached(source, "dataset"):
             require_dataset(option, source)
+    require_reach(model)
+
+
+def require_reach(model: str) -> None:
+    """Raise ``OptionError`` at once for a model that only an unreachable hub has."""
     if is_hub_id(model) and not is_cached(model, "model"):
         require_model(MODEL_OPTION, model, EMBEDDED)

@@ -17,6 +17,7 @@ import typer
 from galore_trainer.cli import config, data
 from galore_trainer.cli.ablate import ablate
 from galore_trainer.cli.doctor import doctor
+from galore_trainer.cli.estimate import estimate, inspect
 from galore_trainer.cli.evaluate import evaluate
 from galore_trainer.cli.loading import is_main_process
 from galore_trainer.cli.options import Debug
@@ -40,6 +41,8 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(estimate)
+app.command()(inspect)
 app.command()(score)
 app.command()(ablate)
 app.command()(report)

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from galore_trainer.errors import OptionError
 
 ProjType = Literal["std", "reverse_std", "left", "right"]
+Embeddings = Literal["plain", "frozen", "projected"]
 HeadSharing = Literal["shared", "grouped", "per_head", "joint"]
 HeadChoice = Literal["random", "energy", "fixed"]
 Svd = Literal["randomized", "exact"]
@@ -61,6 +62,11 @@ class GaLoreConfig:
     target_modules: str | list[str] = knob(
         ALL_LINEAR,
         "What is projected: all-linear (the linear layers of the blocks), one regex, or name endings, as in peft.",
+        trajectory=True,
+    )
+    embeddings: Embeddings = knob(
+        "plain",
+        "Embeddings and output layer: plain (AdamW), frozen (not trained), or projected like the blocks' weights.",
         trajectory=True,
     )
     head_sharing: HeadSharing = knob(

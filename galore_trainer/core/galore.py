@@ -29,6 +29,7 @@ from torch import Tensor
 
 from galore_trainer.core.sparse import Support, add_at_
 
+MULTIPLIES_BF16 = {"cuda"}  # types of devices that multiply bfloat16 factors into float32 without converting them
 CHUNK = 1 << 24  # entries of a weight that is not float32 held in float32 at a time
 
 
@@ -45,7 +46,7 @@ def matmul_fp32(A: Tensor, B: Tensor) -> Tensor:
     """A B accumulated and returned in float32; bfloat16 factors stay bfloat16 where the device multiplies them so."""
     if A.dtype == B.dtype == torch.float32:
         return A @ B
-    if A.is_cuda and A.dtype == torch.bfloat16:
+    if A.device.type in MULTIPLIES_BF16 and A.dtype == torch.bfloat16:
         return torch.bmm(A, B.to(A.dtype), out_dtype=torch.float32)
     return A.float() @ B.float()
 
@@ -156,7 +157,7 @@ def apply_update_(
         if sparse is not None:
             add_at_(W, *sparse, alpha=-lr * scale)
         return
-    low = torch.bfloat16 if W.dtype == torch.bfloat16 and W.is_cuda else torch.float32
+    low = torch.bfloat16 if W.dtype == torch.bfloat16 and W.device.type in MULTIPLIES_BF16 else torch.float32
     N, P = N.to(low), P.to(low)
     for rows in _row_chunks(W, sparse[0] if sparse else None):  # few of them are held in float32 at a time
         left, right = (N[:, rows], P) if side == "right" else (N, P[:, rows])

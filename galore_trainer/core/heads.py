@@ -109,7 +109,7 @@ class LogicalMatrix:
 
     def put(self, stored: Tensor, blocks: Tensor) -> None:
         """Write [blocks, rows, n] back; nothing is copied where ``take`` gave a view that was changed in place."""
-        if blocks.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+        if blocks.untyped_storage()._cdata != stored.untyped_storage()._cdata:
             target = self._strided(stored)
             target.copy_(blocks.reshape(target.shape))
 

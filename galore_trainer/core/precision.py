@@ -114,15 +114,26 @@ def _blocks(x: Tensor) -> Tensor:
     return flat.view(len(x), -1, BLOCK)
 
 
-@functools.cache
 def _table(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values, rising: in decade 10^-k, k from 0 to 6, half as many as in the decade above."""
-    decades = 7
+    """The 256 values as a tensor, kept for each device (but not one that tracing or counting has faked)."""
+    table = _TABLES.get((signed, device))
+    if table is None:
+        table = torch.tensor(_values(signed), dtype=torch.float32, device=device)
+        if type(table) is Tensor:
+            _TABLES[signed, device] = table
+    return table
+
+
+_TABLES: dict[tuple[bool, torch.device], Tensor] = {}
+
+
+@functools.cache
+def _values(signed: bool) -> list[float]:
+    """0, 1, and midpoints of equal parts of each decade, rising: half as many in a decade as in the one above."""
     values = [0.0, 1.0]
-    for k in range(decades):
-        count = (64 if signed else 128) >> k  # midpoints of equal parts of 0.1 ... 1
-        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64)
-        values += ((edges[1:] + edges[:-1]) / 2 * 10.0**-k).tolist()
+    for decade in range(7):
+        parts = (64 if signed else 128) >> decade
+        values += [(0.1 + 0.9 * (i + 0.5) / parts) * 10.0**-decade for i in range(parts)]
     if signed:
         values += [-v for v in values if 0.0 < v < 1.0]
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return sorted(values)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.groups import Weight
@@ -36,8 +37,13 @@ def weight_table(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> str:
         Text with columns ``COLUMNS``; ``lr`` is the effective one (lr x scale, lr x plain_lr_ratio) at the peak of the
         schedule, ``state`` the bytes of optimizer state; ``heads`` reads "9, one lends" for a shared basis.
     """
+    return plan_table(_weights(optimizer, model), optimizer.config)
+
+
+def plan_table(weights: Iterable[tuple[Weight, str]], config: GaLoreConfig) -> str:
+    """``weight_table`` for weights and their learning rates in words."""
     rows: dict[tuple[str, ...], _Row] = {}
-    for weight, lr in _weights(optimizer, model):
+    for weight, lr in weights:
         name = re.sub(r"\.\d+\.", ".*.", weight.name.removesuffix(".weight"))
         shape = "x".join(map(str, weight.parameter.shape))
         side, rank, heads = ((_join(f(m) for m in weight.matrices)) for f in (_side, _rank, _heads))
@@ -45,7 +51,7 @@ def weight_table(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> str:
         row = rows.setdefault(cells, _Row(cells))
         row.parameters += weight.parameter.numel()
         row.count += 1
-        row.state += sum(weight.state_bytes(optimizer.config).values())
+        row.state += sum(weight.state_bytes(config).values())
     total = sum(r.parameters for r in rows.values()) or 1
     lines: list[tuple[str, ...]] = [COLUMNS]
     for row in sorted(rows.values(), key=lambda r: (_ORDER.index(r.cells[1]), -r.parameters)):

@@ -64,14 +64,22 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
 
     Args:
         model: any module; attention heads are read from ``model.config`` as transformers models have it.
-        config: see ``GaLoreConfig``.
+        config: see ``GaLoreConfig``; with ``embeddings: frozen`` they stop requiring a gradient here.
 
     Raises:
         OptionError: a target or rank pattern that matches nothing, a rank that does not fit a module the user named,
-            nothing left to project, heads that are unknown.
+            nothing left to project, heads or embeddings that are unknown.
     """
     candidates = _candidates(model)
     chosen = _targets(candidates, config)
+    if config.embeddings != "plain":
+        ends = _ends_of_model(model, config)
+        if config.embeddings == "frozen":
+            for end in ends.values():
+                end.requires_grad_(False)
+        else:
+            candidates |= {name: _Candidate(name, _shape(end), False, False) for name, end in ends.items()}
+            chosen |= ends.keys()
     ranks = _ranks(chosen, config)
     by_user = config.target_modules != ALL_LINEAR
     model_config = getattr(model, "config", None)
@@ -141,6 +149,17 @@ def _candidates(model: nn.Module) -> dict[str, _Candidate]:
             if parameter.dim() == 3 and "expert" in f"{name}.{key}".lower():
                 found[f"{name}.{key}"] = _Candidate(f"{name}.{key}", _shape(parameter), False, in_block)
     return found
+
+
+def _ends_of_model(model: nn.Module, config: GaLoreConfig) -> dict[str, nn.Parameter]:
+    """Weights of the input embeddings and the output layer by module name; one if they are tied."""
+    getters: Any = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
+    found = [module.weight for get in getters if get and (module := get()) is not None]
+    if not found:
+        wanted = "a transformers model, which tells its embeddings"
+        raise OptionError("galore.embeddings", config.embeddings, wanted, "Freeze them by hand, or leave them plain.")
+    named = {logical_name(name).removesuffix(".weight"): p for name, p in model.named_parameters()}
+    return {name: p for name, p in named.items() if any(p is weight for weight in found)}
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

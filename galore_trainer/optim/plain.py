@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from galore_trainer.core.galore import stochastic_round
-from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode
+from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, zero_code
 
-CHUNK = 1 << 24  # entries that are held in float32 at a time, where weight or moments are stored otherwise
+CHUNK = 1 << 22  # entries that are held in float32 at a time, where weight or moments are stored otherwise
 MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # key, and whether it has a sign
 
 
@@ -22,9 +22,7 @@ def plain_state(p: Tensor, bits: int = 32) -> dict[str, Any]:
     for key, signed in MOMENTS:
         state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
         if bits == 8:
-            state[key].fill_(
-                int(encode(torch.zeros(1, 1), 8, torch.zeros(1, 1, dtype=torch.int32), signed=signed).values)
-            )
+            state[key].fill_(zero_code(signed=signed))
             state[f"{key}_scale"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
     return state
 

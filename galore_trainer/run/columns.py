@@ -77,6 +77,8 @@ def columns(results: Iterable[Result] = ()) -> dict[str, Column]:
                missing=_PLAIN),
         Column(key="peak_memory", title="peak memory, MiB", group="memory", factor=MIB, digits=1,
                read=lambda result, _: result["peak_memory"]["peak_bytes"], missing="the system does not tell it"),
+        Column(key="predicted_peak", title="predicted, MiB", group="memory", factor=MIB, digits=1,
+               read=lambda result, _: predicted_peak(result), missing="the model could not be counted beforehand"),
         Column(key="state_bytes", title="optimizer state, MiB", group="memory", factor=MIB, digits=2,
                read=lambda result, _: sum(result["optimizer_state_bytes"].values())),
         *(Column(key=f"state_{kind}", title=f"{kind}, MiB", group="memory", read=_state(kind), factor=MIB, digits=2,
@@ -122,6 +124,15 @@ def refreshes(start: int, end: int, gap: int, *, staggered: bool = False) -> flo
 def projects(result: Result) -> bool:
     """Whether a run's method projects gradients."""
     return bool(result.get("projection_error"))
+
+
+def predicted_peak(result: Result) -> float | None:
+    """The peak that was told beforehand, counted as the measured one is: on a CPU without the weights."""
+    told = result.get("predicted_memory") or {}
+    if told.get("peak_bytes") is None:
+        return None
+    whole = "weights included" in result["peak_memory"]["meaning"]
+    return float(told["peak_bytes"] - (0 if whole else told["weights_bytes"]))
 
 
 def timed_steps(result: Result) -> int:

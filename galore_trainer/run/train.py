@@ -269,6 +269,7 @@ def _result(
     config: RunConfig, trainer: Trainer, data: TaskData, before: Any, after: Any, peak: dict[str, Any],
     checkpoint: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
+    from galore_trainer.run.estimate import predict
     from galore_trainer.run.figures import optimizer_figures
 
     history = trainer.state.log_history
@@ -286,6 +287,7 @@ def _result(
         "score_after": after,
         "train_loss": next((row["loss"] for row in reversed(history) if "loss" in row), None),
         "peak_memory": peak,
+        "predicted_memory": predict(config, trainer.train_dataset),
         "environment": environment(),
         "data_notes": data.notes,
         "config": config.to_dict(),
@@ -309,6 +311,7 @@ def _write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: 
 
 def _summary(result: dict[str, Any], output: Path) -> str:
     from galore_trainer.hf.table import human_bytes
+    from galore_trainer.run.columns import predicted_peak
 
     seconds = result["seconds"]
     parts = ", ".join(
@@ -323,6 +326,8 @@ def _summary(result: dict[str, Any], output: Path) -> str:
     state = human_bytes(sum(result["optimizer_state_bytes"].values()))
     peak = result["peak_memory"]["peak_bytes"]
     told = f"; peak {human_bytes(peak)} {result['peak_memory']['meaning']}" if peak is not None else ""
+    if (predicted := predicted_peak(result)) is not None:
+        told += f", predicted {human_bytes(predicted)}"
     lines.append(f"memory  optimizer state {state}{told}")
     adapter = f" {ADAPTER}/," if METHODS[result["method"]].block == "lora" else ""
     lines.append(f"files   {output}: model/,{adapter} {RESULT}, {LOG}, predictions.jsonl, loss.png, {RESOLVED_CONFIG}")

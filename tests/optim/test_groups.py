@@ -255,3 +255,20 @@ def test_frozen_parameters_stay_out_and_groups_hold_each_parameter_once() -> Non
         (False, 5e-4, 0.1),
         (False, 5e-4, 0.0),
     ]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_output_layer_are_plain_frozen_or_projected(tied: bool) -> None:
+    ends = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    kinds = {}
+    for choice in ("plain", "projected", "frozen"):
+        plan = plan_weights(llama(tie_word_embeddings=tied), GaLoreConfig(rank=4, embeddings=choice))
+        kinds[choice] = {w.kind for w in plan if w.name in ends}
+        rest = {w.name: w.kind for w in plan if w.name not in ends}
+        assert rest == {n: "plain" if "norm" in n else "projected" for n in rest}
+    assert kinds == {choice: {choice} for choice in kinds}
+    (end,) = {m.basis_shape for w in plan_weights(llama(), GaLoreConfig(rank=4, embeddings="projected"))
+              if w.name in ends for m in w.matrices}  # fmt: skip
+    assert end == (1, 32, 4)  # the hidden side, whatever the vocabulary
+    with pytest.raises(OptionError, match=r"galore\.embeddings"):
+        plan_weights(nn.Sequential(nn.Linear(8, 8)), GaLoreConfig(rank=2, head_sharing="joint", embeddings="frozen"))

@@ -1,0 +1,222 @@
+"""What a run would need of a device's memory, method by method, from the model's configuration alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.errors import OptionError
+from galore_trainer.run.config import RunConfig
+from galore_trainer.run.methods import METHODS
+from galore_trainer.run.simulate import StepMemory, simulate_step
+
+LAYERWISE = "galore_plus, layer-wise"
+CHOICES = ("adamw", "adamw_8bit", "lora", "dora", "galore_torch", "galore", "galore_plus", LAYERWISE)
+EMBEDDING_BITS = 32  # of bitsandbytes' moments, as the Trainer asks for
+SMALL = 4096  # entries below which bitsandbytes keeps 32 bits
+GIB = 1 << 30
+SAMPLE = 2000  # rows that are looked at for the longest
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method at one rank (0 where rank plays no part)."""
+
+    method: str
+    rank: int
+    memory: StepMemory
+
+
+def estimate(config: RunConfig, methods: Sequence[str] = CHOICES, ranks: Sequence[int] = ()) -> list[Row]:
+    """Count one training step of each method; no weights are loaded.
+
+    Args:
+        config: model, precision, batch size, length, checkpointing, settings of the methods.
+        methods: of ``CHOICES``.
+        ranks: in place of the configuration's.
+
+    Raises:
+        OptionError: an unknown method, a model whose configuration cannot be read, a rank that does not fit.
+    """
+    rows = []
+    for method in methods:
+        if method not in CHOICES:
+            raise OptionError("--methods", method, f"some of {', '.join(CHOICES)}")
+        block = METHODS[method.split(",")[0]].block
+        own = config.lora.rank if block == "lora" else config.galore.rank
+        for rank in (ranks or (own,)) if block else (0,):
+            rows.append(Row(method, rank, estimate_one(config, method, rank)))
+    return rows
+
+
+def estimate_one(config: RunConfig, method: str, rank: int = 0) -> StepMemory:
+    """Count one training step; see ``estimate``."""
+    from galore_trainer.run.arguments import training_arguments
+
+    arguments = training_arguments(config)
+    text = _model_config(config)
+    bf16 = bool(arguments.bf16)
+
+    def make_model() -> Any:
+        model = _build(text, config)
+        model.train()
+        if arguments.gradient_checkpointing:
+            model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        if METHODS[method.split(",")[0]].block == "lora":
+            from galore_trainer.run.adapters import add_adapters
+
+            settings = dataclasses.replace(config.lora, rank=rank)
+            if arguments.gradient_checkpointing:
+                model.enable_input_require_grads()
+            return add_adapters(model, settings, seed=0, dora=method == "dora")
+        return model
+
+    def make_optimizer(model: Any) -> Any:
+        if not method.startswith("galore"):
+            return _adam_state(model, eight_bit=method == "adamw_8bit")
+        galore = method_settings(config.galore, method, rank)
+        if method == "galore_torch":
+            return _galore_torch_state(model, galore)
+        from galore_trainer.hf.build import galore_groups
+        from galore_trainer.optim.galore_adamw import GaLoreAdamW
+
+        return GaLoreAdamW(galore_groups(model, galore, lr=1.0, weight_decay=arguments.weight_decay), galore, lr=1.0)
+
+    return simulate_step(
+        make_model, make_optimizer, batch_size=arguments.per_device_train_batch_size, length=config.max_length,
+        autocast=bf16 and config.dtype != "bfloat16", accumulates=arguments.gradient_accumulation_steps > 1,
+    )  # fmt: skip
+
+
+def method_settings(galore: GaLoreConfig, method: str, rank: int) -> GaLoreConfig:
+    """The settings that a method means, at a rank."""
+    defaults = METHODS[method.split(",")[0]].defaults
+    fixed = {key.removeprefix("galore."): value for key, value in defaults.items()}
+    layerwise = {"layerwise": method == LAYERWISE} if method in ("galore_plus", LAYERWISE) else {"layerwise": False}
+    return GaLoreConfig(**{**galore.to_dict(), **fixed, **layerwise, "rank": rank})
+
+
+def predict(config: RunConfig, rows: Any) -> dict[str, Any]:
+    """What a run's own memory was to be: ``peak_bytes``, of them ``weights_bytes``, for rows of ``length`` tokens.
+
+    Args:
+        config: of the run.
+        rows: its training data, tokenized; the longest of the first 2000 gives the length.
+
+    Returns:
+        ``peak_bytes`` is None, and ``note`` says why, where the model could not be counted.
+    """
+    longest = max((len(rows[i]["input_ids"]) for i in range(min(len(rows), SAMPLE))), default=config.max_length)
+    config = dataclasses.replace(config, max_length=max(min(longest, config.max_length), 2))
+    galore = METHODS[config.method].block == "galore"
+    method = LAYERWISE if galore and config.galore.layerwise else config.method
+    try:
+        memory = estimate_one(config, method, config.galore.rank if galore else config.lora.rank)
+    except Exception as error:  # a model that cannot be built without its weights must not end a finished run
+        return {"peak_bytes": None, "length": config.max_length, "note": f"{type(error).__name__}: {error}"}
+    return {
+        "peak_bytes": memory.peak, "weights_bytes": memory.weights, "length": config.max_length, "note": memory.note,
+    }  # fmt: skip
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """The rows in GiB, with what could not be counted below."""
+    titles = ("method", "rank", "weights", "gradients", "state", "activations", "step", "peak")
+    lines: list[tuple[str, ...]] = [titles]
+    for row in rows:
+        m = row.memory
+        parts = (m.weights, m.gradients, sum(m.state.values()), m.backward, m.step, m.peak)
+        shown = ["-" if part is None else f"{part / GIB:.2f}" for part in parts]
+        lines.append((row.method, str(row.rank or "-"), *shown))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    text = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    notes = dict.fromkeys(row.memory.note for row in rows if row.memory.note)
+    return "\n".join([*text, *(f"- {note}" for note in notes)])
+
+
+def inspect(config: RunConfig) -> str:
+    """The table of projected, plain and frozen weights that a run would begin with; no weights are loaded.
+
+    Raises:
+        OptionError: what training would refuse, in the same words.
+    """
+    import torch
+
+    from galore_trainer.hf.table import plan_table
+    from galore_trainer.optim.groups import plan_weights
+
+    with torch.device("meta"):
+        model = _build(_model_config(config), config)
+    galore = config.galore
+    rates = {"projected": f"lr x {galore.scale:g}", "plain": f"lr x {galore.plain_lr_ratio:g}", "frozen": "-"}
+    return plan_table([(weight, rates[weight.kind]) for weight in plan_weights(model, galore)], galore)
+
+
+def _model_config(config: RunConfig) -> Any:
+    from transformers import AutoConfig
+
+    from galore_trainer.run.model import resolve_model
+
+    source = resolve_model(config.model_name_or_path)
+    try:
+        return AutoConfig.from_pretrained(source.path, local_files_only=source.local_files_only)
+    except (OSError, ValueError, KeyError) as error:
+        wanted = "a model whose config.json transformers can read"
+        raise OptionError("model_name_or_path", config.model_name_or_path, wanted, str(error)) from error
+
+
+def _build(text: Any, config: RunConfig) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(text, "dtype", None) or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    with _quiet():
+        return AutoModelForCausalLM.from_config(text, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _adam_state(model: Any, *, eight_bit: bool) -> dict[str, int]:
+    """Torch keeps moments in the parameter's dtype; bitsandbytes in 8 bits with a scale for each 256."""
+    from torch import nn
+
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    total = 0
+    for p in model.parameters():
+        if p.requires_grad:
+            quantized = eight_bit and id(p) not in embeddings and p.numel() >= SMALL
+            each = 1 + 4 / 256 if quantized else EMBEDDING_BITS // 8 if eight_bit else p.element_size()
+            total += int(2 * each * p.numel())
+    return {"plain": total}
+
+
+def _galore_torch_state(model: Any, galore: GaLoreConfig) -> dict[str, int]:
+    """That package keeps basis and moments in the gradient's dtype, and those of other parameters too."""
+    from galore_trainer.optim.groups import plan_weights
+
+    found = {"basis": 0, "moments": 0, "plain": 0}
+    for weight in plan_weights(model, galore):
+        size = weight.parameter.element_size()
+        if weight.kind == "projected":
+            for kind, number in weight.state_bytes(galore).items():
+                if number:
+                    found[kind] += number * size // 4
+        elif weight.kind == "plain":
+            found["plain"] += 2 * size * weight.parameter.numel()
+    return found
