@@ -1,0 +1,184 @@
+"""Peak memory of one training step, method by method, measured on a GPU beside what ``galore-ft estimate`` says.
+
+Random weights of a given shape, bfloat16, gradient checkpointing, plain PyTorch loop: forward, backward, clipping,
+step, as often as ``--steps`` says (with a refresh among them). Every row is a process of its own; one that runs out of
+memory is a row, too.
+
+    python benchmarks/memory.py --shape llama-7b --length 512 --output memory.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False},
+    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
+    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
+}  # fmt: skip
+LAYERWISE = {"method": "galore_plus, layer-wise"}
+EIGHT_BIT_ENDS = {"plain_state_bits": 8}
+ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("AdamW", {"method": "adamw"}),
+    ("AdamW 8-bit", {"method": "adamw_8bit"}),
+    ("LoRA", {"method": "lora"}),
+    ("DoRA", {"method": "dora"}),
+    ("galore-torch", {"method": "galore_torch"}),
+    ("GaLore+", {"method": "galore_plus"}),
+    ("GaLore+ layer-wise", LAYERWISE),
+    ("GaLore+ layer-wise, 8-bit embeddings", {**LAYERWISE, **EIGHT_BIT_ENDS}),
+    ("GaLore+ layer-wise, frozen embeddings", {**LAYERWISE, "embeddings": "frozen"}),
+    ("GaLore+ layer-wise, frozen embeddings, residual 1.2 %",
+     {**LAYERWISE, "embeddings": "frozen", "residual_percent": 1.2}),
+    ("GaLore+ layer-wise, all state 8-bit, residual 1.2 %",
+     {**LAYERWISE, **EIGHT_BIT_ENDS, "state_bits": 8, "basis_bits": 8, "residual_percent": 1.2}),
+]  # fmt: skip
+
+
+def settings_of(row: dict[str, Any], arguments: argparse.Namespace) -> Any:
+    """The run's configuration: what ``estimate`` and the measurement have in common."""
+    from galore_trainer.run.config import RunConfig
+
+    galore = {"rank": arguments.rank, "residual_percent": 0.0, "residual_warmup_steps": 0}
+    galore |= {key: value for key, value in row.items() if key != "method"}
+    return RunConfig.from_dict(
+        {
+            "model_name_or_path": arguments.folder, "dtype": "bfloat16", "max_length": arguments.length,
+            "per_device_train_batch_size": 1, "gradient_checkpointing": True, "galore": galore,
+            "lora": {"rank": arguments.rank, "alpha": 2 * arguments.rank}, "use_cpu": arguments.device == "cpu",
+        }
+    )  # fmt: skip
+
+
+def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
+    """A model with random weights on the device, and the method's optimizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from galore_trainer.hf.build import galore_groups
+    from galore_trainer.optim.galore_adamw import GaLoreAdamW
+    from galore_trainer.run.adapters import add_adapters
+    from galore_trainer.run.estimate import method_settings
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(config.model_name_or_path), dtype=torch.bfloat16
+        ).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if method in ("lora", "dora"):
+        model.enable_input_require_grads()
+        model = add_adapters(model, config.lora, seed=0, dora=method == "dora")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if method == "adamw_8bit":
+        import bitsandbytes as bnb
+
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):  # as the Trainer asks for
+                bnb.optim.GlobalOptimManager.get_instance().register_module_override(
+                    module, "weight", {"optim_bits": 32}
+                )
+        return model, bnb.optim.AdamW(trained, lr=1e-5, optim_bits=8)
+    if not method.startswith("galore"):
+        return model, torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    galore = method_settings(config.galore, method, config.galore.rank)
+    if method == "galore_torch":
+        from galore_trainer.run.galore_torch import GaLoreTorchFactory
+
+        adam: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
+        return model, GaLoreTorchFactory()(model, config=galore, **adam)
+    return model, GaLoreAdamW(galore_groups(model, galore, lr=1e-5, weight_decay=0.0), galore, lr=1e-5)
+
+
+def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any) -> None:
+    """Train some steps in this process and report its peak."""
+    import torch
+
+    config, method, device = settings_of(row, arguments), row["method"], arguments.device
+    found: dict[str, Any] = {"peak": None, "error": None}
+    try:
+        model, optimizer = make(config, method, device)
+        vocabulary = SHAPES[arguments.shape]["vocab_size"]
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for step in range(arguments.steps):
+            ids = torch.randint(
+                0, vocabulary, (1, arguments.length), generator=torch.Generator().manual_seed(step)
+            ).to(device)  # fmt: skip
+            model(input_ids=ids, labels=ids).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            found["peak"] = torch.cuda.max_memory_allocated()
+        found["seconds_per_step"] = (time.perf_counter() - start) / arguments.steps
+        from galore_trainer.run.figures import optimizer_figures
+
+        found["state"] = optimizer_figures(optimizer)["optimizer_state_bytes"]
+    except Exception as error:  # out of memory, or whatever a library says: a row of the table
+        text = " ".join(str(error).split())[:200]
+        found["error"] = "out of memory" if "out of memory" in text.lower() else f"{type(error).__name__}: {text}"
+    results.put(found)
+
+
+def main() -> None:
+    """Measure every row, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rows", default="", help="only rows with one of these texts in their names, with commas")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--output", type=Path, default=Path("memory.json"))
+    arguments = parser.parse_args()
+
+    import torch
+    from transformers import LlamaConfig
+
+    from galore_trainer.run.artifacts import environment
+    from galore_trainer.run.estimate import estimate_one
+
+    arguments.folder = str(arguments.output.with_suffix(".model"))
+    LlamaConfig(**SHAPES[arguments.shape]).save_pretrained(arguments.folder)
+    context = multiprocessing.get_context("spawn")
+    wanted = arguments.rows.split(",") if arguments.rows else [""]
+    rows = []
+    for name, row in ROWS:
+        if not any(text in name for text in wanted):
+            continue
+        queue = context.Queue()
+        process = context.Process(target=measure, args=(row, arguments, queue))
+        process.start()
+        told = estimate_one(settings_of(row, arguments), row["method"], arguments.rank)  # while the other one measures
+        found = queue.get()
+        process.join()
+        rows.append({"name": name, **row, **found, "predicted": told.peak})
+        peak, predicted = found["peak"], told.peak
+        ratio = f"{predicted / peak:6.3f}" if peak and predicted else "     -"
+        shown = f"{peak / GIB:7.2f}" if peak else f"{found['error'] or '-':>7}"
+        seconds = found.get("seconds_per_step")
+        state = sum(found.get("state", {}).values()) / GIB
+        print(
+            f"{name:<56}{shown}  predicted {(predicted or 0) / GIB:6.2f} ({ratio})  state {state:6.2f}"
+            + (f"  {seconds:.2f} s a step" if seconds else ""),
+            flush=True,
+        )
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    content = {**vars(arguments), "output": None, "folder": None, "device": device, "environment": environment()}
+    arguments.output.write_text(json.dumps({**content, "rows": rows}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()
