@@ -32,8 +32,10 @@ def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypat
     from galore_trainer.run.config import load_run_config, packaged_configs
 
     name, rest = words[1], words[2:]
-    if name not in ("train", "data"):
-        assert name in ("config", "eval", "doctor", "ablate", "report", "score")
+    if name not in ("train", "data", "estimate"):
+        assert name in ("config", "eval", "doctor", "ablate", "report", "score", "inspect")
+        if name == "inspect":
+            load_run_config(None, [f"model_name_or_path={rest[0]}", *rest[1:]])
         if name == "ablate":
             from galore_trainer.run.study import load_study
 
@@ -42,10 +44,12 @@ def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypat
     rest = rest[1:] if name == "data" else rest
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text("model_name_or_path: embedded:smollm2-135m\n")
+    settings = {"galore.layerwise": True} if "--layerwise" in rest else {}
+    rest = [word for word in rest if word != "--layerwise"]
     flags = {rest[i]: rest[i + 1] for i in range(len(rest) - 1) if rest[i].startswith("--")}
     keys = {"--rank": "galore.rank", "--model": "model_name_or_path", "--method": "method"}
-    settings = {keys[flag]: value for flag, value in flags.items() if flag in keys}
-    assert set(flags) <= {*keys, "--resume"}
+    settings |= {keys[flag]: value for flag, value in flags.items() if flag in keys}
+    assert set(flags) <= {*keys, "--resume", "--ranks"}
     assert rest[0] in packaged_configs() or rest[0] == "my.yaml"
     load_run_config(rest[0], [word for word in rest if "=" in word], settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from galore_trainer.run.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
@@ -35,12 +38,28 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     if fields.get("bf16") and device == "cpu":
         fields["use_cpu"] = True  # transformers refuses bf16 on a machine without GPU unless the CPU is asked for
     try:
-        return cls(output_dir=config.output_dir, **fields)
+        arguments = cls(output_dir=config.output_dir, **fields)
     except (ValueError, TypeError, ImportError) as error:
         named = [name for name in config.training if name in str(error)]
         got = {name: config.training[name] for name in named} or config.training
         option = named[0] if len(named) == 1 else "training arguments"
         raise OptionError(option, got, "settings that transformers accepts", f"It says: {error}") from error
+    if told := use_one_device(arguments):
+        logger.warning(told)
+    return arguments
+
+
+def use_one_device(arguments: TrainingArguments) -> str | None:
+    """Keep a run that nobody launched on several processes to one GPU; a sentence on it where there are more.
+
+    The Trainer would split each batch over all GPUs in one process (``torch.nn.DataParallel``), which copies the model
+    at every step.
+    """
+    if arguments.n_gpu < 2:
+        return None
+    found, arguments._n_gpu = arguments.n_gpu, 1
+    launch = f"accelerate launch --multi_gpu --num_processes {found} -m galore_trainer.cli train ..."
+    return f"{found} GPUs are visible, this run uses one: for all of them, {launch}"
 
 
 def device_type(*, use_cpu: bool = False) -> str:

@@ -137,3 +137,27 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
     with pytest.raises(OptionError, match="transformers can read"):
         estimate(configure(tmp_path), ["adamw"])
+
+
+def test_inspect_shows_the_plan_and_refuses_what_training_would(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(folder), "galore.rank=8", "galore.embeddings=frozen"]) == 0
+    text = capsys.readouterr().out
+    assert "3 x model.layers.*.self_attn.k_proj" in text
+    assert "2, one lends" in text
+    assert "lr x 10" in text
+    assert {line.split()[1] for line in text.splitlines() if line.startswith(("lm_head", "model.embed"))} == {"frozen"}
+    assert main(["inspect", str(folder), "galore.rank=4000"]) == 2
+    assert "galore.rank: got 4000, wanted at most 128" in capsys.readouterr().err
+
+
+def test_a_finished_run_tells_what_was_predicted(tiny_model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["train", "quickstart", f"model_name_or_path={tiny_model_dir}", "max_steps=2", "galore.rank=4",
+             "data.train_samples=20", "data.eval_samples=2", "eval.before=false", "use_cpu=true"]  # fmt: skip
+    assert main([*words, "bf16=false", "eval.max_new_tokens=4", "--output-dir", str(out)]) == 0
+    told = json.loads((out / "result.json").read_text())["predicted_memory"]
+    assert told["peak_bytes"] > told["weights_bytes"] > 0
+    assert told["note"] == ""
+    assert 10 < told["length"] <= 256

@@ -13,7 +13,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.arguments import training_arguments
+from galore_trainer.run.arguments import training_arguments, use_one_device
 from galore_trainer.run.config import RunConfig
 from galore_trainer.run.plan import describe_plan
 from galore_trainer.run.train import train
@@ -127,3 +127,24 @@ def test_without_trl_the_way_to_get_it_is_named(short_run: Run, monkeypatch: pyt
     with pytest.raises(OptionError, match=r"pip install 'galore-trainer\[trl\]'") as error:
         train(short_run(trainer="trl"))
     assert error.value.option == "trainer"
+
+
+def test_several_gpus_without_a_launcher_are_not_shared_in_silence(short_run: Run) -> None:
+    arguments = training_arguments(short_run())
+    assert use_one_device(arguments) is None
+    arguments._n_gpu = 4
+    assert "4 GPUs are visible, this run uses one" in str(use_one_device(arguments))
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, arguments.per_device_train_batch_size)
+
+
+def test_layerwise_mode_equals_the_ordinary_run_under_both_trainers(short_run: Run) -> None:
+    """Accumulation without clipping, whose norm is estimated: the same losses as with whole gradients."""
+    method = {"rank": 4, "update_proj_gap": 2}
+    more = {"gradient_accumulation_steps": 2, "save_strategy": "no", "max_grad_norm": 0.0}
+    ordinary = short_run("whole", **more, galore={**method, "stagger_refresh": True, "first_basis": "sketch"})
+    train(ordinary)
+    for trainer in ("hf", "trl"):
+        layerwise = short_run(trainer, **more, trainer=trainer, galore={**method, "layerwise": True})
+        train(layerwise)
+        assert losses(layerwise) == pytest.approx(losses(ordinary), abs=1e-4)
+        assert min(losses(layerwise, "grad_norm")) > 0.0
