@@ -122,7 +122,8 @@ def change_basis(state: MatrixState, P: Tensor, side: str, mode: str, *, betas: 
 
 def projection_error(G: Tensor, P: Tensor, side: str, parts: int = 1) -> Tensor:
     """||G - lift(project(G))|| / ||G|| (Frobenius) by part of the blocks, [parts]; norms suffice, P is orthonormal."""
-    whole = torch.linalg.vector_norm(G.reshape(parts, -1), dim=1, dtype=torch.float32)
+    wide = torch.promote_types(G.dtype, torch.float32)
+    whole = torch.linalg.vector_norm(G.reshape(parts, -1), dim=1, dtype=wide).float()
     kept = torch.linalg.vector_norm(project(G, P, side).reshape(parts, -1), dim=1)
     return (1.0 - (kept / whole.clamp(min=torch.finfo(torch.float32).tiny)) ** 2).clamp(min=0.0).sqrt()
 

@@ -2,9 +2,9 @@
 
 16 bits are bfloat16. 8 bits are block-wise and dynamic (Dettmers et al. 2022, arXiv 2110.02861): every 256 numbers
 share a scale, the one of largest magnitude, and each is one of 256 values between -1 and 1 (0 and 1 for what has no
-sign), dense near zero over seven decades. Rounding is stochastic, so that a moving average which changes by a
-thousandth a step does not stand still; in 8 bits second moments are stored by their roots, never rounded to zero, so
-that M / sqrt(V) stays bounded.
+sign), dense near zero over seven decades. There is no -1: what lies beyond -0.993 goes there. Rounding is stochastic,
+so that a moving average which changes by a thousandth a step does not stand still; in 8 bits second moments are stored
+by their roots, never rounded to zero, so that M / sqrt(V) stays bounded.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def encode(x: Tensor, bits: int, noise: Tensor | None, *, signed: bool) -> Store
     scale = blocks.gather(-1, largest)  # with its sign: the table has 1, but not -1
     table = _table(signed, x.device)
     share = blocks / torch.where(scale == 0.0, 1.0, scale)
-    below = (torch.bucketize(share, table, right=True) - 1).clamp(0, len(table) - 2)
+    below = (torch.bucketize(share, table, right=True, out_int32=True) - 1).clamp_(0, len(table) - 2)
     low, high = table[below], table[below + 1]
-    codes = below + (share - low > (high - low) * (_blocks(noise) / NOISE))
+    codes = below.add_(share - low > (high - low) * (_blocks(noise) / NOISE))
     if not signed:
         codes = torch.where(blocks > 0.0, codes.clamp(min=1), codes)
     return Stored(codes.to(torch.uint8).flatten(1)[:, : x[0].numel()].view(x.shape), scale.squeeze(-1))

@@ -14,7 +14,7 @@ from galore_trainer.core import galore
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.layerwise import ProjectedGradient, attach, is_finite, norms_of
+from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero, norms_of
 from galore_trainer.optim.parts import Part
 from galore_trainer.optim.plain import plain_state, plain_step
 from galore_trainer.optim.refresh import diagnose, first_basis, next_due, refresh_stack
@@ -133,6 +133,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             for job in jobs:
                 job.state["calls"] += job.last
         count_skips(flags)
+        drop_projected(job.parameter for job in jobs)
         self._steps += 1
         if self._steps % ROW_LIMIT == 0:
             self.check_finite()
@@ -141,8 +142,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _jobs(
         self, p: Tensor, grad: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
     ) -> list[Job]:
-        state, new = self._projected_state(p, name, matrices, group)
-        if new and group["lr"] == 0.0 and not grad.any():
+        state = self._projected_state(p, name, matrices, group)
+        if state["calls"] == state["refreshes"] == 0 and group["lr"] == 0.0 and is_zero(grad):
             return []  # how checkpoint tools create state: nothing else may change
         parts = grad.parts if isinstance(grad, ProjectedGradient) else [None] * len(matrices)
         if len(matrices) == 1:
@@ -153,15 +154,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _projected_state(
         self, p: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
-    ) -> tuple[dict[str, Any], bool]:
-        """The state of a projected parameter, and whether it has only now been made."""
+    ) -> dict[str, Any]:
+        """The state of a projected parameter, made where there is none."""
         state = self.state[p]
         if state:
-            return state, False
+            return state
         state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(p), skipped=no_skips(p.device))
         for matrix in matrices:
             Stack([Job(p, p, name, matrix, state, group)]).create()
-        return state, True
+        return state
 
     def _attach(self, group: dict[str, Any]) -> None:
         """Hook every parameter of a projected group, for as long as this optimizer lives."""
@@ -172,14 +173,17 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 optimizer = own()
                 return optimizer._take(p, name, matrices, group) if optimizer is not None else None
 
-            weakref.finalize(self, attach(p, name, take).remove)
+            if p.requires_grad:
+                weakref.finalize(self, attach(p, name, take).remove)
 
     def _take(
         self, p: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
     ) -> ProjectedGradient | None:
         """What is kept of a gradient that backward has just made; None where the next step needs it whole."""
         assert p.grad is not None
-        state, _ = self._projected_state(p, name, matrices, group)
+        if p.grad.is_sparse:
+            return None  # the step refuses it
+        state = self._projected_state(p, name, matrices, group)
         if state["refreshes"] > 0 and state["calls"] >= state["due"]:
             return None
         with self.stopwatch.measure("update", p.device):
@@ -333,6 +337,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         check_same_method(state_dict["param_groups"], self.param_groups)
         own: list[dict[str, Any]] = [{k: g[k] for k in ("matrices", "galore") if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
+        drop_projected(p for group in self.param_groups for p in group["params"])  # they belong to the state before
         for group, kept in zip(self.param_groups, own, strict=True):
             group.update(kept)
             group["betas"] = tuple(group["betas"])

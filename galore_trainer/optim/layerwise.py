@@ -8,7 +8,7 @@ due in this step keeps its dense gradient; refreshes are spread over the gap, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class ProjectedGradient(torch.Tensor):
         for part in self.parts:
             part.take_in(part.matrix.take(grad))
         self._batches += 1
-        self._square = self._square + torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+        self._square = self._square + norms_of([grad])[0].square()
 
     def frobenius(self) -> Tensor:
         """The gradient's norm: exact for a single backward, else estimated, see ``Part.energy``."""
@@ -121,12 +121,16 @@ def attach(
     Raises:
         OptionError: something else has a hook there, and would look for a dense gradient.
     """
-    if getattr(p, "_post_accumulate_grad_hooks", None):
-        raise OptionError(
-            "galore.layerwise", f"{name}, which has a post-accumulate-grad hook", "weights that nobody else hooks",
-            "Another layer-wise optimizer, offloading or FSDP takes its gradient: remove that, or train without "
-            "galore.layerwise.",
-        )  # fmt: skip
+    taken = getattr(p, "_post_accumulate_grad_hooks", None)
+    if taken:
+        ours = any(getattr(hook, "of_galore", False) for hook in taken.values())
+        way_out = (
+            "Another layer-wise optimizer, offloading or FSDP takes its gradient: remove it, or do without this mode."
+        )
+        if ours:
+            way_out = "A layer-wise GaLoreAdamW built before takes its gradient: delete it, and its Trainer, first."
+        got = f"{name}, which has a post-accumulate-grad hook"
+        raise OptionError("galore.layerwise", got, "weights that nobody else hooks", way_out)
 
     def hook(p: Tensor) -> None:
         if p.grad is not None and not isinstance(p.grad, ProjectedGradient):
@@ -134,6 +138,7 @@ def attach(
             if kept is not None:
                 p.grad = kept
 
+    hook.of_galore = True  # type: ignore[attr-defined]
     return p.register_post_accumulate_grad_hook(hook)
 
 
@@ -145,5 +150,18 @@ def is_finite(grad: Tensor) -> Tensor:
 def norms_of(grads: Sequence[Tensor]) -> list[Tensor]:
     """The Frobenius norms of gradients, whole or projected, in float32."""
     whole = [g for g in grads if not isinstance(g, ProjectedGradient)]
-    known = iter(torch._foreach_norm(whole, 2, torch.float32) if whole else ())
-    return [g.frobenius() if isinstance(g, ProjectedGradient) else next(known) for g in grads]
+    wide = any(g.dtype == torch.float64 for g in whole)
+    known = iter(torch._foreach_norm(whole, 2, None if wide else torch.float32) if whole else ())
+    return [g.frobenius() if isinstance(g, ProjectedGradient) else next(known).float() for g in grads]
+
+
+def is_zero(grad: Tensor) -> bool:
+    """Whether every number of a gradient is zero; waits for the device."""
+    return not (grad.frobenius() if isinstance(grad, ProjectedGradient) else grad).any().item()
+
+
+def drop_projected(parameters: Iterable[Tensor]) -> None:
+    """Set gradients to None that are projected: a step has used them, and the state they fit is gone."""
+    for p in parameters:
+        if isinstance(p.grad, ProjectedGradient):
+            p.grad = None

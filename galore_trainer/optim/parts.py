@@ -48,11 +48,11 @@ class Part:
     ) -> None:
         prefix = f"{matrix.label}." if matrix.label else ""
         self.matrix = matrix
-        self.basis = decode_basis(Stored(state[f"{prefix}basis"], state.get(f"{prefix}basis_scale")))
+        self._basis = Stored(state[f"{prefix}basis"], state.get(f"{prefix}basis_scale"))
         self.sketch: Tensor | None = None
         self.projected: Tensor | None = None
         self.sampled: Tensor | None = None
-        self._draw = (config, seed, name, self.basis.device)
+        self._draw = (config, seed, name, self._basis.values.device)
         self._first = state["refreshes"] == 0
         positions = next((state[prefix + key] for key in SUPPORTS if prefix + key in state), None)
         self._support = None if positions is None else Support(positions, matrix.columns)
@@ -60,8 +60,8 @@ class Part:
         self._along: Tensor | None = None  # G times one random direction, across the projected side
         if not self._first:
             length = matrix.columns if matrix.side == "right" else matrix.block_rows
-            generator = stream(self.basis.device, seed, name, "norm", state["calls"])
-            self._direction = torch.randn(1, length, 1, generator=generator, device=self.basis.device)
+            generator = stream(self._basis.values.device, seed, name, "norm", state["calls"])
+            self._direction = torch.randn(1, length, 1, generator=generator, device=self._basis.values.device)
 
     def take_in(self, G: Tensor) -> None:
         """Add one micro-batch's gradient, [blocks, rows, n]."""
@@ -70,7 +70,7 @@ class Part:
             self.sketch = _plus(self.sketch, sketch(G, sketch_matrices(self.matrix, *self._draw), side))
             return
         assert self._direction is not None
-        self.projected = _plus(self.projected, project(G, self.basis, side))
+        self.projected = _plus(self.projected, project(G, decode_basis(self._basis), side))
         self._along = _plus(self._along, project(G, self._direction.expand(len(G), -1, -1), side))
         if self._support is not None:
             self.sampled = _plus(self.sampled, read_at(G, self._support).float())
@@ -97,7 +97,7 @@ class Part:
         if self.sketch is not None:
             width = self.sketch.shape[-2 if self.matrix.side == "right" else -1]
             return self.sketch.square().sum() / width
-        R, along, d, P = self.projected, self._along, self._direction, self.basis
+        R, along, d, P = self.projected, self._along, self._direction, decode_basis(self._basis)
         assert R is not None
         assert along is not None
         assert d is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -112,6 +113,7 @@ def simulate_step(
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         model = make_model()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is told in ``note``
     with warnings.catch_warnings(), _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")
         _make_fake(model)
@@ -133,8 +135,7 @@ def simulate_step(
             except Exception as error:  # an architecture that cannot run on fake tensors, whatever it raises
                 note = f"activations could not be counted: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
                 model.zero_grad()
-                for p in model.parameters():
-                    p.grad = torch.zeros_like(p) if p.requires_grad else None
+                _give_gradients(model, optimizer)
             gradients = live.now - before
             step = _step(optimizer, live) if ours else 0
     return StepMemory(weights=weights, state=state, gradients=gradients, backward=backward, step=step, note=note)
@@ -164,6 +165,17 @@ def _loss(model: nn.Module, batch_size: int, length: int, autocast: bool) -> Ten
         return output.loss
 
 
+def _give_gradients(model: nn.Module, optimizer: Any) -> None:
+    """Gradients as backward leaves them, for a model that cannot run."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    if isinstance(optimizer, GaLoreAdamW) and optimizer.config.layerwise:
+        for group in (g for g in optimizer.param_groups if g["projected"]):
+            for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
+                kept = optimizer._take(p, name, matrices, group)
+                p.grad = p.grad if kept is None else kept
+
+
 def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
     """The state that a run has after its first refreshes and warm-ups."""
     config = optimizer.config
@@ -173,7 +185,7 @@ def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
                 optimizer.state[p].update(plain_state(p, config.plain_state_bits), calls=0, skipped=no_skips(p.device))
                 continue
             name, matrices = group["names"][i], group["matrices"][i]
-            state, _ = optimizer._projected_state(p, name, matrices, group)
+            state = optimizer._projected_state(p, name, matrices, group)
             state.update(calls=NEVER // 2, refreshes=2, due=NEVER, born=0)
             for matrix in matrices:
                 if has_residual(matrix, config):

@@ -241,7 +241,7 @@ def test_a_weight_that_is_hooked_already_is_refused() -> None:
     config = GaLoreConfig(**METHOD, layerwise=True)
     model = make_model()
     first = make_optimizer(model, config)
-    with pytest.raises(OptionError, match="post-accumulate-grad hook"):
+    with pytest.raises(OptionError, match=r"post-accumulate-grad hook.*built before"):
         make_optimizer(model, config)
     del first
     gc.collect()
@@ -257,3 +257,64 @@ def test_a_copied_optimizer_takes_whole_gradients() -> None:
     train(*both, batches()[3:])
     train(model, optimizer, batches()[3:])
     assert distance(model, both[0]) < CLOSE
+
+
+def test_a_step_uses_its_gradients_up() -> None:
+    """Zeroing in place after a step, a second step on the same gradients, a state loaded between backward and step."""
+    config = GaLoreConfig(**METHOD, layerwise=True, residual_percent=5.0)
+    one, other = make_model(), make_model()
+    usual, odd = make_optimizer(one, config), make_optimizer(other, config)
+    plain = [p for g in odd.param_groups if not g["projected"] for p in g["params"]]
+    fresh = copy.deepcopy(odd.state_dict())
+    other(input_ids=batches()[0], labels=batches()[0]).loss.backward()
+    odd.load_state_dict(fresh)
+    odd.zero_grad()
+    for batch in batches():
+        for model, optimizer in ((one, usual), (other, odd)):
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+        usual.zero_grad()
+        assert not any(isinstance(p.grad, ProjectedGradient) for p in other.parameters())
+        for p in plain:
+            p.grad = None
+        odd.zero_grad(set_to_none=False)
+    assert distance(one, other) < CLOSE
+
+
+def test_a_step_of_nothing_at_rate_zero_changes_nothing() -> None:
+    config = GaLoreConfig(**METHOD, layerwise=True)
+    model = make_model()
+    optimizer = make_optimizer(model, config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    (model(input_ids=batches()[0]).logits * 0.0).sum().backward()
+    optimizer.step()
+    assert {s["calls"] for s in optimizer.state.values()} == {0}
+    assert distance(model, make_model()) == 0.0
+
+
+def test_bases_in_fewer_bits_are_not_held_in_float32() -> None:
+    config = GaLoreConfig(**METHOD, layerwise=True, basis_bits=8)
+    model = make_model()
+    optimizer = make_optimizer(model, config)
+    train(model, optimizer, batches()[:2])
+    model(input_ids=batches()[2], labels=batches()[2]).loss.backward()
+    held = [x for p in model.parameters() if isinstance(p.grad, ProjectedGradient) for part in p.grad.parts
+            for x in (part._basis.values, part._basis.scale)]  # fmt: skip
+    stored = {s[key].data_ptr() for s in optimizer.state.values() for key in ("basis", "basis_scale") if key in s}
+    assert held
+    assert {x.data_ptr() for x in held} <= stored
+
+
+def test_groups_by_hand_may_hold_frozen_weights_and_float64() -> None:
+    config = GaLoreConfig(**METHOD, layerwise=True, residual_percent=0.0)
+    weights = [nn.Parameter(torch.randn(12, 8, dtype=torch.float64)) for _ in range(2)]
+    weights[1].requires_grad_(False)
+    before = [w.detach().clone() for w in weights]
+    optimizer = GaLoreAdamW([{"params": weights, "projected": True}], config, lr=LR, seed=1)
+    for _ in range(6):
+        weights[0].square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(weights[0], before[0])
+    assert torch.equal(weights[1], before[1])

@@ -128,6 +128,8 @@ def test_a_model_that_cannot_run_so_says_what_is_missing(folder: Path, monkeypat
     (row,) = estimate(configure(folder), ["galore_plus"])
     assert row.memory.peak is None
     assert row.memory.gradients == 4 * count(None)
+    (layerwise,) = estimate(configure(folder), [LAYERWISE])
+    assert layerwise.memory.gradients < row.memory.gradients
     text = as_table([row])
     assert "activations could not be counted" in text
     assert text.splitlines()[1].split()[-1] == "-"
