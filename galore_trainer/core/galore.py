@@ -128,6 +128,13 @@ def projection_error(G: Tensor, P: Tensor, side: str, parts: int = 1) -> Tensor:
     return (1.0 - (kept / whole.clamp(min=torch.finfo(torch.float32).tiny)) ** 2).clamp(min=0.0).sqrt()
 
 
+def lost_share(G: Tensor, P: Tensor, side: str, parts: int = 1) -> Tensor:
+    """``projection_error`` from the lost part itself: exact for small errors too, where norms of wholes cancel."""
+    D = G.float() - lift(project(G.float(), P, side), P, side)
+    lost, whole = (torch.linalg.vector_norm(x.reshape(parts, -1), dim=1) for x in (D, G.float()))
+    return lost / whole.clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def apply_update_(
     W: Tensor,
     N: Tensor,

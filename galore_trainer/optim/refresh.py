@@ -100,10 +100,10 @@ def diagnose(stack: Stack, G: Tensor, P: Tensor, config: GaLoreConfig, seed: int
     matrix, parts = stack.matrix, len(stack.jobs)
     lent = lending_rows(stack, G, config, seed)
     best = least_error(lent, matrix.rank, parts)  # 0 where the lending rows have no more directions than the rank
-    excess = torch.where(best > 1e-6, galore.projection_error(lent, P, matrix.side, parts) / best, 1.0)
+    excess = torch.where(best > 1e-6, galore.lost_share(lent, P, matrix.side, parts) / best, 1.0)
     whole = G.reshape(parts, matrix.rows, matrix.columns) if matrix.head_dim else G
     least = least_error(whole, matrix.rank, parts)
-    sharing = torch.where(least > 1e-6, galore.projection_error(G, P, matrix.side, parts) / least, 1.0)
+    sharing = torch.where(least > 1e-6, galore.lost_share(G, P, matrix.side, parts) / least, 1.0)
     return excess - 1.0, sharing
 
 

@@ -1,0 +1,147 @@
+"""What sharing and randomizing cost: projection errors and refresh times on one real gradient.
+
+The gradient of a model's loss on a batch of a recipe's training data is decomposed once for each setting; errors are
+means over the projected matrices, times are of one refresh of all of them (the second of two; the first warms up).
+
+    python benchmarks/projection.py mawps data.source=path/to/train.json --output projection.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("joint, exact", {"head_sharing": "joint", "svd": "exact"}),
+    *((f"joint, randomized q={q}", {"head_sharing": "joint", "subspace_iterations": q}) for q in range(4)),
+    ("per_head, exact", {"head_sharing": "per_head", "svd": "exact"}),
+    ("per_head, randomized q=2", {"head_sharing": "per_head"}),
+    ("grouped (3 query heads), exact", {"head_sharing": "grouped", "head_group_size": 3, "svd": "exact"}),
+    ("grouped (3 query heads), randomized q=2", {"head_sharing": "grouped", "head_group_size": 3}),
+    ("shared random, exact", {"head_sharing": "shared", "svd": "exact"}),
+    *((f"shared random, randomized q={q}", {"head_sharing": "shared", "subspace_iterations": q}) for q in range(4)),
+    ("shared energy, randomized q=2", {"head_sharing": "shared", "head_choice": "energy"}),
+    ("all, from one sketch (first step of layer-wise mode)", {"head_sharing": "joint", "first_basis": "sketch"}),
+]
+
+
+def gradients(config: Any, batch_size: int, device: str) -> Any:
+    """The model with the gradient of one batch."""
+    from galore_trainer.recipes import load_data
+    from galore_trainer.run.model import load_model
+    from galore_trainer.run.prompts import Collator, encode
+
+    model, tokenizer = load_model(config.model_name_or_path)
+    model.to(device).train()
+    examples = load_data(config.data).train[:batch_size]
+    rows = [encode(tokenizer, example, config.max_length) for example in examples]
+    batch = Collator(tokenizer.pad_token_id)(rows)
+    model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
+    return model
+
+
+def stacks(model: Any, galore: Any) -> list[Any]:
+    """Fresh matrices with their gradients, as the optimizer groups them for a refresh."""
+    from galore_trainer.hf.build import galore_groups
+    from galore_trainer.optim.galore_adamw import STACK_ELEMENTS, GaLoreAdamW
+    from galore_trainer.optim.stack import make_stacks
+
+    optimizer = GaLoreAdamW(galore_groups(model, galore, lr=0.0, weight_decay=0.0), galore, lr=0.0, seed=0)
+    jobs = [
+        job for group in optimizer.param_groups if group["projected"]
+        for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True)
+        for job in optimizer._jobs(p, p.grad, name, matrices, group)
+    ]  # fmt: skip
+    together = 0 if jobs[0].parameter.device.type == "cpu" else STACK_ELEMENTS
+    return list(make_stacks(jobs, together))
+
+
+def row(model: Any, rank: int, changes: dict[str, Any], device: str) -> dict[str, Any]:
+    """Errors and time of one setting: of all matrices, and of q, k, v alone."""
+    from galore_trainer.config import GaLoreConfig
+    from galore_trainer.core.galore import lost_share
+    from galore_trainer.core.linalg import least_error
+    from galore_trainer.optim.refresh import first_basis, lending_rows, refresh_stack
+
+    galore = GaLoreConfig(rank=rank, residual_percent=0.0, **changes)
+    seconds = []
+    for _ in range(2):
+        found = stacks(model, galore)
+        _wait(device)
+        start = time.perf_counter()
+        for stack in found:
+            if galore.sketches_first:
+                first_basis(stack, stack.gradients(), galore, 0)
+            else:
+                refresh_stack(stack, stack.gradients(), galore, 0)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    errors: dict[str, list[tuple[float, float, float]]] = {"all": [], "qkv": []}
+    for stack in found:
+        G, P, matrix, parts = stack.gradients(), stack.read().P, stack.matrix, len(stack.jobs)
+        lent = lending_rows(stack, G, galore, 0)
+        whole = G.reshape(parts, matrix.rows, matrix.columns) if matrix.head_dim else G
+        error, excess = lost_share(G, P, matrix.side, parts), lost_share(lent, P, matrix.side, parts)
+        best, joint = least_error(lent, matrix.rank, parts), least_error(whole, matrix.rank, parts)
+        for job, *figures in zip(stack.jobs, *(x.tolist() for x in (error, excess, best, joint)), strict=True):
+            e, on_lent, least, least_joint = figures
+            values = (e, on_lent / least - 1.0 if least > 1e-6 else 0.0, e / least_joint)
+            errors["all"].append(values)
+            if any(part in job.name for part in ("q_proj", "k_proj", "v_proj")):
+                errors["qkv"].append(values)
+    names = ("error", "excess", "sharing_excess")
+    means = {
+        kind: {name: sum(v[i] for v in values) / len(values) for i, name in enumerate(names)}
+        for kind, values in errors.items() if values
+    }  # fmt: skip
+    return {**means, "seconds": seconds[-1], "matrices": len(errors["all"])}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| setting | error | error, q k v | excess over exact, % | sharing excess, q k v | refresh, s |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for each in rows:
+        everything, qkv = each["all"], each.get("qkv", each["all"])
+        yield (
+            f"| {each['setting']} | {everything['error']:.4f} | {qkv['error']:.4f} | {100 * everything['excess']:.2f} "
+            f"| {qkv['sharing_excess']:.3f} | {each['seconds']:.2f} |"
+        )
+
+
+def main() -> None:
+    """Measure every setting, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("projection.json"))
+    arguments = parser.parse_args()
+
+    from galore_trainer.run.artifacts import environment
+    from galore_trainer.run.config import load_run_config
+
+    model = gradients(load_run_config(arguments.config, arguments.overrides), arguments.batch_size, arguments.device)
+    rows = []
+    for setting, changes in SETTINGS:
+        rows.append({"setting": setting, **row(model, arguments.rank, changes, arguments.device)})
+        print(list(_table(rows))[-1], flush=True)
+    content = {"rank": arguments.rank, "batch_size": arguments.batch_size, "environment": environment(), "rows": rows}
+    arguments.output.write_text(json.dumps(content, indent=1))
+    arguments.output.with_suffix(".md").write_text("\n".join(_table(rows)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
