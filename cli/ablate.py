@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from galore_trainer.cli.options import Debug, Overrides
+from galore_trainer.cli.options import Debug, Overrides, integers
 from galore_trainer.cli.train import INTERRUPTED
-from galore_trainer.errors import OptionError
 
 FAILED = 1
 
@@ -61,7 +60,7 @@ def ablate(
     """
     from galore_trainer.run.study import load_study
 
-    loaded = load_study(study, overrides or (), None if seeds is None else _integers(seeds))
+    loaded = load_study(study, overrides or (), None if seeds is None else integers("--seeds", seeds))
     output = Path(output_dir or f"runs/ablate-{loaded.name}").expanduser()
     if dry_run:
         from galore_trainer.run.sweep_plan import describe_sweep
@@ -92,10 +91,3 @@ def ablate(
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise OptionError("--seeds", text, "integers with commas between them", "For example --seeds 0,1,2.") from None

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from galore_trainer.cli.loading import load, require_reach
-from galore_trainer.cli.options import Config, Debug, Overrides, with_flags
-from galore_trainer.errors import OptionError
+from galore_trainer.cli.options import Config, Debug, Overrides, integers, with_flags
 from galore_trainer.run.config import load_own_settings, load_run_config
 
 Methods = Annotated[
@@ -33,19 +32,12 @@ def estimate(
     One step of forward, backward and optimizer is counted on tensors without content: at most the configuration's
     max_length tokens in each of per_device_train_batch_size rows.
     """
-    run = load(config, overrides, flags)
+    run = load(config, overrides, flags, reach=("model",))
     from galore_trainer.run.estimate import CHOICES, LAYERWISE, as_table
     from galore_trainer.run.estimate import estimate as count
 
     chosen = [LAYERWISE if name == "layerwise" else name for name in methods.split(",")] if methods else CHOICES
-    typer.echo(as_table(count(run, chosen, _integers(ranks) if ranks else ())))
-
-
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise OptionError("--ranks", text, "integers with commas between them", "For example --ranks 16,32.") from None
+    typer.echo(as_table(count(run, chosen, integers("--ranks", ranks) if ranks else ())))
 
 
 def inspect(model: Model, overrides: Overrides = None, debug: Debug = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def load(
     flags: Mapping[str, Any] | None = None,
     *,
     model: str | None = None,
-    reach: bool = True,
+    reach: Collection[str] = ("data", "model"),
 ) -> RunConfig:
     """Resolve the configuration a command was given; CONFIG must be there.
 
@@ -44,7 +44,7 @@ def load(
         overrides: the other ``key=value`` arguments.
         flags: values by dotted key.
         model: what the command loads in the place of the configuration's model.
-        reach: whether the command will load the data and the model: then what can only come from the hub is asked for
+        reach: what the command will load, of ``data`` and ``model``: what can only come from the hub is asked for
             first, so that the answer "no network" does not wait for libraries that take seconds to import.
 
     Raises:
@@ -56,15 +56,17 @@ def load(
         raise OptionError("CONFIG", "nothing", wanted, "For example: galore-ft train quickstart.")
     if reach:
         own = load_own_settings(name, rest, flags)
-        _require_hub(own.data, model or own.model_name_or_path)
+        if "data" in reach:
+            _require_data(own.data)
+        if "model" in reach:
+            require_reach(model or own.model_name_or_path)
     return load_run_config(name, rest, flags)
 
 
-def _require_hub(data: DataConfig, model: str) -> None:
+def _require_data(data: DataConfig) -> None:
     for option, source in (("data.source", data.source), ("data.eval_source", data.eval_source)):
         if source is not None and kind_of(option, source) == "hub" and not is_cached(source, "dataset"):
             require_dataset(option, source)
-    require_reach(model)
 
 
 def require_reach(model: str) -> None:

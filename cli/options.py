@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.errors import OptionError
 from galore_trainer.run.config import LoraSettings, RunConfig
 from galore_trainer.run.knobs import field_help, show_default
 from galore_trainer.run.layers import flag_name
@@ -33,6 +34,15 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", show_default=False, help="Settings by dotted key, above the file."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+
+
+def integers(flag: str, text: str) -> list[int]:
+    """The numbers of an option such as ``--seeds 0,1,2``; ``OptionError`` for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        wanted = "integers with commas between them"
+        raise OptionError(flag, text, wanted, f"For example {flag} 0,1,2.") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ def train(
     if resume and overwrite:
         both = f"--resume {resume} and --overwrite"
         raise OptionError("--overwrite", both, "one of the two", "To go on, leave out --overwrite.")
-    run = load(config, overrides, flags, reach=not show_config)
+    run = load(config, overrides, flags, reach=() if show_config else ("data", "model"))
     if show_config or dry_run:
         from galore_trainer.run.plan import describe_plan
 

@@ -47,8 +47,12 @@ def require_hub(option: str, repo_id: str, repo_type: Literal["model", "dataset"
 
 def require_dataset(option: str, repo_id: str) -> bool:
     """``require_hub`` for a data set; the way out is a local file."""
-    way_out = f"Without a network, give a local file instead: {option}=path/to/{repo_id.split('/')[-1]}.jsonl."
-    return require_hub(option, repo_id, "dataset", way_out)
+    return require_hub(option, repo_id, "dataset", local_file(option, repo_id))
+
+
+def local_file(option: str, repo_id: str) -> str:
+    """The way out for a data set that cannot be had."""
+    return f"Without a network, give a local file instead: {option}=path/to/{repo_id.split('/')[-1]}.jsonl."
 
 
 def require_model(option: str, repo_id: str, embedded: str) -> bool:

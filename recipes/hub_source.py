@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from galore_trainer.errors import OptionError
-from galore_trainer.hub import require_dataset
+from galore_trainer.hub import local_file, require_dataset
 from galore_trainer.recipes.sources import Row
 
 DEFAULT_SUBSET = {"openai/gsm8k": "main"}
@@ -45,7 +45,7 @@ def read_hub(
                 raise OptionError("data.subset", subset, f"a configuration of {repo_id} ({reason})") from error
             if "split" in reason.lower() and isinstance(error, ValueError):
                 raise OptionError(split_option, split, f"a split of {repo_id} ({reason})") from error
-            way_out = ""
+            way_out = local_file(option, repo_id)
             if "scripts are no longer supported" in reason:
                 way_out = "Its converted copy may load: data.revision=refs/convert/parquet."
             raise OptionError(option, repo_id, f"a data set that loads ({reason})", way_out) from error

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core.galore import lift
-from galore_trainer.core.sparse import Support, read_at
+from galore_trainer.core.sparse import Support
 
 CANDIDATES = 4  # for each entry of the support
 CHUNK = 1 << 24  # products held at a time while D[S] is formed
@@ -48,11 +48,6 @@ def best_candidates(index: Tensor, mean: Tensor, entries: int) -> Tensor:
 def dense_loss(G: Tensor, R: Tensor, P: Tensor, side: str) -> Tensor:
     """D in float32: formed for a moment while candidates are found and averaged, never kept."""
     return G.float() - lift(R, P, side)
-
-
-def sampled_loss(G: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
-    """D[S] in float32, from G[S] and rows of R and P alone: D itself is not formed."""
-    return read_at(G, support).float() - lifted_at(R, P, side, support)
 
 
 def lifted_at(R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:

@@ -46,8 +46,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         FloatingPointError: a parameter's gradient was not finite ten steps in a row.
 
     State of a parameter: tensors and integers only. ``calls`` counts steps, ``refreshes`` changes of basis, ``due`` is
-    the value of ``calls`` at which the next one happens, ``born`` that of the first one, ``phase`` the place of its
-    refreshes within the gap; ``skipped`` [in a row, in all, longest row] counts non-finite gradients.
+    the value of ``calls`` at which the next one happens, ``born`` that of the first one from a whole gradient,
+    ``phase`` the place of its refreshes within the gap; ``skipped`` [in a row, in all, longest row] counts non-finite
+    gradients.
     """
 
     def __init__(

@@ -10,9 +10,9 @@ from torch.optim.adamw import adamw
 
 from galore_trainer.core.galore import stochastic_round
 from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, zero_code
+from galore_trainer.optim.stack import MOMENTS
 
 CHUNK = 1 << 22  # entries that are held in float32 at a time, where weight or moments are stored otherwise
-MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # key, and whether it has a sign
 
 
 def plain_state(p: Tensor, bits: int = 32) -> dict[str, Any]:

@@ -95,8 +95,7 @@ def method_settings(galore: GaLoreConfig, method: str, rank: int) -> GaLoreConfi
     """The settings that a method means, at a rank."""
     defaults = METHODS[method.split(",")[0]].defaults
     fixed = {key.removeprefix("galore."): value for key, value in defaults.items()}
-    layerwise = {"layerwise": method == LAYERWISE} if method in ("galore_plus", LAYERWISE) else {"layerwise": False}
-    return GaLoreConfig(**{**galore.to_dict(), **fixed, **layerwise, "rank": rank})
+    return GaLoreConfig(**{**galore.to_dict(), **fixed, "layerwise": method == LAYERWISE, "rank": rank})
 
 
 def predict(config: RunConfig, rows: Any) -> dict[str, Any]:

@@ -81,6 +81,8 @@ GALORE: dict[str, Any] = {
     "galore.momentum_transfer": "keep",
     "galore.residual_percent": 0.0,
     "galore.stagger_refresh": False,
+    "galore.first_basis": "gradient",
+    "galore.layerwise": False,
     "galore.share_output_heads": False,
 }
 
@@ -151,7 +153,14 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "galore_torch": MethodSpec(
         title="GaLore (full-parameter training with projected gradients, optimizer of galore-torch)",
-        defaults={**GALORE, "galore.stochastic_rounding": False, "galore.diagnose_refreshes": 0},
+        defaults={
+            **GALORE,
+            "galore.stochastic_rounding": False,
+            "galore.diagnose_refreshes": 0,
+            "galore.state_bits": 32,
+            "galore.basis_bits": 32,
+            "galore.plain_state_bits": 32,
+        },
         block="galore",
         package="galore_torch",
         extra="parity",
