@@ -1,8 +1,8 @@
 """Peak memory of one training step, method by method, measured on a GPU beside what ``galore-ft estimate`` says.
 
 Random weights of a given shape, bfloat16, gradient checkpointing, plain PyTorch loop: forward, backward, clipping,
-step, as often as ``--steps`` says (with a refresh among them). Every row is a process of its own; one that runs out of
-memory is a row, too.
+step, as often as ``--steps`` says, the first with a refresh. Every row is a process of its own; one that runs out of
+memory is a row, too. galore-torch computes the SVDs of its first and its last layer; those between are copies.
 
     python benchmarks/memory.py --shape llama-7b --length 512 --output memory.json
 """
@@ -10,6 +10,7 @@ memory is a row, too.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import time
@@ -99,14 +100,37 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
     return model, GaLoreAdamW(galore_groups(model, galore, lr=1e-5, weight_decay=0.0), galore, lr=1e-5)
 
 
-def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any) -> None:
-    """Train some steps in this process and report its peak."""
+def copy_most_svds(optimizer: Any, layers: int) -> None:
+    """Let galore-torch compute the SVDs of the first and last layer alone: seconds, not minutes, in the same memory."""
     import torch
+
+    matrices = sum(len(group["params"]) for group in optimizer.param_groups if "rank" in group)
+    of_last = matrices - matrices // layers
+    svd, kept, calls = torch.linalg.svd, dict[Any, Any](), itertools.count()
+
+    def copied(matrix: Any, **options: Any) -> Any:
+        number, known = next(calls), kept.get(matrix.shape)
+        if known is not None and number < of_last:
+            return tuple(part.to(matrix.device) for part in known)
+        found = svd(matrix, **options)
+        kept[matrix.shape] = [part.cpu() for part in found]
+        return found
+
+    torch.linalg.svd = copied
+
+
+def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any, turn: Any) -> None:
+    """Train some steps in this process, once it is its turn, and report the peak."""
+    import torch
+    import transformers  # noqa: F401  imported while another row is measured
 
     config, method, device = settings_of(row, arguments), row["method"], arguments.device
     found: dict[str, Any] = {"peak": None, "error": None}
+    turn.wait()
     try:
         model, optimizer = make(config, method, device)
+        if method == "galore_torch":
+            copy_most_svds(optimizer, SHAPES[arguments.shape]["num_hidden_layers"])
         vocabulary = SHAPES[arguments.shape]["vocab_size"]
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -122,6 +146,7 @@ def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any) ->
         if device == "cuda":
             torch.cuda.synchronize()
             found["peak"] = torch.cuda.max_memory_allocated()
+            found["reserved"] = torch.cuda.max_memory_reserved()
         found["seconds_per_step"] = (time.perf_counter() - start) / arguments.steps
         from galore_trainer.run.figures import optimizer_figures
 
@@ -132,6 +157,30 @@ def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any) ->
     results.put(found)
 
 
+class Waiting:
+    """A row's process, which imports its libraries before its turn comes."""
+
+    def __init__(self, context: Any, row: dict[str, Any], arguments: argparse.Namespace) -> None:
+        self.queue, self.turn = context.Queue(), context.Event()
+        self.process = context.Process(target=measure, args=(row, arguments, self.queue, self.turn), daemon=True)
+
+    def start(self) -> None:
+        """Start the process, if it has not been."""
+        if self.process.pid is None:
+            self.process.start()
+
+    def begin(self) -> None:
+        """Let it measure."""
+        self.start()
+        self.turn.set()
+
+    def result(self) -> dict[str, Any]:
+        """What it found; waits for its end."""
+        found: dict[str, Any] = self.queue.get()
+        self.process.join()
+        return found
+
+
 def main() -> None:
     """Measure every row, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,7 +188,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rows", default="", help="only rows with one of these texts in their names, with commas")
+    parser.add_argument("--rows", default="", help="only rows with one of these texts in their names, separated by |")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, default=Path("memory.json"))
     arguments = parser.parse_args()
@@ -153,17 +202,16 @@ def main() -> None:
     arguments.folder = str(arguments.output.with_suffix(".model"))
     LlamaConfig(**SHAPES[arguments.shape]).save_pretrained(arguments.folder)
     context = multiprocessing.get_context("spawn")
-    wanted = arguments.rows.split(",") if arguments.rows else [""]
+    wanted = arguments.rows.split("|")
+    chosen = [(name, row) for name, row in ROWS if any(text in name for text in wanted)]
+    waiting = [Waiting(context, row, arguments) for _, row in chosen]
     rows = []
-    for name, row in ROWS:
-        if not any(text in name for text in wanted):
-            continue
-        queue = context.Queue()
-        process = context.Process(target=measure, args=(row, arguments, queue))
-        process.start()
+    for i, (name, row) in enumerate(chosen):
+        waiting[i].begin()
+        if i + 1 < len(waiting):
+            waiting[i + 1].start()
         told = estimate_one(settings_of(row, arguments), row["method"], arguments.rank)  # while the other one measures
-        found = queue.get()
-        process.join()
+        found = waiting[i].result()
         rows.append({"name": name, **row, **found, "predicted": told.peak})
         peak, predicted = found["peak"], told.peak
         ratio = f"{predicted / peak:6.3f}" if peak and predicted else "     -"
