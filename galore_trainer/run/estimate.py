@@ -76,10 +76,10 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0) -> StepMemory:
 
     def make_optimizer(model: Any) -> Any:
         if not method.startswith("galore"):
-            return _adam_state(model, eight_bit=method == "adamw_8bit")
+            return _adam_state(model, eight_bit=method == "adamw_8bit"), 0
         galore = method_settings(config.galore, method, rank)
         if method == "galore_torch":
-            return _galore_torch_state(model, galore)
+            return _galore_torch_memory(model, galore)
         from galore_trainer.hf.build import galore_groups
         from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
@@ -205,11 +205,14 @@ def _adam_state(model: Any, *, eight_bit: bool) -> dict[str, int]:
     return {"plain": total}
 
 
-def _galore_torch_state(model: Any, galore: GaLoreConfig) -> dict[str, int]:
-    """That package keeps basis and moments in the gradient's dtype, and those of other parameters too."""
+def _galore_torch_memory(model: Any, galore: GaLoreConfig) -> tuple[dict[str, int], int]:
+    """That package keeps basis and moments in the gradient's dtype, and those of other parameters too.
+
+    Its step makes a denominator and an update for each parameter, and lets go of the last one's as it makes the next's.
+    """
     from galore_trainer.optim.groups import plan_weights
 
-    found = {"basis": 0, "moments": 0, "plain": 0}
+    found, last, step = {"basis": 0, "moments": 0, "plain": 0}, 0, 0
     for weight in plan_weights(model, galore):
         size = weight.parameter.element_size()
         if weight.kind == "projected":
@@ -217,5 +220,8 @@ def _galore_torch_state(model: Any, galore: GaLoreConfig) -> dict[str, int]:
                 if number:
                     found[kind] += number * size // 4
         elif weight.kind == "plain":
-            found["plain"] += 2 * size * weight.parameter.numel()
-    return found
+            own = size * weight.parameter.numel()
+            found["plain"] += 2 * own
+            if weight.parameter.dim() > 1:  # vectors, which are not decayed, have a group of their own
+                step, last = max(step, 2 * last + own, last + 2 * own), own
+    return found, step

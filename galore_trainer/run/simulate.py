@@ -105,7 +105,8 @@ def simulate_step(
 
     Args:
         make_model: no arguments; the model, ready to be trained, on the meta device.
-        make_optimizer: (model) to a ``GaLoreAdamW``, or to the optimizer's state in bytes by kind.
+        make_optimizer: (model) to a ``GaLoreAdamW``, or, of another optimizer, to its state in bytes by kind and the
+            bytes that its step needs besides.
         batch_size, length: of one micro-batch.
         autocast: run forward in bf16 autocast, as the Trainer does with ``bf16`` and float32 weights.
         accumulates: several micro-batches a step.
@@ -123,7 +124,7 @@ def simulate_step(
             live.count([*model.parameters(), *model.buffers()])
             weights = live.now
             ours = isinstance(optimizer, GaLoreAdamW)
-            state = _make_state(optimizer) if ours else optimizer
+            state, step = (_make_state(optimizer), 0) if ours else optimizer
             live.now += 0 if ours else sum(state.values())
             before = live.now
             backward, note = None, ""
@@ -137,7 +138,7 @@ def simulate_step(
                 model.zero_grad()
                 _give_gradients(model, optimizer)
             gradients = live.now - before
-            step = _step(optimizer, live) if ours else 0
+            step = _step(optimizer, live) if ours else step
     return StepMemory(weights=weights, state=state, gradients=gradients, backward=backward, step=step, note=note)
 
 
