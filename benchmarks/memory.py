@@ -1,9 +1,9 @@
 """Peak memory of one training step, method by method, measured on a GPU beside what ``galore-ft estimate`` says.
 
 Random weights of a given shape, bfloat16, gradient checkpointing, plain PyTorch loop: forward, backward, clipping,
-step, as often as ``--steps`` says. GaLore+ refreshes every fourth step, so that its state is complete and a refresh
-has been seen beside it; galore-torch computes the SVDs of its first and its last layer, those between are copies.
-Every row is a process of its own; one that runs out of memory is a row, too.
+step, as often as ``--steps`` says, the first with a refresh. A residual is born at a weight's second refresh: such rows
+train a whole gap on short texts first. galore-torch computes the SVDs of its first and its last layer, those between
+are copies. Every row is a process of its own; one that runs out of memory is a row, too.
 
     python benchmarks/memory.py --shape llama-7b --length 512 --output memory.json
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
+SHORT = 16
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False},
@@ -50,7 +51,6 @@ def settings_of(row: dict[str, Any], arguments: argparse.Namespace) -> Any:
     from galore_trainer.run.config import RunConfig
 
     galore = {"rank": arguments.rank, "residual_percent": 0.0, "residual_warmup_steps": 0}
-    galore["update_proj_gap"] = 200 if row["method"] == "galore_torch" else 4
     galore |= {key: value for key, value in row.items() if key != "method"}
     return RunConfig.from_dict(
         {
@@ -135,10 +135,10 @@ def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any, tu
         vocabulary = SHAPES[arguments.shape]["vocab_size"]
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for step in range(arguments.steps):
-            ids = torch.randint(
-                0, vocabulary, (1, arguments.length), generator=torch.Generator().manual_seed(step)
-            ).to(device)  # fmt: skip
+        first = config.galore.update_proj_gap + 1 if row.get("residual_percent") else 0
+        for step in range(first + arguments.steps):
+            length = SHORT if step < first else arguments.length
+            ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(step)).to(device)
             model(input_ids=ids, labels=ids).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", default="", help="only rows with one of these texts in their names, separated by |")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, default=Path("memory.json"))

@@ -196,9 +196,11 @@ def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
                     for key, signed in MOMENTS:
                         stack.put_moment(key, torch.zeros(shape), signed=signed)
                     stack.put_count(AGE, torch.zeros(matrix.blocks, 1, 1))
-    if config.layerwise:  # as many keep a dense gradient as have their refresh in one step
-        states = sorted(_projected(optimizer), key=lambda pair: -pair[0].numel())
-        for _, state in states[: -(-len(states) // config.update_proj_gap)]:
+    if config.layerwise:  # these keep a dense gradient in the step with most of them
+        by_phase: dict[int, list[tuple[Tensor, dict[str, Any]]]] = {}
+        for p, state in _projected(optimizer):
+            by_phase.setdefault(state["phase"], []).append((p, state))
+        for _, state in max(by_phase.values(), key=lambda due: sum(p.nbytes for p, _ in due)):
             state["due"] = 0
     return optimizer.state_bytes()
 
