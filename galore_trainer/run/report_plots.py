@@ -145,7 +145,7 @@ def _projection(found: Gathered) -> tuple[Figure, str] | None:
     )
     figure.legend(loc="outside right upper")
     absent = [group.name for group in found.groups if group.runs and group.name not in [name for name, _, _ in points]]
-    told = f"; not shown, as they project nothing: {', '.join(absent)}" if absent else ""
+    told = f"; not shown, without a projection or without its time: {', '.join(absent)}" if absent else ""
     return figure, f"Projection error against the time of one refresh of all matrices{told}"
 
 
