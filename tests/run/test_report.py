@@ -276,7 +276,7 @@ def test_what_was_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None
     assert "no basis, MiB / moments, MiB for adamw: the method keeps none" in markdown
     assert re.search(r"no excess .* for any cell: measured at the first refreshes", markdown)
     assert "no peak memory, MiB for galore_plus: the system does not tell it" in markdown
-    assert "not shown, as they project nothing: adamw" in markdown
+    assert "not shown, without a projection or without its time: adamw" in markdown
 
 
 def test_text_metrics_have_columns_of_their_own(tmp_path: Path) -> None:
