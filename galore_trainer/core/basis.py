@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from galore_trainer.core.linalg import subspace_iteration, thin_singular_vectors
+from galore_trainer.core.linalg import Reduce, subspace_iteration, thin_singular_vectors
 
 BasisFunction = Callable[..., Tensor]
 BASES: dict[str, BasisFunction] = {}
@@ -75,6 +75,7 @@ def randomized(
     previous: Tensor | None = None,
     iterations: int = 2,
     raw_signs: bool = False,
+    reduce: Reduce | None = None,
 ) -> Tensor:
     """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 
@@ -87,19 +88,23 @@ def randomized(
             the first r directions of the range (left).
         iterations: power iterations q.
         raw_signs: passed on to the exact path.
+        reduce: G holds this process's rows alone, and this sums over the processes; right side, k below min(m, n).
 
     Returns:
         P as ``exact`` does.
     """
-    if omega.shape[-1] >= min(G.shape[-2:]):
+    if reduce is not None:
+        assert side == "right"
+    elif omega.shape[-1] >= min(G.shape[-2:]):
         return exact(G, rank, side, raw_signs=raw_signs)
     if previous is not None and side == "right":
         omega = torch.cat([previous, omega[..., rank:]], dim=-1)
     Y = G @ omega  # [..., m, k]
     if previous is not None and side == "left":
         Y = torch.cat([previous, Y[..., rank:]], dim=-1)
-    Q = subspace_iteration(G, Y, iterations)  # [..., m, k]
-    U, V = thin_singular_vectors(Q.mT @ G, rank)  # of B = Q^T G, [..., k, n]
+    Q = subspace_iteration(G, Y, iterations, reduce)  # [..., m, k]
+    B = Q.mT @ G  # [..., k, n]
+    U, V = thin_singular_vectors(B if reduce is None else reduce(B), rank)
     return V if side == "right" else Q @ U
 
 

@@ -2,24 +2,46 @@
 
 Legend: ``G`` is a gradient [..., m, n], ``Q`` has orthonormal columns, ``k`` is the width of a sketch, ``r`` the rank.
 All functions take leading batch dimensions, compute in float32 unless said otherwise, and change no argument.
+
+Where the rows of ``G`` lie on several processes, each passes its own rows and ``reduce``, which sums a tensor over the
+processes. Only n x k and k x k tensors are summed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the processes that hold a matrix's rows; each gets the sum."""
 
-def orthonormalize(A: Tensor) -> Tensor:
-    """Orthonormal columns that span the columns of ``A`` (Householder QR, so zero columns do no harm).
+LEAST_SHARE = 1e-12  # of the largest eigenvalue of a Gram matrix: directions below it are noise of float32
+
+
+def orthonormalize(A: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """Orthonormal columns that span the columns of ``A``.
+
+    Householder QR, so zero columns do no harm. Across processes QR would need all rows; there the Gram matrix whitens
+    the columns, in float64 and twice, as once leaves the square of the condition number as an error.
 
     Args:
         A: [..., rows, k] with rows >= k, float32.
+        reduce: the rows of A are this process's; None where they are all.
 
     Returns:
-        Q [..., rows, k].
+        Q [..., rows, k]; with ``reduce``, a direction that A does not span is a column of zeros.
     """
-    return torch.linalg.qr(A, mode="reduced").Q
+    if reduce is None:
+        return torch.linalg.qr(A, mode="reduced").Q
+    for _ in range(2):
+        wide = A.double()
+        values, vectors = torch.linalg.eigh(reduce(wide.mT @ wide))  # [..., k], [..., k, k]
+        kept = values > LEAST_SHARE * values[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
+        scale = torch.where(kept, values.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+        A = (wide @ (vectors * scale.unsqueeze(-2))).to(A.dtype)
+    return A
 
 
 def thin_singular_vectors(B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +81,7 @@ def least_error(G: Tensor, rank: int, parts: int = 1) -> Tensor:
     return (lost / energies.reshape(parts, -1).sum(dim=1)).sqrt().float()
 
 
-def subspace_iteration(G: Tensor, Y: Tensor, iterations: int) -> Tensor:
+def subspace_iteration(G: Tensor, Y: Tensor, iterations: int, reduce: Reduce | None = None) -> Tensor:
     """An orthonormal basis of the dominant column space of ``G``.
 
     Halko, Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4: each product is orthonormalised.
@@ -68,12 +90,18 @@ def subspace_iteration(G: Tensor, Y: Tensor, iterations: int) -> Tensor:
         G: [..., m, n] float32.
         Y: samples of its columns [..., m, k], as a rule G times a Gaussian test matrix.
         iterations: power iterations q; 0 is the plain range finder.
+        reduce: G and Y are this process's rows; None where they are all.
 
     Returns:
-        Q [..., m, k].
+        Q [..., m, k], of the rows that were passed.
     """
-    Q = orthonormalize(Y)  # [..., m, k]
+    total = reduce or _whole
+    Q = orthonormalize(Y, reduce)  # [..., m, k]
     for _ in range(iterations):
-        Z = orthonormalize(G.mT @ Q)  # [..., n, k]
-        Q = orthonormalize(G @ Z)  # [..., m, k]
+        Z = orthonormalize(total(G.mT @ Q))  # [..., n, k]
+        Q = orthonormalize(G @ Z, reduce)  # [..., m, k]
     return Q
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x

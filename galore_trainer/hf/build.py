@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,8 @@ from galore_trainer.hf.callback import GaLoreCallback
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.groups import parameter_groups, plan_weights
 from galore_trainer.optim.streams import logical_name
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(
@@ -63,8 +67,8 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
         ``optimizer_cls_and_kwargs`` and ``callbacks``. To pass callbacks of your own, add them to that list.
 
     Raises:
-        OptionError: ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or the process is set
-            up for DeepSpeed or FSDP, whose sharded parameters this version does not support.
+        OptionError: ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or a setting that
+            sharded weights do not allow under FSDP or DeepSpeed.
     """
     for name, replacement in (("optim_args", "the fields of GaLoreConfig"), ("optim_target_modules", "target_modules")):
         value = getattr(args, name, None)
@@ -72,11 +76,8 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
             raise OptionError(name, value, "nothing, beside this plugin", f"Use {replacement} instead.")
     backend = training_backend(args)
     if backend in ("deepspeed", "fsdp"):
-        raise OptionError(
-            "backend", backend, "one process or DDP",
-            "Parameters that are sharded over processes are not supported by this version; launch without "
-            f"{backend}, for example with `torchrun --nproc-per-node N` or `accelerate launch --multi_gpu`.",
-        )  # fmt: skip
+        config = for_shards(config, backend)
+        _check_deepspeed(args)
     _check_layerwise(config, backend, fp16=getattr(args, "fp16", False))
     settings = {
         "config": config,
@@ -87,6 +88,40 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
         "seed": args.seed,
     }
     return {"optimizer_cls_and_kwargs": (GaLoreFactory, settings), "callbacks": [GaLoreCallback()]}
+
+
+def for_shards(config: GaLoreConfig, backend: str) -> GaLoreConfig:
+    """The configuration where weights are cut into rows: projected on the right, whatever their shape, with a note.
+
+    Raises:
+        OptionError: a setting that needs whole weights.
+    """
+    wants = [
+        ("proj_type", config.proj_type == "left", "std or right", "Rows are cut, so columns are projected."),
+        ("share_output_heads", config.share_output_heads, "false", "Heads that are columns need whole rows and columns."),
+        ("residual_selection", config.residual_percent > 0.0 and config.residual_selection == "global", "row", ""),
+        ("state_bits", config.state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
+        ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
+        ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "Exact SVDs of whole weights: diagnose on one process."),
+    ]  # fmt: skip
+    for field, refused, wanted, why in wants:
+        if refused:
+            got = f"{getattr(config, field)!r} under {backend}"
+            raise OptionError(f"galore.{field}", got, wanted, f"{why} DDP takes every setting.".strip())
+    if config.proj_type != "right":
+        logger.warning("%s cuts weights into rows: proj_type %s becomes right", backend, config.proj_type)
+        config = dataclasses.replace(config, proj_type="right")
+    return config
+
+
+def _check_deepspeed(args: Any) -> None:
+    """Raise ``OptionError`` where DeepSpeed would build an optimizer of its own."""
+    settings = getattr(getattr(args, "hf_deepspeed_config", None), "config", None) or {}
+    if "optimizer" in settings:
+        raise OptionError(
+            "deepspeed.optimizer", settings["optimizer"].get("type", "given"), "no optimizer block",
+            "Remove it from the DeepSpeed JSON: galore_plugin brings the optimizer.",
+        )  # fmt: skip
 
 
 def _check_layerwise(config: GaLoreConfig, backend: Backend, *, fp16: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero, norms_of
+from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Part
 from galore_trainer.optim.plain import plain_state, plain_step
 from galore_trainer.optim.refresh import diagnose, first_basis, next_due, refresh_stack
 from galore_trainer.optim.residual_state import residual_lives, residual_step
+from galore_trainer.optim.sharded import step_sharded
+from galore_trainer.optim.sharded_state import pack_shards
 from galore_trainer.optim.sides import project_whole
 from galore_trainer.optim.skips import ROW_LIMIT, Flag, count_skips, finite_flags, no_skips, total_skips
 from galore_trainer.optim.stack import Job, Stack, make_stacks
@@ -75,6 +78,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.projection_errors: dict[str, Tensor] = {}  # by matrix, of the newest refresh
         self.excess_errors: dict[str, tuple[float, float]] = {}  # excess and sharing excess, where diagnosed
         self._steps = 0
+        self._places: dict[str, int] = {}  # of projected weights, by name
+        self._locator = Locator(self)
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -82,10 +87,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         group.setdefault("names", [f"{index}.{i}" for i in range(len(group["params"]))])
+        self._locator.note(group)
         if group["projected"]:
+            self._places |= {name: len(self._places) + i for i, name in enumerate(group["names"])}
             if "matrices" not in group:
-                pairs = zip(group["params"], group["names"], strict=True)
-                group["matrices"] = [[project_whole(p.shape, name, self.config)] for p, name in pairs]
+                pairs = zip(group["shapes"], group["names"], strict=True)
+                group["matrices"] = [[project_whole(shape, name, self.config)] for shape, name in pairs]
             if self.config.layerwise:
                 self._attach(group)
             fields = self.config.to_dict()
@@ -110,7 +117,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 grad = p.grad
-                if grad is None:
+                if grad is None or self._locator.is_held(group, p):
                     continue
                 if grad.is_sparse:
                     raise OptionError(group["names"][i], "a sparse gradient", "a dense one", "Use sparse=False.")
@@ -118,11 +125,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     jobs += self._jobs(p, grad, group["names"][i], group["matrices"][i], group)
                 else:
                     plain.append((p, grad, group["names"][i], group))
+        flags += step_sharded(self, self._locator.held())
         if plain:
             with self.stopwatch.measure("plain", plain[0][0].device):
                 finite = finite_flags([grad for _, grad, _, _ in plain])
-                for each, ok in zip(plain, finite, strict=True):
-                    flags += self._plain_step(*each, ok)
+                for (p, grad, name, group), ok in zip(plain, finite, strict=True):
+                    state = self.state[p]
+                    if not state and group["lr"] == 0.0 and not grad.any():
+                        self._make_plain_state(p, state)
+                        continue
+                    flags.append(self._plain_step(p, grad, name, group, ok, state))
         if jobs:
             waiting = self._refresh(jobs)
             flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
@@ -160,7 +172,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state = self.state[p]
         if state:
             return state
-        state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(p), skipped=no_skips(p.device))
+        state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(name), skipped=no_skips(p.device))
         for matrix in matrices:
             Stack([Job(p, p, name, matrix, state, group)]).create()
         return state
@@ -193,13 +205,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 [Part(m, f"{name}.{m.label}" if m.label else name, state, self.config, self.seed) for m in matrices],
             )  # fmt: skip
 
-    def _phase(self, p: Tensor) -> int:
+    def _phase(self, name: str) -> int:
         """Where in the gap this weight's refreshes lie: 0, or spread evenly over all projected weights."""
-        if not self.config.staggers:
-            return 0
-        projected = [q for g in self.param_groups if g["projected"] for q in g["params"]]
-        position = next(i for i, q in enumerate(projected) if q is p)
-        return position * self.config.update_proj_gap // len(projected)
+        return self._places[name] * self.config.update_proj_gap // len(self._places) if self.config.staggers else 0
 
     def _stack_elements(self, device: torch.device) -> int:
         """Gradient entries joined at a time: many where launches cost, none on a CPU, where copies do."""
@@ -232,17 +240,19 @@ class GaLoreAdamW(torch.optim.Optimizer):
             job.matrix.put(job.parameter, W)
         return [(job.state, ok_job) for job, ok_job in zip(stack.jobs, by_job.unbind(), strict=True) if job.last]
 
-    def _plain_step(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any], ok: Tensor) -> list[Flag]:
-        state = self.state[p]
+    def _make_plain_state(self, p: Tensor, state: MutableMapping[str, Any]) -> None:
+        state.update(plain_state(p, self.config.plain_state_bits), calls=0, skipped=no_skips(p.device))
+
+    def _plain_step(
+        self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any], ok: Tensor, state: MutableMapping[str, Any]
+    ) -> Flag:
         if not state:
-            state.update(plain_state(p, self.config.plain_state_bits), calls=0, skipped=no_skips(p.device))
-            if group["lr"] == 0.0 and not grad.any():
-                return []
+            self._make_plain_state(p, state)
         calls, bits = state["calls"], self.config.plain_state_bits
         noise = stream(p.device, self.seed, name, "moments", calls) if bits < 32 else None
         plain_step(p, grad, state, group, ok, self._rounding(p, name, calls), noise)
         state["calls"] += 1
-        return [(state, ok)]
+        return state, ok
 
     def _rounding(self, p: Tensor, name: str, calls: int) -> torch.Generator | None:
         if p.dtype != torch.bfloat16 or not self.config.stochastic_rounding:
@@ -288,8 +298,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def check_finite(self) -> dict[str, int]:
         """Skipped steps by parameter name (those with any); raises after ten non-finite gradients in a row."""
-        pairs = [pair for g in self.param_groups for pair in zip(g["names"], g["params"], strict=True)]
-        return total_skips({name: self.state[p]["skipped"] for name, p in pairs if p in self.state})
+        states = [pair for group in self.param_groups for pair in self._locator.named_states(group)]
+        return total_skips({name: state["skipped"] for name, state in states if "skipped" in state})
 
     def projection_report(self) -> dict[str, Any] | None:
         """Projection errors of the newest refreshes: ``mean``, ``by_matrix``, and the means of what was diagnosed.
@@ -314,18 +324,24 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or pickle keeps: torch's part, and what this class adds but the stopwatch."""
-        own = ("config", "seed", "max_stack_elements", "projection_errors", "excess_errors", "_steps")
+        own = ("config", "seed", "max_stack_elements", "projection_errors", "excess_errors", "_steps", "_places")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Undo ``__getstate__``; torch calls it at ``load_state_dict`` too."""
         super().__setstate__(state)
         self.__dict__.setdefault("stopwatch", Stopwatch())
+        if "_locator" not in self.__dict__:
+            self._locator = Locator(self)
+            for group in self.param_groups:
+                self._locator.note(group)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors, numbers and strings, readable with ``torch.load(weights_only=True)``."""
         saved = super().state_dict()
-        saved["param_groups"] = [{k: v for k, v in g.items() if k != "matrices"} for g in saved["param_groups"]]
+        own = ("matrices", "shapes", "gid")
+        saved["param_groups"] = [{k: v for k, v in g.items() if k not in own} for g in saved["param_groups"]]
+        pack_shards(saved, self.param_groups, self.config)
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -336,7 +352,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 way out are named.
         """
         check_same_method(state_dict["param_groups"], self.param_groups)
-        own: list[dict[str, Any]] = [{k: g[k] for k in ("matrices", "galore") if k in g} for g in self.param_groups]
+        kept_keys = ("matrices", "galore", "shapes", "gid")
+        own: list[dict[str, Any]] = [{k: g[k] for k in kept_keys if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
         drop_projected(p for group in self.param_groups for p in group["params"])  # they belong to the state before
         for group, kept in zip(self.param_groups, own, strict=True):

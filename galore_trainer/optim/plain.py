@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def plain_state(p: Tensor, bits: int = 32) -> dict[str, Any]:
 def plain_step(
     p: Tensor,
     grad: Tensor,
-    state: dict[str, Any],
+    state: MutableMapping[str, Any],
     group: dict[str, Any],
     ok: Tensor,
     rounding: torch.Generator | None,
@@ -71,7 +72,7 @@ def plain_step(
         p.copy_(weight.view(p.shape))
 
 
-def _chunk(state: dict[str, Any], key: str, here: slice) -> Stored:
+def _chunk(state: MutableMapping[str, Any], key: str, here: slice) -> Stored:
     """A part of a stored moment, [1, entries]: views."""
     scale = state.get(f"{key}_scale")
     blocks = slice(here.start // BLOCK, here.stop // BLOCK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def refresh_stack(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> g
     old, first = stack.read(), stack.jobs[0].state["refreshes"] == 0
     omega, previous = None, None
     if config.svd != "exact":
-        omega = torch.cat([_omega(job, config, seed) for job in stack.jobs])
+        omega = torch.cat([draw_omega(job, config, seed) for job in stack.jobs])
         previous = old.P if config.warm_start and not first else None
     P = BASES[config.svd](
         lending_rows(stack, G, config, seed),
@@ -81,13 +82,24 @@ def lending_rows(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> Te
     matrix = stack.matrix
     if not matrix.lenders or matrix.lenders == matrix.heads_per_block:
         return G.float()
+    return matrix.lend(G, draw_heads(stack.jobs, config, seed, lambda: matrix.energy(G))).float()
+
+
+def draw_heads(jobs: Sequence[Job], config: GaLoreConfig, seed: int, energy: Callable[[], Tensor]) -> Tensor:
+    """The heads that lend their rows, [jobs x blocks, lenders], rising.
+
+    Args:
+        jobs: equal matrices.
+        config: gives ``head_choice``.
+        seed: of the run.
+        energy: squared norms of the heads' gradients, [jobs x blocks, heads], where the choice asks for them.
+    """
+    matrix, device = jobs[0].matrix, jobs[0].parameter.device
     if config.head_choice == "energy":
-        heads = matrix.energy(G).topk(matrix.lenders, dim=-1).indices.sort(dim=-1).values
-    elif config.head_choice == "random":
-        heads = torch.cat([_random_heads(job, seed) for job in stack.jobs]).to(G.device)
-    else:
-        heads = torch.arange(matrix.lenders, device=G.device).expand(len(G), -1)
-    return matrix.lend(G, heads).float()
+        return energy().topk(matrix.lenders, dim=-1).indices.sort(dim=-1).values
+    if config.head_choice == "random":
+        return torch.cat([_random_heads(job, seed) for job in jobs]).to(device)
+    return torch.arange(matrix.lenders, device=device).expand(len(jobs) * matrix.blocks, -1)
 
 
 def diagnose(stack: Stack, G: Tensor, P: Tensor, config: GaLoreConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +127,7 @@ def _random_heads(job: Job, seed: int) -> Tensor:
     return heads[:, : matrix.lenders].sort(dim=-1).values
 
 
-def _omega(job: Job, config: GaLoreConfig, seed: int) -> Tensor:
+def draw_omega(job: Job, config: GaLoreConfig, seed: int) -> Tensor:
     """The Gaussian test matrices of one job, [blocks, n, k]."""
     blocks, m, n = job.matrix.lending_shape
     k = sketch_width(job.matrix.rank, config.resolved_oversampling(job.matrix.rank), m, n)

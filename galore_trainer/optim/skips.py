@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 ROW_LIMIT = 10
 """Steps in a row without a finite gradient that a parameter may have before training is stopped."""
 
-Flag = tuple[dict[str, Any], Tensor]
+Flag = tuple[MutableMapping[str, Any], Tensor]
 """A parameter's state and a scalar tensor on its device: 1.0 where its gradient was finite, else 0.0."""
 
 

@@ -142,10 +142,14 @@ class Stack:
         self._store(BASIS, stored)
         return decode_basis(stored)
 
+    def get_basis(self) -> Tensor:
+        """The bases in float32."""
+        return decode_basis(self._stored(BASIS))
+
     def read(self) -> MatrixState:
         """Basis, moments and their age."""
         M, V = (self.get_moment(key, signed=signed) for key, signed in MOMENTS)
-        return MatrixState(decode_basis(self._stored(BASIS)), M, V, self.get_count(AGE))
+        return MatrixState(self.get_basis(), M, V, self.get_count(AGE))
 
     def write_moments(self, new: MatrixState, ok: Tensor | None = None, purpose: str = "") -> None:
         """Undo ``read`` but for the basis, which an ordinary step leaves as it is; see ``put_moment``."""

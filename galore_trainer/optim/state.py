@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
+from galore_trainer.layouts.dtensor import is_dtensor
+from galore_trainer.optim.sharded_state import unpack_shard
 
 WAY_OUT = (
     "Resume with the saved value, or start a new run from the checkpoint's weights "
@@ -49,7 +52,7 @@ def bytes_by_kind(states: Iterable[tuple[bool, Mapping[str, Any]]]) -> dict[str,
 
 
 def _kind(key: str, projected: bool) -> str:
-    name = key.rsplit(".", 1)[-1]
+    name = re.split(r"[.|]", key)[-1]
     if not projected:
         return "plain"
     if name.startswith(("residual", "candidate")):
@@ -62,6 +65,10 @@ def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any])
     saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
     params = [p for g in optimizer.param_groups for p in g["params"]]
     for i, p in zip(saved_ids, params, strict=True):
-        for key, value in state_dict["state"].get(i, {}).items():
+        saved = state_dict["state"].get(i, {})
+        if is_dtensor(p) and saved:
+            saved = unpack_shard(saved, p)
+            optimizer.state[p] = dict(saved)
+        for key, value in saved.items():
             if isinstance(value, torch.Tensor):
                 optimizer.state[p][key] = value.to(device=p.device, copy=True)

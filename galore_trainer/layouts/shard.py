@@ -1,0 +1,125 @@
+"""A process's part of a weight whose entries lie on several processes, and sums over those processes.
+
+A weight is read as it is stored, row by row: M rows of N columns, entry i * N + j. A process holds the entries
+``start:stop``. FSDP2 cuts between rows; ZeRO cuts anywhere, so that a row may lie on two processes or more, and a
+process may hold nothing. The parts of all processes are disjoint and cover the weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The processes that share a weight (a ``torch.distributed`` group)."""
+
+    group: Any
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the processes, in place where memory allows; all call it, in the same order."""
+        x = x.contiguous()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Where this process's part of a weight lies.
+
+    Attributes:
+        rows, columns: M and N of the stored weight; a stack of experts [experts, m, n] has experts * m rows.
+        start, stop: the entries of this process; equal where it has none.
+        boundaries: first entries of all processes' parts.
+        ranks: who else holds parts.
+    """
+
+    rows: int
+    columns: int
+    start: int
+    stop: int
+    boundaries: tuple[int, ...]
+    ranks: Ranks
+
+    @property
+    def first(self) -> int:
+        """The first row that this process holds any entry of."""
+        return self.start // self.columns
+
+    @cached_property
+    def local_rows(self) -> int:
+        """How many rows this process holds any entry of."""
+        return 0 if self.start == self.stop else -(-self.stop // self.columns) - self.first
+
+    @property
+    def owned(self) -> slice:
+        """Of the local rows, those that begin here: every row of the weight is owned by one process."""
+        return slice(1 if self.start % self.columns and self.local_rows else 0, self.local_rows)
+
+    @cached_property
+    def cuts(self) -> tuple[int, ...]:
+        """The rows, counted in the whole weight, that lie on more than one process."""
+        inside = (b for b in self.boundaries if 0 < b < self.rows * self.columns and b % self.columns)
+        return tuple(sorted({b // self.columns for b in inside}))
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the first or the last local row lies on another process too."""
+        return bool(self.start % self.columns or self.stop % self.columns)
+
+    def rows_of(self, flat: Tensor) -> Tensor:
+        """[local rows, N]: a view where rows are whole, else a copy with zeros for what lies elsewhere.
+
+        Args:
+            flat: this process's entries, [stop - start].
+        """
+        if not self.is_ragged:
+            return flat.view(self.local_rows, self.columns)
+        whole = flat.new_zeros(self.local_rows * self.columns)
+        self._own(whole).copy_(flat)
+        return whole.view(self.local_rows, self.columns)
+
+    def write(self, flat: Tensor, rows: Tensor) -> None:
+        """Put the entries of this process back; nothing to do where ``rows_of`` gave a view."""
+        if self.is_ragged:
+            flat.copy_(self._own(rows.view(-1)))
+
+    def _own(self, whole: Tensor) -> Tensor:
+        before = self.start - self.first * self.columns
+        return whole.narrow(0, before, self.stop - self.start)
+
+    def local_cuts(self) -> list[tuple[int, int]]:
+        """Cut rows that this process has a part of: (place among ``cuts``, local row)."""
+        here = range(self.first, self.first + self.local_rows)
+        return [(i, row - self.first) for i, row in enumerate(self.cuts) if row in here]
+
+
+def completed_cut_rows(shards: Sequence[Shard], flats: Sequence[Tensor]) -> list[dict[int, Tensor]]:
+    """The rows that lie on several processes, complete: one sum over the processes for all weights together.
+
+    Args:
+        shards: weights of one group of processes, the same on each, in the same order.
+        flats: this process's entries of each.
+
+    Returns:
+        For each weight: local row to its entries [N].
+    """
+    sizes = [len(shard.cuts) * shard.columns for shard in shards]
+    if not any(sizes):
+        return [{} for _ in shards]
+    buffer = flats[0].new_zeros(sum(sizes))
+    parts = [part.view(-1, shard.columns) for part, shard in zip(buffer.split(sizes), shards, strict=True)]
+    for shard, flat, part in zip(shards, flats, parts, strict=True):
+        for place, row in shard.local_cuts():
+            begin = (shard.first + row) * shard.columns
+            low, high = max(shard.start, begin), min(shard.stop, begin + shard.columns)
+            part[place, low - begin : high - begin] = flat[low - shard.start : high - shard.start]
+    buffer = shards[0].ranks.sum(buffer)
+    parts = [part.view(-1, shard.columns) for part, shard in zip(buffer.split(sizes), shards, strict=True)]
+    return [{row: part[place] for place, row in shard.local_cuts()} for shard, part in zip(shards, parts, strict=True)]

@@ -1,0 +1,307 @@
+"""A step over weights of which this process holds a part (FSDP2's DTensors, ZeRO's flat slices).
+
+What crosses processes: rows that are cut in two and two numbers a weight in every step; at a refresh one head's rows
+where heads share a basis, else n x k and k x k products. The arithmetic is that of whole weights (``core/``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core import galore
+from galore_trainer.core.basis import BASES, sketch_width
+from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.layouts.shard import Shard, completed_cut_rows
+from galore_trainer.optim.pieces import Piece, PieceState, commit, stored_rows
+from galore_trainer.optim.refresh import draw_heads, draw_omega, next_due
+from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
+from galore_trainer.optim.residual_state import has_residual, reset_residual
+from galore_trainer.optim.skips import Flag, finite_flags, no_skips
+from galore_trainer.optim.stack import AGE, Job, Stack, make_stacks
+
+if TYPE_CHECKING:
+    from galore_trainer.optim.galore_adamw import GaLoreAdamW
+
+MOMENT_DTYPES = {32: torch.float32, 16: torch.bfloat16}
+
+
+class Held:
+    """A weight of which this process holds a part, in one step.
+
+    Args:
+        name: logical name.
+        group: the optimizer's group.
+        state: of this weight.
+        shard: where the part lies.
+        weight, grad: its entries, [stop - start]; the weight's is changed in place.
+        matrices: its logical matrices; none where it is plain.
+        pieces: of each matrix, the local part.
+    """
+
+    def __init__(
+        self, name: str, group: dict[str, Any], state: MutableMapping[str, Any], shard: Shard, weight: Tensor,
+        grad: Tensor, matrices: Sequence[LogicalMatrix] = (), pieces: Sequence[Sequence[Piece]] = (),
+    ) -> None:  # fmt: skip
+        self.name, self.group, self.state, self.shard = name, group, state, shard
+        self.weight, self.grad, self.matrices, self.pieces = weight, grad, matrices, pieces
+        self.cut_rows: dict[int, Tensor] = {}
+        self.ok = self.energy = torch.zeros(())
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no gradient has been taken in yet."""
+        return not self.state or self.state["calls"] == self.state.get("refreshes", 0) == 0
+
+    @property
+    def due(self) -> bool:
+        """Whether new bases are due."""
+        return bool(self.matrices) and self.state["calls"] >= self.state["due"]
+
+    def make_state(self, config: GaLoreConfig, phase: int) -> None:
+        """The state of a projected weight that has seen nothing."""
+        state, rows, device = self.state, self.shard.local_rows, self.weight.device
+        state.update(calls=0, refreshes=0, due=0, born=0, phase=phase, skipped=no_skips(device))
+        for matrix in self.matrices:
+            whole = self.stack(matrix, state)
+            whole.put_basis(torch.zeros(matrix.basis_shape, device=device))
+            whole.put_count(AGE, torch.zeros(matrix.blocks, 1, 1, device=device))
+        shape, dtype = (rows, self.matrices[0].rank), MOMENT_DTYPES[config.state_bits]
+        state.update({key: torch.zeros(shape, dtype=dtype, device=device) for key in ("exp_avg", "exp_avg_sq")})
+
+    def gradient(self) -> Tensor:
+        """Local rows, complete: [local rows, N]."""
+        rows = self.shard.rows_of(self.grad)
+        for row, entries in self.cut_rows.items():
+            rows[row] = entries
+        return rows
+
+    def logical(self, matrix: LogicalMatrix) -> str:
+        """The name that seeds a matrix's random streams."""
+        return f"{self.name}.{matrix.label}" if matrix.label else self.name
+
+    def stack(self, matrix: LogicalMatrix, state: MutableMapping[str, Any], W: Any = None, G: Any = None) -> Stack:
+        """A stack of one job."""
+        W = self.weight if W is None else W
+        name = matrix.name if isinstance(matrix, Piece) else self.logical(matrix)
+        job = Job(W, W if G is None else G, name, matrix, state, self.group, None, False, self.ok)  # type: ignore[arg-type]
+        return Stack([job])
+
+
+def step_sharded(optimizer: GaLoreAdamW, held: Sequence[Held]) -> list[Flag]:
+    """One step of every weight; all processes pass the same weights in the same order.
+
+    Returns:
+        The weights' states with whether their gradients were finite on every process.
+    """
+    if not held:
+        return []
+    for members in _by_ranks(held):
+        _count_up(members)
+    resting = _create_states(optimizer, held)
+    moving = [w for w in held if id(w) not in resting]
+    projected = [w for w in moving if w.matrices]
+    with optimizer.stopwatch.measure("plain", held[0].weight.device):
+        for w in moving:
+            if not w.matrices:
+                optimizer._plain_step(w.weight, w.grad, w.name, w.group, w.ok, w.state)
+    for members in _by_ranks(projected):
+        rows = completed_cut_rows([w.shard for w in members], [w.grad for w in members])
+        for w, cut in zip(members, rows, strict=True):
+            w.cut_rows = cut
+    due = [w for w in projected if w.due]
+    if due:
+        with optimizer.stopwatch.measure("refresh", due[0].weight.device):
+            good = torch.stack([w.ok * (w.energy > 0.0) for w in due]).tolist()
+            for w in (w for w, fit in zip(due, good, strict=True) if fit):
+                _refresh(optimizer, w)
+    if projected:
+        with optimizer.stopwatch.measure("update", projected[0].weight.device):
+            _update(optimizer, projected)
+    return [(w.state, w.ok) for w in moving]
+
+
+def _by_ranks(held: Sequence[Held]) -> Iterator[list[Held]]:
+    groups: dict[Any, list[Held]] = {}
+    for w in held:
+        groups.setdefault(w.shard.ranks, []).append(w)
+    return iter(groups.values())
+
+
+def _count_up(held: list[Held]) -> None:
+    """Sum over processes: whether every number of a gradient is finite, and its squared norm."""
+    flats = [w.grad for w in held]
+    filled = [flat if flat.numel() else flat.new_zeros(1) for flat in flats]
+    bad = 1.0 - torch.stack(finite_flags(flats)).double()
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(filled, 2, torch.float32)])
+    total_bad, energy = held[0].shard.ranks.sum(torch.stack([bad, norms * norms])).unbind()
+    for w, ok, each in zip(held, (total_bad == 0.0).float().unbind(), energy.unbind(), strict=True):
+        w.ok, w.energy = ok, each
+
+
+def _create_states(optimizer: GaLoreAdamW, held: Sequence[Held]) -> set[int]:
+    """Make missing states; ids of weights that rest, as checkpoint tools only wanted their state to be made."""
+    asked = [w for w in held if w.fresh and w.group["lr"] == 0.0]
+    zero = (torch.stack([w.energy for w in asked]) == 0.0).tolist() if asked else []
+    for w in held:
+        if not w.state and w.matrices:
+            w.make_state(optimizer.config, optimizer._phase(w.name))
+    for w in asked:
+        if not w.matrices and not w.state:
+            optimizer._make_plain_state(w.weight, w.state)
+    return {id(w) for w, rests in zip(asked, zero, strict=True) if rests}
+
+
+# ---------------------------------------------------------------------- update
+
+
+def _update(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
+    most = optimizer._stack_elements(held[0].weight.device)
+    for chunk in _chunks(held, most):
+        opened = [(w, w.shard.rows_of(w.weight), w.gradient()) for w in chunk]
+        states = [[PieceState(w.state, piece) for piece in _flat(w.pieces)] for w in chunk]
+        jobs = [
+            w.stack(piece, state, W, G).jobs[0]
+            for (w, W, G), own in zip(opened, states, strict=True)
+            for piece, state in zip(_flat(w.pieces), own, strict=True)
+        ]
+        for stack in make_stacks(jobs, most):
+            optimizer._update(stack)
+        for (w, W, _), own in zip(opened, states, strict=True):
+            commit(w.state, own, w.shard.local_rows)
+            for matrix, pieces in zip(w.matrices, w.pieces, strict=True):
+                if not pieces:
+                    _count_along(w, matrix, optimizer.config)
+            w.shard.write(w.weight, W)
+            w.state["calls"] += 1
+
+
+def _chunks(held: Sequence[Held], most: int) -> Iterator[list[Held]]:
+    """Consecutive weights with at most ``most`` local entries, at least one weight: as many are copied at a time."""
+    chunk: list[Held] = []
+    for w in held:
+        if chunk and sum(x.weight.numel() for x in (*chunk, w)) > most:
+            yield chunk
+            chunk = []
+        chunk.append(w)
+    if chunk:
+        yield chunk
+
+
+def _flat(pieces: Sequence[Sequence[Piece]]) -> list[Piece]:
+    return [piece for own in pieces for piece in own]
+
+
+def _count_along(w: Held, matrix: LogicalMatrix, config: GaLoreConfig) -> None:
+    """Without a row of a matrix its counters go on, so that they are the same on every process."""
+    state, prefix = w.state, f"{matrix.label}." if matrix.label else ""
+    state[prefix + AGE] = state[prefix + AGE] + w.ok
+    if not has_residual(matrix, config) or state["refreshes"] == 0:
+        return
+    key, chosen = prefix + RESIDUAL_AGE, state["calls"] - state["born"] + 1 >= config.residual_warmup_steps
+    if key in state:
+        state[key] = state[key] + w.ok
+    elif chosen:
+        state[key] = w.ok if config.residual_warmup_steps == 0 else torch.zeros_like(w.ok)
+
+
+# ---------------------------------------------------------------------- refresh
+
+
+def _refresh(optimizer: GaLoreAdamW, w: Held) -> None:
+    """New bases for a weight, the same on every process, and its local moments carried over."""
+    config, state, G = optimizer.config, w.state, w.gradient()
+    first = state["refreshes"] == 0
+    for matrix, pieces in zip(w.matrices, w.pieces, strict=True):
+        whole = w.stack(matrix, state)
+        P = _basis(w, matrix, G, config, optimizer.seed, None if first else whole.get_basis())
+        if not first:
+            P = _carry_over(w, whole, pieces, P, config)
+        P = whole.put_basis(P)
+        optimizer.projection_errors[w.logical(matrix)] = _projection_error(w, pieces, G, P)
+    if first:
+        state["born"] = state["calls"]
+    state["refreshes"] += 1
+    state["due"] = next_due(state["calls"], config.update_proj_gap, state["phase"])
+
+
+def _basis(
+    w: Held, matrix: LogicalMatrix, G: Tensor, config: GaLoreConfig, seed: int, previous: Tensor | None
+) -> Tensor:
+    job = w.stack(matrix, w.state).jobs[0]
+    rows = stored_rows(matrix, w.shard.rows).to(G.device)  # [blocks, block rows]
+    lends = matrix.lenders and matrix.lenders != matrix.heads_per_block
+    if lends:
+        rows = rows.unflatten(1, (matrix.heads_per_block, matrix.head_dim))
+        heads = draw_heads([job], config, seed, lambda: _energy(w, rows, G))
+        rows = rows[torch.arange(matrix.blocks, device=rows.device)[:, None], heads].flatten(1)
+    options: dict[str, Any] = {
+        "omega": None if config.svd == "exact" else draw_omega(job, config, seed),
+        "previous": previous if config.warm_start else None,
+        "iterations": config.subspace_iterations,
+        "raw_signs": config.momentum_transfer == "keep",
+    }
+    k = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), rows.shape[1], matrix.columns)
+    if config.svd == "randomized" and not lends and matrix.blocks == 1 and k < min(rows.shape[1], matrix.columns):
+        own = G[_owned(w, rows)[1]].float().unsqueeze(0)
+        return BASES["randomized"](own, matrix.rank, "right", reduce=w.shard.ranks.sum, **options)
+    return BASES[config.svd](_gather(w, rows, G), matrix.rank, "right", **options)
+
+
+def _owned(w: Held, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows of the stored weight, those that this process owns: places in ``rows`` flattened, and local rows."""
+    local = rows.flatten() - w.shard.first
+    own = (local >= w.shard.owned.start) & (local < w.shard.owned.stop)
+    return own.nonzero().flatten(), local[own]
+
+
+def _gather(w: Held, rows: Tensor, G: Tensor) -> Tensor:
+    """Rows of the whole gradient on every process, float32: [blocks, rows, n]."""
+    places, local = _owned(w, rows)
+    lent = torch.zeros(rows.numel(), w.shard.columns, device=G.device)
+    lent[places] = G[local].float()
+    return w.shard.ranks.sum(lent).view(*rows.shape, w.shard.columns)
+
+
+def _energy(w: Held, rows: Tensor, G: Tensor) -> Tensor:
+    """Squared norm of each head's gradient, [blocks, heads]; rows are [blocks, heads, d]."""
+    places, local = _owned(w, rows)
+    by_row = torch.zeros(rows.numel(), device=G.device)
+    by_row[places] = G[local].float().square().sum(dim=1)
+    return w.shard.ranks.sum(by_row).view(rows.shape).sum(dim=-1)
+
+
+def _carry_over(w: Held, whole: Stack, pieces: Sequence[Piece], P: Tensor, config: GaLoreConfig) -> Tensor:
+    """Carry the local moments over to new bases; returns these, with their signs."""
+    mode, betas = config.momentum_transfer, w.group["betas"]
+    states = [PieceState(w.state, piece) for piece in pieces]
+    for piece, state in zip(pieces, states, strict=True):
+        stack = w.stack(piece, state)
+        old = stack.read()
+        new = galore.change_basis(old, P[piece.bases], "right", mode, betas=betas)
+        if new.M is not old.M:
+            stack.write_moments(new, purpose=".refresh")
+        if mode == "reset":
+            reset_residual(stack)
+    commit(w.state, states, w.shard.local_rows)
+    if mode == "reset" and not pieces:
+        ages = (whole.jobs[0].prefix + key for key in (AGE, RESIDUAL_AGE))
+        w.state.update({key: torch.zeros_like(w.ok) for key in ages if key in w.state})
+    old_P, nothing = whole.get_basis(), P.new_zeros(len(P), 1, P.shape[-1])
+    age = P.new_zeros(len(P), 1, 1)
+    return galore.change_basis(galore.MatrixState(old_P, nothing, nothing, age), P, "right", mode, betas=betas).P
+
+
+def _projection_error(w: Held, pieces: Sequence[Piece], G: Tensor, P: Tensor) -> Tensor:
+    own = torch.zeros(w.shard.local_rows, 1, device=G.device)
+    own[w.shard.owned] = 1.0
+    totals = torch.zeros(2, device=G.device)
+    for piece in pieces:
+        X = piece.take(G).float() * piece.take(own)
+        totals += torch.stack([X.square().sum(), galore.project(X, P[piece.bases], "right").square().sum()])
+    whole, kept = w.shard.ranks.sum(totals).unbind()
+    return (1.0 - kept / whole.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0.0).sqrt()

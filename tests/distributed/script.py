@@ -1,0 +1,114 @@
+"""Trains a tiny model under one backend: ``script.py BACKEND MODEL OUTPUT STEPS [RESUME]``, alone or under torchrun.
+
+On CPUs DeepSpeed needs no compiler (its shared-memory operation is declared missing) and accelerate needs to be told
+that FSDP may run there: both are for tests alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from galore_trainer import GaLoreConfig, galore_plugin
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+ROWS, LENGTH, SAVE_AT = 48, 12, 3
+
+
+def allow_fsdp_on_cpu() -> None:
+    """accelerate 1.15 takes FSDP for a thing of accelerators: it would train under DDP without a word."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    init = state.AcceleratorState.__init__
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if self.distributed_type == DistributedType.MULTI_CPU and plugin is not None:
+            self._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            self._shared_state["fsdp_plugin"] = plugin
+
+    state.AcceleratorState.__init__ = patched  # type: ignore[method-assign]
+
+
+def backend_arguments(backend: str) -> dict[str, Any]:
+    """What TrainingArguments need for a backend."""
+    if backend == "fsdp2":
+        allow_fsdp_on_cpu()
+        return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                                               "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+                                               "state_dict_type": "SHARDED_STATE_DICT"}}  # fmt: skip
+    if backend.startswith("zero"):
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        return {"deepspeed": {"zero_optimization": {"stage": int(backend[4])}, "train_micro_batch_size_per_gpu": "auto",
+                              "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+                              "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}}  # fmt: skip
+    return {}
+
+
+class Kill(TrainerCallback):
+    """Ends the process without a word after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            torch.distributed.barrier()
+            os._exit(0)
+
+
+def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The model's weights, gathered."""
+    found = {}
+    for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if hasattr(p, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([p]):
+                found[name] = p.detach().clone()
+        else:
+            found[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+    return found
+
+
+def main() -> None:
+    backend, model_dir, output, options = sys.argv[1:5]
+    asked = json.loads(options)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 250, (ROWS, LENGTH), generator=generator).tolist()
+    rows = [{"input_ids": row, "attention_mask": [1] * LENGTH, "labels": row} for row in ids]
+    set_seed(3)
+    args = TrainingArguments(
+        output, max_steps=6, per_device_train_batch_size=4 // WORLD, gradient_accumulation_steps=2, max_grad_norm=0.5,
+        learning_rate=2e-3, weight_decay=0.1, adam_epsilon=1e-6, use_cpu=True, save_strategy=asked.get("save", "no"), save_steps=SAVE_AT,
+        report_to="none", disable_tqdm=True, seed=3, logging_steps=1, **backend_arguments(backend),
+    )  # fmt: skip
+    config = GaLoreConfig(
+        rank=4, update_proj_gap=2, residual_percent=1.2, residual_warmup_steps=2, proj_type="right", **asked["galore"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    plugin = galore_plugin(config, args)
+    if asked.get("kill"):
+        plugin["callbacks"].append(Kill(SAVE_AT))
+    trainer = Trainer(model, args, train_dataset=rows, **plugin)
+    trainer.train(resume_from_checkpoint=asked.get("resume"))
+    weights = whole_weights(trainer)
+    if RANK == 0:
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        torch.save({"weights": weights, "losses": losses}, f"{output}/{asked['name']}.pt")
+
+
+if __name__ == "__main__":
+    main()
