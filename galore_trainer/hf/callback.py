@@ -69,7 +69,7 @@ class GaLoreCallback(TrainerCallback):
         if self._steps_with_lr != STEPS_TO_MOVE or not self._before:
             return
         before, self._before = self._before, {}
-        still = [n for n, p in self._projected() if self._had_gradient(p) and torch.equal(before[n], _checksum(p))]
+        still = [n for n, p in self._projected() if self._had_gradient(n) and torch.equal(before[n], _checksum(p))]
         if still:
             assert self._optimizer is not None
             lr = max(g["lr"] for g in self._optimizer.param_groups if g["projected"])
@@ -105,13 +105,12 @@ class GaLoreCallback(TrainerCallback):
 
     def _projected(self) -> list[tuple[str, torch.Tensor]]:
         assert self._optimizer is not None
-        groups = [g for g in self._optimizer.param_groups if g["projected"]]
-        return [pair for g in groups for pair in zip(g["names"], g["params"], strict=True)]
+        return [(name, p) for name, p in self._optimizer.projected_weights() if p.numel()]
 
-    def _had_gradient(self, p: torch.Tensor) -> bool:
+    def _had_gradient(self, name: str) -> bool:
         assert self._optimizer is not None
-        state = self._optimizer.state.get(p, {})
-        return any(v.any().item() for k, v in state.items() if k.endswith("exp_avg"))
+        state = self._optimizer.state_of(name)
+        return any(value.any().item() for key, value in state.items() if key.endswith("exp_avg"))
 
 
 def unwrap_optimizer(optimizer: Any) -> GaLoreAdamW:

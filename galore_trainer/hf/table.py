@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from galore_trainer.config import GaLoreConfig
@@ -76,13 +77,18 @@ def _weights(optimizer: GaLoreAdamW, model: nn.Module | None) -> Iterable[tuple[
     for group in optimizer.param_groups:
         factor = optimizer.config.scale if group["projected"] else 1.0
         lr = group.get("initial_lr", group["lr"]) * factor
-        matrices = group.get("matrices", [()] * len(group["params"]))
-        for name, p, m in zip(group["names"], group["params"], matrices, strict=True):
+        matrices = group.get("matrices", [()] * len(group["names"]))
+        for name, shape, m in zip(group["names"], group["shapes"], matrices, strict=True):
             seen.add(name)
-            yield Weight(name, p, tuple(m)), f"{lr:.3g}"
+            yield Weight(name, _stand_in(shape, trained=True), tuple(m)), f"{lr:.3g}"
     for full_name, p in model.named_parameters() if model is not None else ():
         if logical_name(full_name) not in seen:
-            yield Weight(logical_name(full_name), p), "-"
+            yield Weight(logical_name(full_name), _stand_in(getattr(p, "ds_shape", p.shape), trained=False)), "-"
+
+
+def _stand_in(shape: Iterable[int], *, trained: bool) -> nn.Parameter:
+    """A weight of a shape: the one in the group may be a shard by now."""
+    return nn.Parameter(torch.empty(tuple(shape), device="meta"), requires_grad=trained)
 
 
 def _side(m: LogicalMatrix) -> str:

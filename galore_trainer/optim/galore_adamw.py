@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -300,6 +300,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Skipped steps by parameter name (those with any); raises after ten non-finite gradients in a row."""
         states = [pair for group in self.param_groups for pair in self._locator.named_states(group)]
         return total_skips({name: state["skipped"] for name, state in states if "skipped" in state})
+
+    def projected_weights(self) -> list[tuple[str, Tensor]]:
+        """Name and tensor of every projected weight; of a sharded one this process's entries, perhaps none."""
+        return [pair for g in self.param_groups if g["projected"] for pair in self._locator.weights(g)]
+
+    def state_of(self, name: str) -> Mapping[str, Any]:
+        """The state of a weight by its name; empty before its first step."""
+        return next((own for g in self.param_groups for n, own in self._locator.named_states(g) if n == name), {})
 
     def projection_report(self) -> dict[str, Any] | None:
         """Projection errors of the newest refreshes: ``mean``, ``by_matrix``, and the means of what was diagnosed.
