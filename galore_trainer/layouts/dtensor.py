@@ -45,14 +45,15 @@ def shard_of(p: DTensor, name: str) -> Shard:
 
 
 def like(value: Tensor, p: DTensor) -> DTensor:
-    """A DTensor of [rows, ...] tensors, one for each process, cut as the rows of ``p``; p's own shape if it fits.
+    """A DTensor of what every process keeps beside its part of ``p``, cut as ``p`` is.
 
     Args:
-        value: this process's part: as many rows as its part of ``p`` (seen as a matrix), or of its very shape.
+        value: this process's part: a row for each of its rows of ``p``, or, with one dimension, a number for each entry.
         p: the parameter.
     """
     part = p.to_local()
-    if value.shape == part.shape:
+    if value.dim() == 1:
+        value = value.view(part.shape)
         return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
     shape = (*p.shape[:-1], *value.shape[1:])
     stacked = value.view(part.shape[0], *shape[1:])

@@ -63,6 +63,6 @@ def unpack_shard(packed: Mapping[str, Any], p: Any) -> dict[str, Any]:
             continue
         if is_dtensor(value):
             value = value.to_local()
-            value = value.flatten(0, -2) if value.dim() > 2 else value  # a stack of experts
+            value = value.reshape(-1, value.shape[-1]) if "refreshes" in packed else value.flatten()
         state[key] = value
     return state

@@ -137,8 +137,11 @@ class Stack:
         self._store(key, new)
 
     def put_basis(self, P: Tensor) -> Tensor:
-        """Store bases in as many bits as the group says; what was stored, in float32."""
-        stored = encode_basis(P, self.group["galore"]["basis_bits"])
+        """Store bases in as many bits as the group says; what was stored, in float32.
+
+        Contiguous: products round by the strides of their factors, and not every checkpoint keeps strides.
+        """
+        stored = encode_basis(P.contiguous(), self.group["galore"]["basis_bits"])
         self._store(BASIS, stored)
         return decode_basis(stored)
 

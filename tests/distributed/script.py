@@ -92,7 +92,7 @@ def main() -> None:
     set_seed(3)
     args = TrainingArguments(
         output, max_steps=6, per_device_train_batch_size=4 // WORLD, gradient_accumulation_steps=2, max_grad_norm=0.5,
-        learning_rate=2e-3, weight_decay=0.1, adam_epsilon=1e-6, use_cpu=True, save_strategy=asked.get("save", "no"), save_steps=SAVE_AT,
+        learning_rate=2e-3, weight_decay=0.1, adam_epsilon=1e-5, use_cpu=True, save_strategy=asked.get("save", "no"), save_steps=SAVE_AT,
         report_to="none", disable_tqdm=True, seed=3, logging_steps=1, **backend_arguments(backend),
     )  # fmt: skip
     config = GaLoreConfig(
