@@ -98,11 +98,11 @@ def for_shards(config: GaLoreConfig, backend: str) -> GaLoreConfig:
     """
     wants = [
         ("proj_type", config.proj_type == "left", "std or right", "Rows are cut, so columns are projected."),
-        ("share_output_heads", config.share_output_heads, "false", "Heads that are columns need whole rows and columns."),
+        ("share_output_heads", config.share_output_heads, "false", "Heads that are columns need whole rows."),
         ("residual_selection", config.residual_percent > 0.0 and config.residual_selection == "global", "row", ""),
         ("state_bits", config.state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
         ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
-        ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "Exact SVDs of whole weights: diagnose on one process."),
+        ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "An exact SVD needs whole weights."),
     ]  # fmt: skip
     for field, refused, wanted, why in wants:
         if refused:

@@ -48,7 +48,7 @@ def like(value: Tensor, p: DTensor) -> DTensor:
     """A DTensor of what every process keeps beside its part of ``p``, cut as ``p`` is.
 
     Args:
-        value: this process's part: a row for each of its rows of ``p``, or, with one dimension, a number for each entry.
+        value: this process's part: a row for each of its rows of ``p``, or (one dimension) a number for each entry.
         p: the parameter.
     """
     part = p.to_local()

@@ -1,0 +1,245 @@
+"""Weights cut over three processes, anywhere, end where whole ones end. Threads stand for processes here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.hf.build import build_optimizer
+from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.pieces import pieces_of
+from galore_trainer.optim.sharded import Held, step_sharded
+from galore_trainer.optim.skips import count_skips
+
+WORLD, STEPS = 3, 7
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 46, "num_hidden_layers": 1}
+LLAMA = LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2)
+PHI3 = Phi3Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+NEOX = GPTNeoXConfig(**SMALL, num_attention_heads=4)
+MIXTRAL = MixtralConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3)
+
+
+class Meeting:
+    """Where the threads of one group add up."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(WORLD, timeout=60)
+        self.brought: list[Any] = [None] * WORLD
+
+
+class Thread(Ranks):
+    """One of them."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        super().__init__(id(meeting))
+        object.__setattr__(self, "meeting", meeting)
+        object.__setattr__(self, "rank", rank)
+
+    def sum(self, x: Tensor) -> Tensor:
+        self.meeting.brought[self.rank] = x.clone()
+        self.meeting.barrier.wait()
+        total = torch.stack(self.meeting.brought).sum(dim=0)
+        self.meeting.barrier.wait()
+        return total
+
+
+def on_every_rank(work: Callable[[int], Any]) -> list[Any]:
+    found: list[Any] = [None] * WORLD
+    errors: list[BaseException] = []
+
+    def one(rank: int) -> None:
+        try:
+            found[rank] = work(rank)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(WORLD)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return found
+
+
+def cuts_of(numel: int, columns: int, kind: str, seed: int) -> tuple[int, ...]:
+    """Where the second and the third part begin."""
+    if kind == "rows":
+        rows = numel // columns
+        return tuple(columns * (rows * rank // WORLD + (seed + rank) % 2) for rank in range(1, WORLD))
+    if kind == "one row":  # both cuts inside one row: the second process has a part of it and nothing else
+        begin = columns * ((numel // columns) // 2)
+        return begin + 1, max(begin + 1, begin + columns - 1)
+    if kind == "empty":
+        return 0, numel // 2 + 1
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(1, numel, (WORLD - 1,), generator=generator).sort().values.tolist())
+
+
+class Run:
+    """A model and its optimizer, cut over the threads; each keeps its own weights and state."""
+
+    def __init__(self, model: Any, config: GaLoreConfig, kind: str) -> None:
+        self.kind, self.config = kind, config
+        self.meeting = Meeting()
+        self.optimizers = [build(model, config) for _ in range(WORLD)]
+        self.states: list[dict[str, dict[str, Any]]] = [{} for _ in range(WORLD)]
+        self.weights: dict[str, Tensor] = {}
+        for group in self.optimizers[0].param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                self.weights[name] = p.detach().clone()
+
+    def step(self, grads: dict[str, Tensor]) -> None:
+        parts = on_every_rank(lambda rank: self._step(rank, grads))
+        for name, whole in self.weights.items():
+            whole.copy_(torch.cat([part[name] for part in parts]).view(whole.shape))
+
+    def _step(self, rank: int, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        optimizer, held = self.optimizers[rank], []
+        for group in optimizer.param_groups:
+            for i, name in enumerate(group["names"]):
+                held.append(self._held(rank, group, i, name, grads[name]))
+        with torch.no_grad():
+            count_skips(step_sharded(optimizer, held))
+        return {w.name: w.weight for w in held}
+
+    def _held(self, rank: int, group: dict[str, Any], i: int, name: str, grad: Tensor) -> Held:
+        whole = self.weights[name]
+        columns = whole.shape[-1] if whole.dim() > 1 else 1
+        boundaries = (0, *cuts_of(whole.numel(), columns, self.kind, len(name) + i), whole.numel())
+        shard = Shard(
+            rows=whole.numel() // columns, columns=columns, start=boundaries[rank], stop=boundaries[rank + 1],
+            boundaries=boundaries[1:-1], ranks=Thread(self.meeting, rank),
+        )  # fmt: skip
+        matrices = group["matrices"][i] if group["projected"] else []
+        pieces = [
+            pieces_of(m, f"{name}.{m.label}", shard.rows, shard.first, shard.local_rows) for m in matrices
+        ]  # fmt: skip
+        here = slice(shard.start, shard.stop)
+        state = self.states[rank].setdefault(name, {})
+        weight = whole.reshape(-1)[here].clone()
+        return Held(name, group, state, shard, weight, grad.reshape(-1)[here].clone(), matrices, pieces)
+
+
+def decaying(rows: int, columns: int, seed: int) -> Tensor:
+    """A gradient whose leading directions are well separated and the same from step to step, as real ones'."""
+    generator, fixed = (torch.Generator().manual_seed(n) for n in (seed, rows * columns))
+    k = min(rows, columns)
+    left, right = (torch.linalg.qr(torch.randn(n, k, generator=fixed)).Q for n in (rows, columns))
+    return (left * torch.linspace(1.0, 0.05, k)) @ right.T + 0.05 * torch.randn(rows, columns, generator=generator)
+
+
+def build(model: Any, config: GaLoreConfig) -> GaLoreAdamW:
+    return build_optimizer(model, config, lr=1e-2, weight_decay=0.1, eps=1e-6, seed=1)
+
+
+def some_gradients(optimizer: GaLoreAdamW, step: int) -> dict[str, Tensor]:
+    found = {}
+    for group in optimizer.param_groups:
+        for i, (name, p) in enumerate(zip(group["names"], group["params"], strict=True)):
+            if p.dim() == 1:
+                found[name] = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+                continue
+            each = [decaying(p.shape[-2], p.shape[-1], 100 * step + 10 * i + e) for e in range(p[..., 0, 0].numel())]
+            found[name] = torch.stack(each).view(p.shape)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["rows", "anywhere", "one row", "empty"])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        (LLAMA, {}),
+        (LLAMA, {"head_sharing": "joint", "residual_warmup_steps": 0}),
+        (LLAMA, {"head_sharing": "grouped", "head_group_size": 2, "head_choice": "energy", "momentum_transfer": "align"}),
+        (LLAMA, {"head_sharing": "per_head", "svd": "exact", "momentum_transfer": "reset"}),
+        (LLAMA, {"head_sharing": "joint", "warm_start": True, "stagger_refresh": True, "subspace_iterations": 1}),
+        (LLAMA, {"embeddings": "projected", "head_choice": "fixed", "residual_percent": 0.0}),
+        (PHI3, {}),
+        (PHI3, {"head_sharing": "per_head", "residual_warmup_steps": 0}),
+        (NEOX, {}),
+        (NEOX, {"head_sharing": "grouped", "head_group_size": 2, "momentum_transfer": "align"}),
+        (MIXTRAL, {}),
+    ],
+    ids=lambda x: x.model_type if hasattr(x, "model_type") else "-".join(map(str, x.values())) or "default",
+)  # fmt: skip
+def test_any_sharding_equals_the_whole_weight(architecture: Any, settings: dict[str, Any], kind: str) -> None:
+    config = GaLoreConfig(
+        rank=4, update_proj_gap=3, scale=0.5, proj_type="right",
+        **{"residual_percent": 5.0, "residual_warmup_steps": 2, **settings},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(architecture)
+    sharded, whole = Run(model, config, kind), build(model, config)
+    start = {name: w.clone() for name, w in sharded.weights.items()}
+    for step in range(STEPS):
+        grads = some_gradients(whole, step)
+        sharded.step(grads)
+        for group in whole.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                p.grad = grads[name].clone()
+        whole.step()
+    params = {n: p.detach() for g in whole.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+    for name, w in sharded.weights.items():
+        assert (w - start[name]).abs().max() > 1e-2
+        torch.testing.assert_close(w, params[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    counters = [
+        {name: {k: float(v) for k, v in state.items() if k.endswith(("step", "calls", "due", "born"))}
+         for name, state in states.items()}
+        for states in sharded.states
+    ]  # fmt: skip
+    assert counters[0] == counters[1] == counters[2]
+
+
+def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_on_all() -> None:
+    config = GaLoreConfig(rank=4, update_proj_gap=2, proj_type="right")
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    run, whole = Run(model, config, "anywhere"), build(model, config)
+    grads = some_gradients(whole, 0)
+    bad = "model.layers.0.mlp.up_proj.weight"
+    grads[bad].view(-1)[-1] = float("inf")
+    before = {name: w.clone() for name, w in run.weights.items()}
+    run.step(grads)
+    for name, w in run.weights.items():
+        assert torch.equal(w, before[name]) == (name == bad)
+    assert [states[bad]["skipped"].tolist() for states in run.states] == [[1, 1, 1]] * WORLD
+
+
+def test_a_step_on_nothing_makes_state_and_changes_nothing() -> None:
+    config = GaLoreConfig(rank=4, proj_type="right")
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    run, whole = Run(model, config, "anywhere"), build(model, config)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    before = {name: w.clone() for name, w in run.weights.items()}
+    run.step({name: torch.zeros_like(grad) for name, grad in some_gradients(whole, 0).items()})
+    assert all(torch.equal(w, before[name]) for name, w in run.weights.items())
+    assert all(state["calls"] == 0 for states in run.states for state in states.values())
+    run.step(some_gradients(whole, 0))
+    assert all(state["calls"] == 1 for states in run.states for state in states.values())
+
+
+def test_rows_that_several_processes_hold_come_together() -> None:
+    whole = torch.arange(35.0).view(7, 5)
+    boundaries = (0, 12, 13, 35)  # the second process has one entry of row 2
+
+    def rows(rank: int) -> dict[int, Tensor]:
+        start, stop = boundaries[rank : rank + 2]
+        shard = Shard(rows=7, columns=5, start=start, stop=stop, boundaries=(12, 13), ranks=Thread(meeting, rank))
+        assert shard.cuts == (2,)
+        return completed_cut_rows([shard], [whole.view(-1)[start:stop].clone()])[0]
+
+    meeting = Meeting()
+    found = on_every_rank(rows)
+    assert [list(each) for each in found] == [[2], [0], [0]]  # local rows
+    assert all(torch.equal(row, whole[2]) for each in found for row in each.values())
