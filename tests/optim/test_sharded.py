@@ -160,7 +160,7 @@ def some_gradients(optimizer: GaLoreAdamW, step: int) -> dict[str, Tensor]:
     [
         (LLAMA, {}),
         (LLAMA, {"head_sharing": "joint", "residual_warmup_steps": 0}),
-        (LLAMA, {"head_sharing": "grouped", "head_group_size": 2, "head_choice": "energy", "momentum_transfer": "align"}),
+        (LLAMA, {"head_sharing": "grouped", "head_group_size": 2, "head_choice": "energy"}),
         (LLAMA, {"head_sharing": "per_head", "svd": "exact", "momentum_transfer": "reset"}),
         (LLAMA, {"head_sharing": "joint", "warm_start": True, "stagger_refresh": True, "subspace_iterations": 1}),
         (LLAMA, {"embeddings": "projected", "head_choice": "fixed", "residual_percent": 0.0}),
