@@ -49,3 +49,12 @@ def add_at_(W: Tensor, support: Support, values: Tensor, alpha: float) -> None:
     lines.scatter_(-1, index, lines.gather(-1, index).add_(values, alpha=alpha))
     if lines.untyped_storage()._cdata != W.untyped_storage()._cdata:
         W.copy_(lines.view(W.shape))
+
+
+def part_of(sparse: tuple[Support, Tensor] | None, i: int, blocks: int) -> tuple[Support, Tensor] | None:
+    """Support and values of the i-th of several matrices of ``blocks`` blocks each, joined along the blocks."""
+    if sparse is None:
+        return None
+    (index, columns), values = sparse
+    here = slice(i * blocks, (i + 1) * blocks)
+    return Support(index[here], columns), values[here]

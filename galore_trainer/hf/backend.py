@@ -24,4 +24,4 @@ def training_backend(args: Any = None) -> Backend:
     kind = str(shared.get("distributed_type", "")).rsplit(".", 1)[-1].lower()
     if kind in ("deepspeed", "fsdp"):
         return kind  # type: ignore[return-value]
-    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
+    return "ddp" if "WORLD_SIZE" in os.environ else "single"  # a launcher's only process is wrapped, too

@@ -6,12 +6,15 @@ import dataclasses
 import logging
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import Backend, training_backend
 from galore_trainer.hf.callback import GaLoreCallback
+from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.groups import parameter_groups, plan_weights
 from galore_trainer.optim.streams import logical_name
@@ -126,10 +129,10 @@ def _check_deepspeed(args: Any) -> None:
 
 def _check_layerwise(config: GaLoreConfig, backend: Backend, *, fp16: bool = False) -> None:
     """Refuse layer-wise mode where something else looks at whole gradients between backward and the step."""
-    if config.layerwise and backend != "single":
+    if config.layerwise and backend in ("fsdp", "deepspeed"):
         raise OptionError(
-            "galore.layerwise", f"true, under {backend}", "a single process",
-            f"{backend} reduces whole gradients, which layer-wise mode does not keep; train without it.",
+            "galore.layerwise", f"true, under {backend}", "one process or DDP",
+            f"{backend} reduces whole gradients, which layer-wise mode does not keep; its shards are small without it.",
         )  # fmt: skip
     if config.layerwise and fp16:
         raise OptionError("galore.layerwise", "true, with fp16", "bf16 or float32", "fp16 rescales whole gradients.")
@@ -163,4 +166,12 @@ def _build(
     seed: int,
 ) -> GaLoreAdamW:
     groups = galore_groups(model, config, lr=lr, weight_decay=weight_decay)
-    return GaLoreAdamW(groups, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed)
+    optimizer = GaLoreAdamW(groups, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed)
+    if training_backend() == "ddp" and dist.is_available() and dist.is_initialized():  # a single process is wrapped too
+        if config.layerwise:
+            projected = {id(p) for _, p in optimizer.projected_weights()}
+            names = [name for name, p in model.named_parameters() if id(p) in projected]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        if dist.get_world_size() > 1:
+            optimizer.replicate_over(Ranks(None))
+    return optimizer

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.table import weight_table
+from galore_trainer.layouts.shard import checksum
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
 logger = logging.getLogger(__name__)
@@ -62,14 +63,14 @@ class GaLoreCallback(TrainerCallback):
         if any(g["projected"] and g["lr"] * self._optimizer.config.scale > 0.0 for g in self._optimizer.param_groups):
             self._steps_with_lr += 1
             if self._steps_with_lr == 1:
-                self._before = {name: _checksum(p) for name, p in self._projected()}
+                self._before = {name: checksum(p) for name, p in self._projected()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After three steps: every projected weight with a non-zero gradient must have changed."""
         if self._steps_with_lr != STEPS_TO_MOVE or not self._before:
             return
         before, self._before = self._before, {}
-        still = [n for n, p in self._projected() if self._had_gradient(n) and torch.equal(before[n], _checksum(p))]
+        still = [n for n, p in self._projected() if self._had_gradient(n) and torch.equal(before[n], checksum(p))]
         if still:
             assert self._optimizer is not None
             lr = max(g["lr"] for g in self._optimizer.param_groups if g["projected"])
@@ -125,9 +126,3 @@ def unwrap_optimizer(optimizer: Any) -> GaLoreAdamW:
             "where the Trainer drops optimizers=.",
         )  # fmt: skip
     return inner
-
-
-def _checksum(p: torch.Tensor) -> torch.Tensor:
-    """Sum of the weight's bits as integers: any change shows, however small."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
-    return p.detach().contiguous().view(integers).sum(dtype=torch.int64)

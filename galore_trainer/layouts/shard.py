@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,6 +28,24 @@ class Ranks:
         x = x.contiguous()
         dist.all_reduce(x, group=self.group)
         return x
+
+    @property
+    def count(self) -> int:
+        """How many processes these are."""
+        return dist.get_world_size(self.group)
+
+    def differing(self, x: Tensor) -> Tensor:
+        """Where the processes do not all hold the same numbers, boolean."""
+        low, high = x.clone(), x.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=self.group)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=self.group)
+        return low != high
+
+
+def checksum(x: Tensor) -> Tensor:
+    """Sum of a tensor's bits as integers, int64: any change shows, however small."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.detach().contiguous().view(integers).sum(dtype=torch.int64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

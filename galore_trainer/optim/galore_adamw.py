@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.heads import LogicalMatrix
-from galore_trainer.core.sparse import Support
+from galore_trainer.core.sparse import part_of
 from galore_trainer.errors import OptionError
+from galore_trainer.layouts.shard import Ranks
+from galore_trainer.optim.averaging import Averager, check_bases
 from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero, norms_of
 from galore_trainer.optim.locate import Locator
-from galore_trainer.optim.parts import Part
+from galore_trainer.optim.parts import Part, Whole
 from galore_trainer.optim.plain import plain_state, plain_step
 from galore_trainer.optim.refresh import diagnose, first_basis, next_due, refresh_stack
 from galore_trainer.optim.residual_state import residual_lives, residual_step
@@ -80,6 +82,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self._steps = 0
         self._places: dict[str, int] = {}  # of projected weights, by name
         self._locator = Locator(self)
+        self.ranks: Ranks | None = None  # that hold equal weights, under DDP
+        self.averager: Averager | None = None
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -111,6 +115,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
+        if self.averager is not None:
+            self.averager.settle()
         jobs: list[Job] = []
         flags: list[Flag] = []
         plain: list[tuple[Tensor, Tensor, str, dict[str, Any]]] = []
@@ -158,7 +164,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state = self._projected_state(p, name, matrices, group)
         if state["calls"] == state["refreshes"] == 0 and group["lr"] == 0.0 and is_zero(grad):
             return []  # how checkpoint tools create state: nothing else may change
-        parts = grad.parts if isinstance(grad, ProjectedGradient) else [None] * len(matrices)
+        parts: Sequence[Any] = [None] * len(matrices)
+        if isinstance(grad, ProjectedGradient):
+            grad, parts = (grad, grad.parts) if grad.whole is None else (grad.whole, parts)
         if len(matrices) == 1:
             return [Job(p, grad, name, matrices[0], state, group, parts[0])]
         ok, last = is_finite(grad), matrices[-1]
@@ -176,6 +184,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for matrix in matrices:
             Stack([Job(p, p, name, matrix, state, group)]).create()
         return state
+
+    def replicate_over(self, ranks: Ranks) -> None:
+        """Say which processes hold the same weights: their bases are compared every so often.
+
+        In layer-wise mode what is kept of gradients is averaged over them too, before a step uses it: whoever wraps
+        the model must leave the gradients of projected weights alone.
+        """
+        own, self.ranks = weakref.ref(self), ranks
+        if self.config.layerwise:
+            self.averager = Averager(ranks, lambda: optimizer.projected_weights() if (optimizer := own()) else [])
 
     def _attach(self, group: dict[str, Any]) -> None:
         """Hook every parameter of a projected group, for as long as this optimizer lives."""
@@ -198,11 +216,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
             return None  # the step refuses it
         state = self._projected_state(p, name, matrices, group)
         if state["refreshes"] > 0 and state["calls"] >= state["due"]:
-            return None
+            return None if self.averager is None else ProjectedGradient(p.grad, name, [Whole()], self.averager)
         with self.stopwatch.measure("update", p.device):
             return ProjectedGradient(
                 p.grad, name,
                 [Part(m, f"{name}.{m.label}" if m.label else name, state, self.config, self.seed) for m in matrices],
+                self.averager,
             )  # fmt: skip
 
     def _phase(self, name: str) -> int:
@@ -234,7 +253,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             W = job.matrix.take(job.parameter)
             galore.apply_update_(
                 W, N_job, P_job, side, lr=group["lr"], scale=config.scale, weight_decay=group["weight_decay"],
-                ok=ok_job, sparse=_part(sparse, i, job.matrix.blocks),
+                ok=ok_job, sparse=part_of(sparse, i, job.matrix.blocks),
                 generator=self._rounding(job.parameter, job.name, job.state["calls"]),
             )  # fmt: skip
             job.matrix.put(job.parameter, W)
@@ -292,6 +311,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     state["born"] = state["calls"]
                 state["refreshes"] += 1
                 state["due"] = next_due(state["calls"], self.config.update_proj_gap, state["phase"])
+        if self.ranks is not None:
+            check_bases(self.ranks, [(job.name, job.prefix, job.state) for job in good])
         return waiting
 
     # ------------------------------------------------------------------ diagnostics and state
@@ -339,6 +360,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Undo ``__getstate__``; torch calls it at ``load_state_dict`` too."""
         super().__setstate__(state)
         self.__dict__.setdefault("stopwatch", Stopwatch())
+        self.__dict__.setdefault("averager", None)
+        self.__dict__.setdefault("ranks", None)
         if "_locator" not in self.__dict__:
             self._locator = Locator(self)
             for group in self.param_groups:
@@ -368,12 +391,3 @@ class GaLoreAdamW(torch.optim.Optimizer):
             group.update(kept)
             group["betas"] = tuple(group["betas"])
         restore_dtypes(self, state_dict)
-
-
-def _part(sparse: tuple[Support, Tensor] | None, i: int, blocks: int) -> tuple[Support, Tensor] | None:
-    """The support and update of job ``i`` of a stack."""
-    if sparse is None:
-        return None
-    (index, columns), values = sparse
-    here = slice(i * blocks, (i + 1) * blocks)
-    return Support(index[here], columns), values[here]

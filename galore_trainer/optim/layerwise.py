@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.parts import Part
+from galore_trainer.optim.parts import Part, Whole
 
 aten = torch.ops.aten
 
@@ -27,33 +27,53 @@ class ProjectedGradient(torch.Tensor):
     scaled, to be zeroed. Anything else raises and says so.
 
     Attributes:
-        parts: one for each logical matrix.
+        parts: one for each logical matrix; or one ``Whole``, where processes average and the step needs all of it.
+        averaged: whether it is the mean over processes already.
     """
 
-    parts: list[Part]
+    parts: Sequence[Part | Whole]
 
     @staticmethod
-    def __new__(cls, grad: Tensor, name: str, parts: list[Part]) -> ProjectedGradient:
+    def __new__(cls, grad: Tensor, name: str, parts: Sequence[Part | Whole], averager: Any = None) -> ProjectedGradient:
         """A wrapper like ``grad``."""
         return torch.Tensor._make_wrapper_subclass(cls, grad.shape, dtype=grad.dtype, device=grad.device)
 
-    def __init__(self, grad: Tensor, name: str, parts: list[Part]) -> None:
+    def __init__(self, grad: Tensor, name: str, parts: Sequence[Part | Whole], averager: Any = None) -> None:
         self.parts, self._name = parts, name
+        self.averaged, self._average = False, averager
         self._batches, self._square = 0, torch.zeros((), device=grad.device)
         self.take_in(grad)
 
     def take_in(self, grad: Tensor) -> None:
         """Add one micro-batch's gradient."""
+        if self._average is not None:
+            self._average.note(self)
         for part in self.parts:
-            part.take_in(part.matrix.take(grad))
+            part.take_in(grad if isinstance(part, Whole) else part.matrix.take(grad))
         self._batches += 1
         self._square = self._square + norms_of([grad])[0].square()
 
     def frobenius(self) -> Tensor:
-        """The gradient's norm: exact for a single backward, else estimated, see ``Part.energy``."""
-        if self._batches == 1:
+        """The gradient's norm: exact for a single backward of one process, else estimated, see ``Part.energy``."""
+        self.settle()
+        if self._batches == 1 and not self.averaged:
             return self._square.sqrt()
         return torch.stack([part.energy() for part in self.parts]).sum().sqrt()
+
+    @property
+    def whole(self) -> Tensor | None:
+        """All of the gradient, where it was kept."""
+        part = self.parts[0]
+        return part.value if isinstance(part, Whole) else None
+
+    def kept(self) -> list[tuple[str, Tensor]]:
+        """Everything that is kept, by kind."""
+        return [pair for part in self.parts for pair in part.kept()]
+
+    def settle(self) -> None:
+        """Average over processes, if that is still to be done: all gradients at once, on all of them."""
+        if self._average is not None:
+            self._average.settle()
 
     def scale_(self, factor: Tensor | float) -> ProjectedGradient:
         """Multiply by a number, as clipping does."""

@@ -77,16 +77,20 @@ class Part:
 
     def scale_(self, factor: Tensor | float) -> None:
         """Multiply the gradient by a number."""
-        for kept in self._kept():
+        for _, kept in self.kept():
             kept.mul_(factor)
 
     def clear(self) -> None:
         """Set the gradient to zero."""
-        for kept in self._kept():
+        for _, kept in self.kept():
             kept.zero_()
 
-    def _kept(self) -> list[Tensor]:
-        return [x for x in (self.sketch, self.projected, self.sampled, self._along) if x is not None]
+    def kept(self) -> list[tuple[str, Tensor]]:
+        """Everything that is kept, by kind."""
+        kinds = {
+            "sketch": self.sketch, "projected": self.projected, "sampled": self.sampled, "along": self._along,
+        }  # fmt: skip
+        return [(kind, x) for kind, x in kinds.items() if x is not None]
 
     def energy(self) -> Tensor:
         """An unbiased estimate of the gradient's squared Frobenius norm.
@@ -109,6 +113,42 @@ class Part:
         kept = self.sketch if self.sketch is not None else self.projected
         assert kept is not None
         return torch.isfinite(kept).all()
+
+
+class Whole:
+    """All of a gradient, where the next step needs it: what ``Part`` is elsewhere, for the whole stored weight."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def take_in(self, G: Tensor) -> None:
+        """Add one micro-batch's gradient."""
+        self.value = _plus(self.value, G)
+
+    def scale_(self, factor: Tensor | float) -> None:
+        """Multiply the gradient by a number."""
+        self._value.mul_(factor)
+
+    def clear(self) -> None:
+        """Set the gradient to zero."""
+        self._value.zero_()
+
+    def kept(self) -> list[tuple[str, Tensor]]:
+        """Everything that is kept, by kind."""
+        return [("whole", self._value)]
+
+    def energy(self) -> Tensor:
+        """Its squared Frobenius norm."""
+        return torch.linalg.vector_norm(self._value, dtype=torch.float32).square()
+
+    def finite(self) -> Tensor:
+        """Whether every number is finite: a scalar tensor, boolean."""
+        return torch.isfinite(self._value).all()
+
+    @property
+    def _value(self) -> Tensor:
+        assert self.value is not None
+        return self.value
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

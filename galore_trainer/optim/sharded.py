@@ -17,6 +17,7 @@ from galore_trainer.core import galore
 from galore_trainer.core.basis import BASES, sketch_width
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.layouts.shard import Shard, completed_cut_rows
+from galore_trainer.optim.averaging import check_bases
 from galore_trainer.optim.pieces import Piece, PieceState, commit, stored_rows
 from galore_trainer.optim.refresh import draw_heads, draw_omega, next_due
 from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
@@ -117,8 +118,12 @@ def step_sharded(optimizer: GaLoreAdamW, held: Sequence[Held]) -> list[Flag]:
     if due:
         with optimizer.stopwatch.measure("refresh", due[0].weight.device):
             good = torch.stack([w.ok * (w.energy > 0.0) for w in due]).tolist()
-            for w in (w for w, fit in zip(due, good, strict=True) if fit):
+            fit = [w for w, is_fit in zip(due, good, strict=True) if is_fit]
+            for w in fit:
                 _refresh(optimizer, w)
+            for members in _by_ranks(fit):
+                prefixes = [(w, m, f"{m.label}." if m.label else "") for w in members for m in w.matrices]
+                check_bases(members[0].shard.ranks, [(w.logical(m), prefix, w.state) for w, m, prefix in prefixes])
     if projected:
         with optimizer.stopwatch.measure("update", projected[0].weight.device):
             _update(optimizer, projected)

@@ -67,6 +67,16 @@ def test_two_processes_equal_one_and_resume_bit_for_bit(
         assert torch.equal(two["resumed"]["weights"][name], whole), name
 
 
+@pytest.mark.parametrize("settings", ['{"layerwise": true}', '{"layerwise": true, "embeddings": "frozen"}'])
+def test_layer_wise_mode_on_two_processes_equals_it_on_one(
+    settings: str, odd_model: Path, alone: Any, tmp_path: Path
+) -> None:
+    one, two = alone(settings), launch(2, "ddp", odd_model, tmp_path, settings)
+    assert_equal(one["whole"], two["whole"])
+    for name, whole in two["whole"]["weights"].items():
+        assert torch.equal(two["resumed"]["weights"][name], whole), name
+
+
 def test_a_checkpoint_of_two_fsdp2_processes_goes_on_in_one(odd_model: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "two", tmp_path / "one"):
         folder.mkdir()

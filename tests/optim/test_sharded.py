@@ -43,6 +43,9 @@ class Thread(Ranks):
         object.__setattr__(self, "meeting", meeting)
         object.__setattr__(self, "rank", rank)
 
+    def differing(self, x: Tensor) -> Tensor:
+        return self.sum(x) != WORLD * x
+
     def sum(self, x: Tensor) -> Tensor:
         self.meeting.brought[self.rank] = x.clone()
         self.meeting.barrier.wait()
