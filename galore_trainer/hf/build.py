@@ -17,6 +17,7 @@ from galore_trainer.hf.callback import GaLoreCallback
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.groups import parameter_groups, plan_weights
+from galore_trainer.optim.locate import check_settings
 from galore_trainer.optim.streams import logical_name
 
 logger = logging.getLogger(__name__)
@@ -99,18 +100,7 @@ def for_shards(config: GaLoreConfig, backend: str) -> GaLoreConfig:
     Raises:
         OptionError: a setting that needs whole weights.
     """
-    wants = [
-        ("proj_type", config.proj_type == "left", "std or right", "Rows are cut, so columns are projected."),
-        ("share_output_heads", config.share_output_heads, "false", "Heads that are columns need whole rows."),
-        ("residual_selection", config.residual_percent > 0.0 and config.residual_selection == "global", "row", ""),
-        ("state_bits", config.state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
-        ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
-        ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "An exact SVD needs whole weights."),
-    ]  # fmt: skip
-    for field, refused, wanted, why in wants:
-        if refused:
-            got = f"{getattr(config, field)!r} under {backend}"
-            raise OptionError(f"galore.{field}", got, wanted, f"{why} DDP takes every setting.".strip())
+    check_settings(config, backend)
     if config.proj_type != "right":
         logger.warning("%s cuts weights into rows: proj_type %s becomes right", backend, config.proj_type)
         config = dataclasses.replace(config, proj_type="right")

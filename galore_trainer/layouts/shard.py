@@ -25,9 +25,7 @@ class Ranks:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the processes, in place where memory allows; all call it, in the same order."""
-        x = x.contiguous()
-        dist.all_reduce(x, group=self.group)
-        return x
+        return self._reduce(x, dist.ReduceOp.SUM)
 
     @property
     def count(self) -> int:
@@ -36,10 +34,16 @@ class Ranks:
 
     def differing(self, x: Tensor) -> Tensor:
         """Where the processes do not all hold the same numbers, boolean."""
-        low, high = x.clone(), x.clone()
-        dist.all_reduce(low, dist.ReduceOp.MIN, group=self.group)
-        dist.all_reduce(high, dist.ReduceOp.MAX, group=self.group)
-        return low != high
+        return self._reduce(x.clone(), dist.ReduceOp.MIN) != self._reduce(x.clone(), dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, operation: Any) -> Tensor:
+        """All-reduce; over the accelerator where offloaded tensors meet a backend that knows accelerators alone."""
+        x = x.contiguous()
+        there = x
+        if x.device.type == "cpu" and dist.get_backend(self.group) == "nccl":
+            there = x.to(torch.device("cuda", torch.cuda.current_device()))
+        dist.all_reduce(there, operation, group=self.group)
+        return there.to(x.device)
 
 
 def checksum(x: Tensor) -> Tensor:

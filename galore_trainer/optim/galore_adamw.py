@@ -349,7 +349,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind: basis, moments, residual, plain (AdamW of what is not projected)."""
-        return bytes_by_kind((g["projected"], self.state.get(p, {})) for g in self.param_groups for p in g["params"])
+        return bytes_by_kind((g["projected"], state) for g in self.param_groups for state in self._locator.states(g))
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or pickle keeps: torch's part, and what this class adds but the stopwatch."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
 from galore_trainer.layouts.shard import Shard
@@ -47,6 +48,9 @@ class OneOf(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def __bool__(self) -> bool:
+        return self.prefix + "calls" in self.whole  # without looking at every key of every weight
+
 
 class Locator:
     """Finds weights that are held in part, and remembers where they lie.
@@ -59,7 +63,7 @@ class Locator:
         self.optimizer: GaLoreAdamW = weakref.proxy(optimizer)
         self._originals: list[list[weakref.ref[Tensor]]] = []
         self._shards: dict[int, tuple[weakref.ref[Tensor], Found]] = {}
-        self._slices: dict[int, tuple[weakref.ref[Tensor], list[Slice], list[Found]]] = {}
+        self._slices: dict[int, tuple[weakref.ref[Tensor], int, list[Slice], list[Found]]] = {}
 
     def note(self, group: dict[str, Any]) -> None:
         """Remember the parameters that a group began with; ZeRO keeps what it knows of its slices on them."""
@@ -82,6 +86,8 @@ class Locator:
             for i, p in enumerate(group["params"]):
                 if p.grad is None or not self.is_held(group, p):
                     continue
+                if not (self._shards or self._slices):
+                    check_settings(self.optimizer.config, "shards")
                 found += self._in_flat(group, p) if self.is_flat(group) else [self._dtensor(group, p, i)]
         return found
 
@@ -90,17 +96,29 @@ class Locator:
         state = self.optimizer.state
         if not self.is_flat(group):
             return [(n, state[p]) for n, p in zip(group["names"], group["params"], strict=True) if p in state]
+        own = [state[flat] for flat in self._flats(group) if state.get(flat)]
         if not group["projected"]:
-            return [(group["names"][0], state[p]) for p in group["params"] if state.get(p)]
-        pairs = [(n, OneOf(state[p], n)) for p in group["params"] if p in state for n in group["names"]]
-        return [(name, own) for name, own in pairs if "calls" in own]
+            return [(group["names"][0], whole) for whole in own]
+        pairs = [(n, OneOf(whole, n)) for whole in own for n in group["names"]]
+        return [(name, one) for name, one in pairs if "calls" in one]
+
+    def states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        """The states of a group as they are kept: one for each parameter or flat tensor."""
+        tensors = self._flats(group) if self.is_flat(group) else group["params"]
+        return [self.optimizer.state[p] for p in tensors if p in self.optimizer.state]
 
     def weights(self, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
         """Name and local entries of every weight of a projected group."""
         if not self.is_flat(group):
             return [(n, local(p)) for n, p in zip(group["names"], group["params"], strict=True)]
-        pairs = [(p, piece) for p in group["params"] for piece in self._find_slices(group, p)[0]]
-        return [(group["names"][piece.index], piece.of(p)) for p, piece in pairs]
+        flats = self._flats(group) or group["params"]
+        pairs = [(flat, piece) for flat in flats for piece in self._find_slices(group, flat)[0]]
+        return [(group["names"][piece.index], piece.of(flat)) for flat, piece in pairs]
+
+    def _flats(self, group: dict[str, Any]) -> list[Tensor]:
+        """The flat tensors of a group that were seen in steps: between them ZeRO-3 leaves its groups empty."""
+        known = [(ref(), gid) for ref, gid, _, _ in self._slices.values()]
+        return [flat for flat, gid in known if flat is not None and gid == group["gid"]]
 
     def _dtensor(self, group: dict[str, Any], p: Any, i: int) -> Held:
         matrices = group["matrices"][i] if group["projected"] else []
@@ -144,9 +162,9 @@ class Locator:
             names = group["names"]
             matrices = group["matrices"] if group["projected"] else [[] for _ in names]
             found = [(s.shard, self._pieces(names[s.index], matrices[s.index], s.shard)) for s in slices]
-            known = (weakref.ref(flat), slices, found)
+            known = (weakref.ref(flat), group["gid"], slices, found)
             self._slices[id(flat)] = known
-        return known[1], known[2]
+        return known[2], known[3]
 
     def _pieces(self, name: str, matrices: list[Any], shard: Shard) -> list[list[Piece]]:
         for matrix in matrices:
@@ -155,6 +173,28 @@ class Locator:
             pieces_of(m, f"{name}.{m.label}" if m.label else name, shard.rows, shard.first, shard.local_rows)
             for m in matrices
         ]
+
+
+def check_settings(config: GaLoreConfig, where: str) -> None:
+    """Raise ``OptionError`` for a setting that needs whole weights.
+
+    Args:
+        config: as the user gave it.
+        where: what cuts the weights, for the message.
+    """
+    wants = [
+        ("proj_type", config.proj_type == "left", "std or right", "Rows are cut, so columns are projected."),
+        ("share_output_heads", config.share_output_heads, "false", "Heads that are columns need whole rows."),
+        ("residual_selection", config.residual_percent > 0.0 and config.residual_selection == "global", "row", ""),
+        ("state_bits", config.state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
+        ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
+        ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "An exact SVD needs whole weights."),
+        ("first_basis", config.first_basis == "sketch", "gradient", "A sketch sees whole columns."),
+    ]  # fmt: skip
+    for field, refused, wanted, why in wants:
+        if refused:
+            got = f"{getattr(config, field)!r} under {where}"
+            raise OptionError(f"galore.{field}", got, wanted, f"{why} DDP takes every setting.".strip())
 
 
 def check_shardable(matrix: Any, name: str) -> None:

@@ -57,6 +57,7 @@ def plain_step(
         return
     before = state["step"].clone()
     weight, gradient = p.contiguous().view(-1), grad.reshape(-1)
+    state["step"].add_(ok)  # also where this process has no entry
     for start in range(0, p.numel(), CHUNK):
         here = slice(start, start + CHUNK)
         state["step"].copy_(before)

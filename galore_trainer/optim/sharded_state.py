@@ -38,13 +38,15 @@ def _pack(state: Mapping[str, Any], p: Any, matrices: Any, config: GaLoreConfig)
     packed = dict(state)
     with_residual = [m for m in matrices if has_residual(m, config)]
     if with_residual:
-        packed[PHASE] = 2 if "residual_index" in state else 1 if "candidate_index" in state else 0
-        rows, device = len(state["exp_avg"]), state["exp_avg"].device
+        # from what is the same on every process, whatever rows it holds: of a plain number one process's copy is kept
+        packed[PHASE] = 2 if any(key.endswith(AGE) for key in state) else int(state["refreshes"] > 0)
+        rows, device, columns = len(state["exp_avg"]), state["exp_avg"].device, with_residual[0].columns
         entries = support_shape(with_residual[0], config)[-1]
         for key in ROW_KEYS[2:]:
             wide = entries * (CANDIDATES if key in LIVES_IN and config.residual_warmup_steps else 1)
             dtype = torch.int32 if key.endswith("index") else state["exp_avg"].dtype
             dtype = torch.float32 if key == "candidate_mean" else dtype
+            wide = min(wide, columns)
             packed.setdefault(key, torch.zeros(rows, wide, dtype=dtype, device=device))
         for matrix in with_residual:
             packed.setdefault(f"{matrix.label}.{AGE}" if matrix.label else AGE, torch.zeros((), device=device))

@@ -92,9 +92,10 @@ def train(backend: str, model_dir: str, output: str, options: dict[str, Any], re
     trainer = Trainer(model, args, train_dataset=rows, **galore_plugin(config, args))
     trainer.train(resume_from_checkpoint=resume)
     optimizer = unwrap_optimizer(trainer.optimizer)
-    sharded = any(optimizer._locator.is_held(g, p) for g in optimizer.param_groups for p in g["params"])
+    local = sum(p.numel() for _, p in optimizer.projected_weights())
+    whole = sum(torch.Size(shape).numel() for g in optimizer.param_groups if g["projected"] for shape in g["shapes"])
     norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
-    return {"weights": whole_weights(trainer), "norms": norms, "sharded": sharded}
+    return {"weights": whole_weights(trainer), "norms": norms, "share": local / whole}
 
 
 def main() -> None:

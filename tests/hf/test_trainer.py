@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,14 +143,30 @@ def test_an_optimizer_that_is_not_ours_is_noticed(tiny_llama: Any, tmp_path: Any
 
 
 @pytest.mark.parametrize("backend", ["DEEPSPEED", "FSDP"])
-def test_sharding_backends_are_refused_where_the_trainer_would_drop_the_optimizer(
-    backend: str, tiny_llama: Any, tmp_path: Any, monkeypatch: Any
+def test_sharding_backends_refuse_what_they_would_drop_or_cannot_do(
+    backend: str, tiny_llama: Any, tmp_path: Any, monkeypatch: Any, caplog: Any
 ) -> None:
     args = arguments(tmp_path)
     monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
     with pytest.raises(OptionError, match="galore_plugin"):
         build_optimizer(tiny_llama, CONFIG)
-    with pytest.raises(OptionError, match="not supported by this version"):
+    refused = {
+        "proj_type": "left", "state_bits": 8, "plain_state_bits": 8, "diagnose_refreshes": 1,
+        "residual_selection": "global", "share_output_heads": True, "layerwise": True, "first_basis": "sketch",
+    }  # fmt: skip
+    for field, value in refused.items():
+        with pytest.raises(OptionError, match=rf"galore\.{field}.*under {backend.lower()}"):
+            galore_plugin(dataclasses.replace(CONFIG, residual_percent=1.2, **{field: value}), args)
+    kwargs = galore_plugin(CONFIG, args)["optimizer_cls_and_kwargs"][1]
+    assert kwargs["config"].proj_type == "right"
+    assert "proj_type std becomes right" in caplog.text
+
+
+def test_a_deepspeed_file_with_an_optimizer_of_its_own_is_refused(tmp_path: Any, monkeypatch: Any) -> None:
+    args = arguments(tmp_path)
+    args.deepspeed = {"optimizer": {"type": "AdamW"}}
+    args.hf_deepspeed_config = SimpleNamespace(config=args.deepspeed)
+    with pytest.raises(OptionError, match=r"deepspeed\.optimizer.*AdamW.*Remove it"):
         galore_plugin(CONFIG, args)
 
 
