@@ -13,14 +13,20 @@ from galore_trainer.run.methods import METHODS
 
 app = typer.Typer(help="Packaged configurations, and a check of one's own.", no_args_is_help=True)
 
+KINDS = {
+    "train": "galore-ft train CONFIG",
+    "studies": "galore-ft ablate STUDY",
+    "launch": "galore-ft train CONFIG --launch-config NAME",
+}
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="One of those that 'config list' names.")]
 File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file or packaged name.")]
 
 
 @app.command("list")
 def list_configs() -> None:
-    """Name the packaged configurations, and the studies of 'galore-ft ablate'."""
-    for kind, title in (("train", "galore-ft train CONFIG"), ("studies", "galore-ft ablate STUDY")):
+    """Name the packaged configurations, the studies of 'galore-ft ablate', and the ways to launch several processes."""
+    for kind, title in KINDS.items():
         typer.echo(f"{title}:")
         for name, text in packaged_configs(kind).items():
             typer.echo(f"  {name:<14}{text.splitlines()[0].lstrip('# ')}")
@@ -28,9 +34,9 @@ def list_configs() -> None:
 
 @app.command()
 def show(name: Name) -> None:
-    """Print a packaged configuration or study, to be saved and changed."""
-    studies = packaged_configs("studies")
-    typer.echo((studies[name] if name in studies else read_packaged(name)).rstrip())
+    """Print a packaged configuration, study or launch configuration, to be saved and changed."""
+    others = {**packaged_configs("studies"), **packaged_configs("launch")}
+    typer.echo((others[name] if name in others else read_packaged(name)).rstrip())
 
 
 @app.command()

@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; ``sys.argv`` where ``args`` is None."""
     args = list(sys.argv[1:] if args is None else args)
     try:
-        code = app(args, prog_name="galore-ft", standalone_mode=False)
+        code = app(args, prog_name="galore-ft", standalone_mode=False, obj=args)
     except (KeyboardInterrupt, typer.Abort):
         _say("Interrupted.")
         return INTERRUPTED

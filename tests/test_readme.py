@@ -49,7 +49,8 @@ def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypat
     flags = {rest[i]: rest[i + 1] for i in range(len(rest) - 1) if rest[i].startswith("--")}
     keys = {"--rank": "galore.rank", "--model": "model_name_or_path", "--method": "method"}
     settings |= {keys[flag]: value for flag, value in flags.items() if flag in keys}
-    assert set(flags) <= {*keys, "--resume", "--ranks"}
+    assert set(flags) <= {*keys, "--resume", "--ranks", "--num-processes", "--launch-config"}
+    assert flags.get("--launch-config", "ddp") in packaged_configs("launch")
     assert rest[0] in packaged_configs() or rest[0] == "my.yaml"
     load_run_config(rest[0], [word for word in rest if "=" in word], settings)
 

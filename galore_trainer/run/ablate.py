@@ -33,6 +33,7 @@ from galore_trainer.run.cells import (
 )
 from galore_trainer.run.checkpoints import checkpoints, damage
 from galore_trainer.run.config import RESOLVED_CONFIG
+from galore_trainer.run.launch import threads_each
 from galore_trainer.run.methods import METHODS
 from galore_trainer.run.scores import in_words
 from galore_trainer.run.study import Study
@@ -270,8 +271,7 @@ def _start_flags(job: Job) -> list[str]:
 
 def _shared_cores(environment: dict[str, str], parallel: int) -> dict[str, str]:
     """The environment of a run: runs side by side share the cores instead of fighting for them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shared = {"OMP_NUM_THREADS": str(max(cores // parallel, 1))} if parallel > 1 else {}
+    shared = {"OMP_NUM_THREADS": str(threads_each(parallel))} if parallel > 1 else {}
     return {"PYTHONUNBUFFERED": "1", **shared, **environment}
 
 

@@ -58,8 +58,7 @@ def use_one_device(arguments: TrainingArguments) -> str | None:
     if arguments.n_gpu < 2:
         return None
     found, arguments._n_gpu = arguments.n_gpu, 1
-    launch = f"accelerate launch --multi_gpu --num_processes {found} -m galore_trainer.cli train ..."
-    return f"{found} GPUs are visible, this run uses one: for all of them, {launch}"
+    return f"{found} GPUs are visible, this run uses one: for all of them, galore-ft train ... --num-processes {found}"
 
 
 def device_type(*, use_cpu: bool = False) -> str:

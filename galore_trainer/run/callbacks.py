@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from galore_trainer.optim.timing import Stopwatch
 from galore_trainer.run.checkpoints import seal
+from galore_trainer.run.distributed import several, wait_for_all
 
 
 class TimingCallback(TrainerCallback):
@@ -59,29 +61,34 @@ class SealCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called after the checkpoint's last file."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        wait_for_all()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if folder.is_dir():  # save_total_limit may have removed it already
                 seal(folder)
+        wait_for_all()  # a process that ended while this one reads would end it, too
 
 
 class InterruptCallback(TrainerCallback):
-    """The first Ctrl-C ends training after the current step, with a checkpoint; the second one ends it at once."""
+    """The first Ctrl-C ends training after the current step, with a checkpoint; the second one ends it at once.
+
+    Processes that train together stop after the same step, whichever of them heard it first.
+    """
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self._heard = False
+        self._group: Any = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Catch SIGINT while training; elsewhere it stays what it was."""
 
         def note(number: int, frame: Any) -> None:
-            if self.interrupted:
+            if self._heard:
                 raise KeyboardInterrupt
-            self.interrupted = True
-            print("\ninterrupted: saving a checkpoint after this step (again to stop at once)", file=sys.stderr)
+            self._heard = True
+            if os.environ.get("RANK", "0") == "0":
+                print("\ninterrupted: saving a checkpoint after this step (again to stop at once)", file=sys.stderr)
 
         previous = signal.signal(signal.SIGINT, note)
         try:
@@ -89,9 +96,19 @@ class InterruptCallback(TrainerCallback):
         finally:
             signal.signal(signal.SIGINT, previous)
 
+    def heard(self) -> bool:
+        """Whether any process was interrupted; all of them must ask."""
+        if not several():
+            return self._heard
+        if self._group is None:  # of its own, on the CPU: no step waits for the GPU
+            self._group = torch.distributed.new_group(backend="gloo")
+        heard = torch.tensor(int(self._heard))
+        torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(heard)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop."""
-        if self.interrupted:
+        if self.heard():
             control.should_save = control.should_training_stop = True
 
 

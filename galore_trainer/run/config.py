@@ -24,7 +24,7 @@ Extract = Literal["flexible", "strict", "last_number"]
 RESOLVED_CONFIG = "config.resolved.yaml"
 """The file in a run's folder that holds its resolved configuration."""
 _LEAF = re.compile(r"methods\.[^.]+\.")
-_ARGUMENT = {"train": "CONFIG", "studies": "STUDY"}
+_ARGUMENT = {"train": "CONFIG", "studies": "STUDY", "launch": "--launch-config"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ def load_own_settings(
 
 
 def packaged_configs(kind: str = "train") -> dict[str, str]:
-    """The packaged configurations, or with ``kind="studies"`` the studies: name to YAML text."""
+    """The packaged configurations (``train``), ``studies`` or launch configurations (``launch``): name to YAML text."""
     folder = importlib.resources.files("galore_trainer.configs") / kind
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}

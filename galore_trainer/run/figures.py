@@ -19,7 +19,7 @@ def unwrapped(optimizer: Any) -> Any:
 
 def parameter_counts(model: Any) -> dict[str, int]:
     """Elements that are ``trained``, and the ``total`` with what is frozen; tied weights count once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ds_: ZeRO-3's
     return {"trained": sum(n for n, trained in sizes if trained), "total": sum(n for n, _ in sizes)}
 
 
@@ -48,14 +48,14 @@ def state_bytes(optimizer: Any) -> dict[str, int]:
     """
     kinds: dict[str, int] = {}
     seen = set()
-    for group in optimizer.param_groups if optimizer else ():
-        for p in group["params"]:
-            for value in optimizer.state.get(p, {}).values():
-                kind = "plain" if "rank" not in group else "moments" if torch.is_tensor(value) else "basis"
-                for tensor in _tensors(value):
-                    if tensor.data_ptr() not in seen:
-                        seen.add(tensor.data_ptr())
-                        kinds[kind] = kinds.get(kind, 0) + tensor.numel() * tensor.element_size()
+    projected = {id(p) for g in (optimizer.param_groups if optimizer else ()) if "rank" in g for p in g["params"]}
+    for p, state in optimizer.state.items() if optimizer else ():  # ZeRO-3 empties groups between steps
+        for value in state.values():
+            kind = "plain" if id(p) not in projected else "moments" if torch.is_tensor(value) else "basis"
+            for tensor in _tensors(value):
+                if tensor.data_ptr() not in seen:
+                    seen.add(tensor.data_ptr())
+                    kinds[kind] = kinds.get(kind, 0) + tensor.numel() * tensor.element_size()
     return kinds or {"plain": 0}
 
 

@@ -119,12 +119,14 @@ METHODS: dict[str, MethodSpec] = {
     "galore_plus": MethodSpec(
         title="GaLore+ (full-parameter training with projected gradients, one basis for all attention heads)",
         block="galore",
+        sharded=True,
         prepare=_prepare_galore,
     ),
     "galore": MethodSpec(
         title="GaLore (full-parameter training with projected gradients)",
         defaults=GALORE,
         block="galore",
+        sharded=True,
         prepare=_prepare_galore,
     ),
     "adamw": MethodSpec(title="AdamW (full-parameter training)", sharded=True, prepare=_prepare_adamw),
@@ -193,12 +195,16 @@ def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
     if spec.cuda and arguments.device.type != "cuda":
         device = f"{config.method} on {arguments.device.type}"
         raise OptionError("method", device, "an NVIDIA GPU for this method", "Here, use --method adamw.")
-    backend = training_backend(arguments)
-    if backend in ("fsdp", "deepspeed") and not spec.sharded:
+    check_backend(config.method, training_backend(arguments))
+
+
+def check_backend(method: str, backend: str) -> None:
+    """Refuse FSDP and DeepSpeed under a method that needs whole weights on every process."""
+    if backend in ("fsdp", "deepspeed") and not METHODS[method].sharded:
         raise OptionError(
-            "backend", backend, f"one process or DDP under method {config.method!r}",
-            "Its parameters must be whole on every process: launch with `torchrun --nproc-per-node N` or "
-            "`accelerate launch --multi_gpu`.",
+            "backend", backend, f"one process or DDP under method {method!r}",
+            "Its parameters must be whole on every process: use `--launch-config ddp`, `torchrun --nproc-per-node N` "
+            "or `accelerate launch --multi_gpu`.",
         )  # fmt: skip
 
 

@@ -13,9 +13,15 @@ from galore_trainer.run.methods import METHODS, check_method
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from galore_trainer.run.launch import Launch
 
-def describe_plan(config: RunConfig) -> str:
+
+def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
     """Load the data, check the Trainer's arguments, and say what would be trained on what, how long and how fast.
+
+    Args:
+        config: of the run.
+        launch: how it would be started, if not in this process.
 
     Raises:
         OptionError: data that cannot be read, arguments that transformers refuses, a method that cannot run here.
@@ -25,13 +31,15 @@ def describe_plan(config: RunConfig) -> str:
     arguments = training_arguments(config)
     check_method(config, arguments)
     data = load_data(config.data)
+    world = launch.processes if launch else arguments.world_size
     lines = [
         ("model", f"{config.model_name_or_path}, weights in {config.dtype}, bf16 autocast {_on(arguments.bf16)}"),
         ("method", _method(config)),
         ("data", f"{data.task} from {config.data.source}: {len(data.train)} to train on, {len(data.eval)} held out"),
         *(("", f"- {note}") for note in data.notes),
         ("learning rate", learning_rates(config, arguments.learning_rate)),
-        ("steps", _steps(arguments, len(data.train))),
+        ("steps", _steps(arguments, len(data.train), world)),
+        *([("launch", f"{world} processes, {launch.name}")] if launch else ()),
         ("output", config.output_dir + _taken(config.output_dir)),
     ]
     return "\n".join(f"{name:<14}{text}" for name, text in lines)
@@ -49,9 +57,9 @@ def learning_rates(config: RunConfig, lr: float) -> str:
     )
 
 
-def count_steps(arguments: TrainingArguments, examples: int) -> tuple[int, int]:
-    """Optimizer steps in all and in one epoch, counted as the Trainer counts them."""
-    size = arguments.train_batch_size * arguments.world_size
+def count_steps(arguments: TrainingArguments, examples: int, world: int = 1) -> tuple[int, int]:
+    """Optimizer steps in all and in one epoch, counted as the Trainer counts them on ``world`` processes."""
+    size = arguments.train_batch_size * world
     batches = examples // size if arguments.dataloader_drop_last else math.ceil(examples / size)
     per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     if arguments.max_steps > 0:
@@ -73,11 +81,11 @@ def _method(config: RunConfig) -> str:
     )
 
 
-def _steps(arguments: TrainingArguments, examples: int) -> str:
+def _steps(arguments: TrainingArguments, examples: int, world: int) -> str:
     from transformers import SchedulerType
 
-    total, per_epoch = count_steps(arguments, examples)
-    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    total, per_epoch = count_steps(arguments, examples, world)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
     packed = ", fewer once they are packed" if getattr(arguments, "packing", False) else ""
     return (
         f"{total} of {batch} examples ({total / per_epoch:.2g} epochs of {per_epoch} steps{packed}), "

@@ -16,10 +16,20 @@ from typing import TYPE_CHECKING, Any
 from galore_trainer.errors import OptionError
 from galore_trainer.run.arguments import training_arguments
 from galore_trainer.run.artifacts import environment, plot_losses, write_file, write_json
-from galore_trainer.run.checkpoints import checkpoints, choose_checkpoint, damage
-from galore_trainer.run.config import BLOCKS, RESOLVED_CONFIG, RunConfig, load_run_config
-from galore_trainer.run.methods import ADAPTER, METHODS, check_method, check_resumable
+from galore_trainer.run.checkpoints import checkpoints, damage
+from galore_trainer.run.config import RESOLVED_CONFIG, RunConfig
+from galore_trainer.run.distributed import (
+    check_sharding,
+    check_trainer,
+    cuts_weights,
+    save_whole_model,
+    scored_model,
+    shards_state,
+    wait_for_all,
+)
+from galore_trainer.run.methods import ADAPTER, METHODS, check_method
 from galore_trainer.run.scores import in_words
+from galore_trainer.run.start import choose_start
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -65,7 +75,9 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     say = _Say(main)
     check_method(config, arguments)
     output = Path(config.output_dir).expanduser()
-    checkpoint = _choose_start(config, output, resume, overwrite, say)
+    checkpoint = choose_start(config, resume, overwrite, say)
+    check_sharding(arguments, checkpoint)
+    wait_for_all()
 
     from transformers.utils.logging import disable_progress_bar
 
@@ -82,8 +94,10 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     if arguments.disable_tqdm:
         disable_progress_bar()
     model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
-    model.to(arguments.device)  # type: ignore[arg-type]
+    if not cuts_weights(arguments):  # else each process gets its part from the backend
+        model.to(arguments.device)  # type: ignore[arg-type]
     trainer, timing, interrupt = _make_trainer(config, arguments, model, tokenizer, data, output, say)
+    check_trainer(trainer)
     parameters = parameter_counts(trainer.model)
     say(f"parameters: {parameters['trained']:,} of {parameters['total']:,} are trained")
     if main:  # from here on the run exists
@@ -94,10 +108,12 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     if main and config.eval.before and data.eval:
         before = _read_score(output, resume)
         if before is None:
-            before = evaluate_examples(
-                model, tokenizer, data.task, data.eval, config, predictions_path=output / "predictions_before.jsonl",
-                progress=say.progress("scoring the model before training"),
-            )  # fmt: skip
+            with scored_model(model, arguments, config.model_name_or_path, config.dtype) as scored:
+                before = evaluate_examples(
+                    scored, tokenizer, data.task, data.eval, config,
+                    predictions_path=output / "predictions_before.jsonl",
+                    progress=say.progress("scoring the model before training"),
+                )  # fmt: skip
             write_json(output / SCORE_BEFORE, before)
         evaluation_seconds += before["seconds"]
         say(f"before training: {in_words(before)}")
@@ -106,7 +122,7 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     with interrupt.listening(), _disk_guard(output):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     result_path = output / RESULT
-    if interrupt.interrupted:
+    if interrupt.heard():
         newest = next((c for c in checkpoints(output) if damage(c) is None), None)
         go_on = f"go on with --resume auto (from {newest})" if METHODS[config.method].resumable else "it cannot resume"
         say(f"interrupted at step {trainer.state.global_step}; {go_on}")
@@ -115,13 +131,14 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     finish = METHODS[config.method].finish
     with _disk_guard(output):
         finish(trainer, config, output) if finish else None
-        trainer.save_model(str(output / "model"))
+        save_whole_model(trainer, output / "model")
     after = None
     if main and data.eval:
-        after = evaluate_examples(
-            model, tokenizer, data.task, data.eval, config, predictions_path=output / "predictions.jsonl",
-            progress=say.progress("scoring the trained model"),
-        )  # fmt: skip
+        with scored_model(model, arguments, str(output / "model"), config.dtype) as scored:
+            after = evaluate_examples(
+                scored, tokenizer, data.task, data.eval, config, predictions_path=output / "predictions.jsonl",
+                progress=say.progress("scoring the trained model"),
+            )  # fmt: skip
         evaluation_seconds += after["seconds"]
     result: dict[str, Any] = {}
     if main:
@@ -134,55 +151,6 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
 
 
 # ------------------------------------------------------------------------------------------ before training
-
-
-def _choose_start(config: RunConfig, output: Path, resume: str | None, overwrite: bool, say: _Say) -> Path | None:
-    if resume and overwrite:
-        raise OptionError("overwrite", True, "either --resume or --overwrite", "Both together make no sense.")
-    if output.exists() and not output.is_dir():
-        raise OptionError("output_dir", str(output), "a folder", "A file of this name exists: choose another.")
-    taken = output.is_dir() and any(output.iterdir())
-    if resume:
-        check_resumable(config.method, resume)
-        saved = output / RESOLVED_CONFIG
-        if saved.is_file():
-            _check_resumable(config, load_run_config(saved), say)
-        checkpoint, notes = choose_checkpoint(resume, output)
-        for note in notes:
-            say(note)
-        return checkpoint
-    if taken and not overwrite:
-        raise OptionError(
-            "output_dir", str(output), "an empty or new folder",
-            "Go on with that run with --resume auto, replace it with --overwrite, or give another --output-dir.",
-        )  # fmt: skip
-    if taken and not (output / RESOLVED_CONFIG).is_file():
-        raise OptionError("output_dir", str(output), "a run's folder, to overwrite it", "It holds other files.")
-    return None
-
-
-def _check_resumable(now: RunConfig, saved: RunConfig, say: _Say) -> None:
-    """Refuse what would make saved state meaningless; tell of every other difference."""
-    before, after = (_flat(c.to_dict()) for c in (saved, now))
-    block = METHODS[now.method].block
-    fields = dataclasses.fields(BLOCKS[block]) if block else ()
-    fixed = {f"{block}.{field.name}" for field in fields if field.metadata["trajectory"]}
-    fixed |= {"method", "model_name_or_path", "dtype", "seed"}
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if old == new or key == "output_dir" or key.startswith("methods."):
-            continue
-        if key in fixed:
-            way_out = f"Resume with {key}={old}, or start another run (--output-dir)."
-            raise OptionError(key, new, f"{old!r}, with which the run began", way_out)
-        say(f"note: {key} was {old!r} when the run began and is {new!r} now")
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in data.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
-    return flat
 
 
 def _clear(output: Path) -> None:
@@ -260,8 +228,11 @@ def _seconds(trainer: Trainer, timing: Any) -> dict[str, float]:
     from galore_trainer.run.figures import optimizer_seconds
 
     mine = timing.stopwatch.seconds()
-    diagnosis, refresh = (optimizer_seconds(trainer.optimizer, part) for part in ("diagnosis", "refresh"))
-    step, optimizer = mine.get("step", 0.0) - diagnosis, mine.get("optimizer", 0.0) - diagnosis
+    parts = ("diagnosis", "refresh", "update", "plain")
+    diagnosis, refresh, *updates = (optimizer_seconds(trainer.optimizer, part) for part in parts)
+    step = mine.get("step", 0.0) - diagnosis
+    # DeepSpeed takes its step inside the backward pass, where the Trainer's callbacks do not see it.
+    optimizer = max(mine.get("optimizer", 0.0) - diagnosis, refresh + sum(updates))
     return {"training": step, "forward_backward": step - optimizer, "refresh": refresh, "update": optimizer - refresh}
 
 
@@ -269,8 +240,12 @@ def _result(
     config: RunConfig, trainer: Trainer, data: TaskData, before: Any, after: Any, peak: dict[str, Any],
     checkpoint: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
+    from galore_trainer.hf.backend import training_backend
     from galore_trainer.run.estimate import predict
     from galore_trainer.run.figures import optimizer_figures
+
+    backend = training_backend(trainer.args)
+    uncounted = {"peak_bytes": None, "note": f"counted for whole weights and state, which {backend} shards"}
 
     history = trainer.state.log_history
     return {
@@ -279,6 +254,8 @@ def _result(
         "learning_rate": trainer.args.learning_rate,
         "task": data.task,
         "seed": trainer.args.seed,
+        "backend": backend,
+        "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None,
@@ -287,7 +264,7 @@ def _result(
         "score_after": after,
         "train_loss": next((row["loss"] for row in reversed(history) if "loss" in row), None),
         "peak_memory": peak,
-        "predicted_memory": predict(config, trainer.train_dataset),
+        "predicted_memory": uncounted if shards_state(trainer.args) else predict(config, trainer.train_dataset),
         "environment": environment(),
         "data_notes": data.notes,
         "config": config.to_dict(),

@@ -156,10 +156,10 @@ def test_a_sharding_launch_is_refused_unless_the_method_can(
     arguments = training_arguments(config)
     check_method(config, arguments)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    if method == "adamw":
+    if METHODS[method].sharded:
         check_method(config, arguments)
     else:
-        with pytest.raises(OptionError, match="torchrun"):
+        with pytest.raises(OptionError, match="--launch-config ddp"):
             check_method(config, arguments)
 
 
