@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -102,7 +103,8 @@ def for_shards(config: GaLoreConfig, backend: str) -> GaLoreConfig:
     """
     check_settings(config, backend)
     if config.proj_type != "right":
-        logger.warning("%s cuts weights into rows: proj_type %s becomes right", backend, config.proj_type)
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("%s cuts weights into rows: proj_type %s becomes right", backend, config.proj_type)
         config = dataclasses.replace(config, proj_type="right")
     return config
 

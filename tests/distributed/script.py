@@ -33,7 +33,8 @@ def allow_fsdp_on_cpu() -> None:
         init(self, *args, **kwargs)
         plugin = kwargs.get("fsdp_plugin")
         if self.distributed_type == DistributedType.MULTI_CPU and plugin is not None:
-            self._shared_state["distributed_type"] = DistributedType.FSDP
+            for known in (state.AcceleratorState, state.PartialState):
+                known._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":
                 plugin.set_mixed_precision(self._mixed_precision)
             self._shared_state["fsdp_plugin"] = plugin
