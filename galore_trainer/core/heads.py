@@ -64,6 +64,20 @@ class LogicalMatrix:
         return self.outer * self.length
 
     @property
+    def prefix(self) -> str:
+        """What this matrix's keys in its parameter's state begin with."""
+        return f"{self.label}." if self.label else ""
+
+    def logical(self, name: str) -> str:
+        """Its own name, from that of its parameter."""
+        return f"{name}.{self.label}" if self.label else name
+
+    @property
+    def lends_heads(self) -> bool:
+        """Whether some heads of a block give it its basis, and not all of its rows."""
+        return self.lenders not in (0, self.heads_per_block)
+
+    @property
     def block_rows(self) -> int:
         """Rows of one block."""
         return self.rows // self.blocks

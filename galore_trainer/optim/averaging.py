@@ -8,7 +8,7 @@ hooks kept is linear in the gradient: its mean over processes is what one proces
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from galore_trainer.layouts.shard import Ranks, checksum
 from galore_trainer.optim.layerwise import ProjectedGradient
+from galore_trainer.optim.stack import runs
 
 BUCKET = 1 << 25  # entries that travel together
 COMPARE_EVERY = 10  # refreshes of a weight
@@ -73,7 +74,7 @@ class Averager:
                 wire = torch.bfloat16 if p.dtype == torch.bfloat16 else torch.float32
                 by_dtype[wire] += p.grad.kept()
         for wire, tensors in by_dtype.items():
-            for bucket in _buckets(tensors):
+            for bucket in runs(tensors, lambda pair: pair[1].numel(), BUCKET):
                 self._reduce(bucket, wire)
 
     def _reduce(self, bucket: list[tuple[str, Tensor]], wire: torch.dtype) -> None:
@@ -92,17 +93,6 @@ class Averager:
                 "same weights on every process, and let every weight take part in every forward, or train without "
                 "galore.layerwise."
             )
-
-
-def _buckets(tensors: list[tuple[str, Tensor]]) -> Iterable[list[tuple[str, Tensor]]]:
-    bucket: list[tuple[str, Tensor]] = []
-    for kind, x in tensors:
-        if bucket and sum(y.numel() for _, y in bucket) + x.numel() > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append((kind, x))
-    if bucket:
-        yield bucket
 
 
 def check_bases(ranks: Ranks, refreshed: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:

@@ -20,7 +20,7 @@ from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_proje
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Part, Whole
 from galore_trainer.optim.plain import plain_state, plain_step
-from galore_trainer.optim.refresh import diagnose, first_basis, next_due, refresh_stack
+from galore_trainer.optim.refresh import count_refresh, diagnose, first_basis, refresh_stack
 from galore_trainer.optim.residual_state import residual_lives, residual_step
 from galore_trainer.optim.sharded import step_sharded
 from galore_trainer.optim.sharded_state import pack_shards
@@ -171,7 +171,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             return [Job(p, grad, name, matrices[0], state, group, parts[0])]
         ok, last = is_finite(grad), matrices[-1]
         pairs = zip(matrices, parts, strict=True)
-        return [Job(p, grad, f"{name}.{m.label}", m, state, group, part, m is last, ok) for m, part in pairs]
+        return [Job(p, grad, m.logical(name), m, state, group, part, m is last, ok) for m, part in pairs]
 
     def _projected_state(
         self, p: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
@@ -220,7 +220,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         with self.stopwatch.measure("update", p.device):
             return ProjectedGradient(
                 p.grad, name,
-                [Part(m, f"{name}.{m.label}" if m.label else name, state, self.config, self.seed) for m in matrices],
+                [Part(m, m.logical(name), state, self.config, self.seed) for m in matrices],
                 self.averager,
             )  # fmt: skip
 
@@ -306,11 +306,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                         self.excess_errors[job.name] = (excess, sharing)
         for job in good:
             if job.last:
-                state = job.state
-                if state["refreshes"] == self.config.sketches_first:  # the first one from a whole gradient
-                    state["born"] = state["calls"]
-                state["refreshes"] += 1
-                state["due"] = next_due(state["calls"], self.config.update_proj_gap, state["phase"])
+                count_refresh(job.state, self.config)
         if self.ranks is not None:
             check_bases(self.ranks, [(job.name, job.prefix, job.state) for job in good])
         return waiting

@@ -169,10 +169,7 @@ class Locator:
     def _pieces(self, name: str, matrices: list[Any], shard: Shard) -> list[list[Piece]]:
         for matrix in matrices:
             check_shardable(matrix, name)
-        return [
-            pieces_of(m, f"{name}.{m.label}" if m.label else name, shard.rows, shard.first, shard.local_rows)
-            for m in matrices
-        ]
+        return [pieces_of(m, m.logical(name), shard.rows, shard.first, shard.local_rows) for m in matrices]
 
 
 def check_settings(config: GaLoreConfig, where: str) -> None:

@@ -46,7 +46,7 @@ class Part:
     def __init__(
         self, matrix: LogicalMatrix, name: str, state: dict[str, Any], config: GaLoreConfig, seed: int
     ) -> None:
-        prefix = f"{matrix.label}." if matrix.label else ""
+        prefix = matrix.prefix
         self.matrix = matrix
         self._basis = Stored(state[f"{prefix}basis"], state.get(f"{prefix}basis_scale"))
         self.sketch: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.basis import BASES, from_sketch, sketch_width
-from galore_trainer.core.linalg import least_error
+from galore_trainer.core.linalg import Reduce, least_error
 from galore_trainer.optim.parts import sketch, sketch_matrices
 from galore_trainer.optim.residual_state import reset_residual
 from galore_trainer.optim.stack import Job, Stack
@@ -36,19 +36,7 @@ def refresh_stack(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> g
         The new state, as written.
     """
     old, first = stack.read(), stack.jobs[0].state["refreshes"] == 0
-    omega, previous = None, None
-    if config.svd != "exact":
-        omega = torch.cat([draw_omega(job, config, seed) for job in stack.jobs])
-        previous = old.P if config.warm_start and not first else None
-    P = BASES[config.svd](
-        lending_rows(stack, G, config, seed),
-        stack.matrix.rank,
-        stack.matrix.side,
-        omega=omega,
-        previous=previous,
-        iterations=config.subspace_iterations,
-        raw_signs=config.momentum_transfer == "keep",
-    )
+    P = find_bases(stack, lending_rows(stack, G, config, seed), config, seed)
     if first:
         new = old._replace(P=P)
     else:
@@ -61,6 +49,36 @@ def refresh_stack(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> g
     if config.momentum_transfer == "reset":
         reset_residual(stack)
     return new
+
+
+def find_bases(stack: Stack, rows: Tensor, config: GaLoreConfig, seed: int, reduce: Reduce | None = None) -> Tensor:
+    """Bases from the rows that give them, [jobs x blocks, lending rows, n]; the state is read, not written.
+
+    Args:
+        stack: matrices that are due.
+        rows: float32; with ``reduce`` this process's alone, see ``core.basis.randomized``.
+        config: how.
+        seed: of the run.
+        reduce: sums over the processes that hold the rows.
+    """
+    omega, previous = None, None
+    if config.svd != "exact":
+        omega = torch.cat([draw_omega(job, config, seed) for job in stack.jobs])
+        if config.warm_start and stack.jobs[0].state["refreshes"] > 0:
+            previous = stack.get_basis()
+    sharded = {} if reduce is None else {"reduce": reduce}
+    return BASES[config.svd](
+        rows, stack.matrix.rank, stack.matrix.side, omega=omega, previous=previous,
+        iterations=config.subspace_iterations, raw_signs=config.momentum_transfer == "keep", **sharded,
+    )  # fmt: skip
+
+
+def count_refresh(state: MutableMapping[str, Any], config: GaLoreConfig) -> None:
+    """Note in a weight's state that it has new bases, and when the next ones are due."""
+    if state["refreshes"] == config.sketches_first:  # the first one from a whole gradient
+        state["born"] = state["calls"]
+    state["refreshes"] += 1
+    state["due"] = next_due(state["calls"], config.update_proj_gap, state["phase"])
 
 
 def first_basis(stack: Stack, G: Tensor | None, config: GaLoreConfig, seed: int) -> None:
@@ -80,7 +98,7 @@ def first_basis(stack: Stack, G: Tensor | None, config: GaLoreConfig, seed: int)
 def lending_rows(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> Tensor:
     """The rows that give each block its basis, float32, [jobs x blocks, lending rows, n]."""
     matrix = stack.matrix
-    if not matrix.lenders or matrix.lenders == matrix.heads_per_block:
+    if not matrix.lends_heads:
         return G.float()
     return matrix.lend(G, draw_heads(stack.jobs, config, seed, lambda: matrix.energy(G))).float()
 

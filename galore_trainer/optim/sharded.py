@@ -1,7 +1,8 @@
 """A step over weights of which this process holds a part (FSDP2's DTensors, ZeRO's flat slices).
 
 What crosses processes: rows that are cut in two and two numbers a weight in every step; at a refresh one head's rows
-where heads share a basis, else n x k and k x k products. The arithmetic is that of whole weights (``core/``).
+where heads share a basis, else n x k and k x k products (all rows for an exact SVD, own bases of heads, experts). The
+arithmetic is that of whole weights (``core/``).
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.basis import BASES, sketch_width
+from galore_trainer.core.basis import sketch_width
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.layouts.shard import Shard, completed_cut_rows
 from galore_trainer.optim.averaging import check_bases
 from galore_trainer.optim.pieces import Piece, PieceState, commit, stored_rows
-from galore_trainer.optim.refresh import draw_heads, draw_omega, next_due
+from galore_trainer.optim.refresh import count_refresh, draw_heads, find_bases
 from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
 from galore_trainer.optim.residual_state import has_residual, reset_residual
 from galore_trainer.optim.skips import Flag, finite_flags, no_skips
-from galore_trainer.optim.stack import AGE, Job, Stack, make_stacks
+from galore_trainer.optim.stack import AGE, Job, Stack, make_stacks, runs
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -81,14 +82,10 @@ class Held:
             rows[row] = entries
         return rows
 
-    def logical(self, matrix: LogicalMatrix) -> str:
-        """The name that seeds a matrix's random streams."""
-        return f"{self.name}.{matrix.label}" if matrix.label else self.name
-
     def stack(self, matrix: LogicalMatrix, state: MutableMapping[str, Any], W: Any = None, G: Any = None) -> Stack:
         """A stack of one job."""
         W = self.weight if W is None else W
-        name = matrix.name if isinstance(matrix, Piece) else self.logical(matrix)
+        name = matrix.name if isinstance(matrix, Piece) else matrix.logical(self.name)
         job = Job(W, W if G is None else G, name, matrix, state, self.group, None, False, self.ok)  # type: ignore[arg-type]
         return Stack([job])
 
@@ -122,8 +119,8 @@ def step_sharded(optimizer: GaLoreAdamW, held: Sequence[Held]) -> list[Flag]:
             for w in fit:
                 _refresh(optimizer, w)
             for members in _by_ranks(fit):
-                prefixes = [(w, m, f"{m.label}." if m.label else "") for w in members for m in w.matrices]
-                check_bases(members[0].shard.ranks, [(w.logical(m), prefix, w.state) for w, m, prefix in prefixes])
+                new = [(m.logical(w.name), m.prefix, w.state) for w in members for m in w.matrices]
+                check_bases(members[0].shard.ranks, new)
     if projected:
         with optimizer.stopwatch.measure("update", projected[0].weight.device):
             _update(optimizer, projected)
@@ -166,7 +163,7 @@ def _create_states(optimizer: GaLoreAdamW, held: Sequence[Held]) -> set[int]:
 
 def _update(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
     most = optimizer._stack_elements(held[0].weight.device)
-    for chunk in _chunks(held, most):
+    for chunk in runs(held, lambda w: w.weight.numel(), most):  # as many are copied at a time
         opened = [(w, w.shard.rows_of(w.weight), w.gradient()) for w in chunk]
         states = [[PieceState(w.state, piece) for piece in _flat(w.pieces)] for w in chunk]
         jobs = [
@@ -185,25 +182,13 @@ def _update(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
             w.state["calls"] += 1
 
 
-def _chunks(held: Sequence[Held], most: int) -> Iterator[list[Held]]:
-    """Consecutive weights with at most ``most`` local entries, at least one weight: as many are copied at a time."""
-    chunk: list[Held] = []
-    for w in held:
-        if chunk and sum(x.weight.numel() for x in (*chunk, w)) > most:
-            yield chunk
-            chunk = []
-        chunk.append(w)
-    if chunk:
-        yield chunk
-
-
 def _flat(pieces: Sequence[Sequence[Piece]]) -> list[Piece]:
     return [piece for own in pieces for piece in own]
 
 
 def _count_along(w: Held, matrix: LogicalMatrix, config: GaLoreConfig) -> None:
     """Without a row of a matrix its counters go on, so that they are the same on every process."""
-    state, prefix = w.state, f"{matrix.label}." if matrix.label else ""
+    state, prefix = w.state, matrix.prefix
     state[prefix + AGE] = state[prefix + AGE] + w.ok
     if not has_residual(matrix, config) or state["refreshes"] == 0:
         return
@@ -223,38 +208,28 @@ def _refresh(optimizer: GaLoreAdamW, w: Held) -> None:
     first = state["refreshes"] == 0
     for matrix, pieces in zip(w.matrices, w.pieces, strict=True):
         whole = w.stack(matrix, state)
-        P = _basis(w, matrix, G, config, optimizer.seed, None if first else whole.get_basis())
+        P = _basis(w, whole, G, config, optimizer.seed)
         if not first:
             P = _carry_over(w, whole, pieces, P, config)
         P = whole.put_basis(P)
-        optimizer.projection_errors[w.logical(matrix)] = _projection_error(w, pieces, G, P)
-    if first:
-        state["born"] = state["calls"]
-    state["refreshes"] += 1
-    state["due"] = next_due(state["calls"], config.update_proj_gap, state["phase"])
+        optimizer.projection_errors[matrix.logical(w.name)] = _projection_error(w, pieces, G, P)
+    count_refresh(state, config)
 
 
-def _basis(
-    w: Held, matrix: LogicalMatrix, G: Tensor, config: GaLoreConfig, seed: int, previous: Tensor | None
-) -> Tensor:
-    job = w.stack(matrix, w.state).jobs[0]
+def _basis(w: Held, whole: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> Tensor:
+    """Bases of one logical matrix: from its rows where they lie, or, where those are few or needed whole, gathered."""
+    matrix = whole.matrix
     rows = stored_rows(matrix, w.shard.rows).to(G.device)  # [blocks, block rows]
-    lends = matrix.lenders and matrix.lenders != matrix.heads_per_block
-    if lends:
+    if matrix.lends_heads:
         rows = rows.unflatten(1, (matrix.heads_per_block, matrix.head_dim))
-        heads = draw_heads([job], config, seed, lambda: _energy(w, rows, G))
+        heads = draw_heads(whole.jobs, config, seed, lambda: _energy(w, rows, G))
         rows = rows[torch.arange(matrix.blocks, device=rows.device)[:, None], heads].flatten(1)
-    options: dict[str, Any] = {
-        "omega": None if config.svd == "exact" else draw_omega(job, config, seed),
-        "previous": previous if config.warm_start else None,
-        "iterations": config.subspace_iterations,
-        "raw_signs": config.momentum_transfer == "keep",
-    }
-    k = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), rows.shape[1], matrix.columns)
-    if config.svd == "randomized" and not lends and matrix.blocks == 1 and k < min(rows.shape[1], matrix.columns):
+    smaller = min(rows.shape[1], matrix.columns)
+    thin = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), smaller, smaller) < smaller
+    if config.svd == "randomized" and matrix.blocks == 1 and thin and not matrix.lends_heads:
         own = G[_owned(w, rows)[1]].float().unsqueeze(0)
-        return BASES["randomized"](own, matrix.rank, "right", reduce=w.shard.ranks.sum, **options)
-    return BASES[config.svd](_gather(w, rows, G), matrix.rank, "right", **options)
+        return find_bases(whole, own, config, seed, reduce=w.shard.ranks.sum)
+    return find_bases(whole, _gather(w, rows, G), config, seed)
 
 
 def _owned(w: Held, rows: Tensor) -> tuple[Tensor, Tensor]:

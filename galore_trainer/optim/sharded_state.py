@@ -49,7 +49,7 @@ def _pack(state: Mapping[str, Any], p: Any, matrices: Any, config: GaLoreConfig)
             wide = min(wide, columns)
             packed.setdefault(key, torch.zeros(rows, wide, dtype=dtype, device=device))
         for matrix in with_residual:
-            packed.setdefault(f"{matrix.label}.{AGE}" if matrix.label else AGE, torch.zeros((), device=device))
+            packed.setdefault(matrix.prefix + AGE, torch.zeros((), device=device))
     sharded = ROW_KEYS if matrices else tuple(key for key, _ in MOMENTS)
     return {key: like(value, p) if key in sharded else value for key, value in packed.items()}
 

@@ -7,8 +7,8 @@ stack; the core sees their blocks as one leading dimension. State stays with eac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.precision import NOISE, Stored, decode, decode_basis, encode, encode_basis
 from galore_trainer.optim.parts import Part
 from galore_trainer.optim.streams import stream
+
+Item = TypeVar("Item")
 
 BASIS, AGE, SCALE = "basis", "step", "_scale"
 MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # key, and whether it has a sign
@@ -51,7 +53,7 @@ class Job:
     @property
     def prefix(self) -> str:
         """What this matrix's keys in the state begin with."""
-        return f"{self.matrix.label}." if self.matrix.label else ""
+        return self.matrix.prefix
 
     def key(self) -> tuple[Any, ...]:
         """Equal for jobs that one stack may hold."""
@@ -207,3 +209,17 @@ def make_stacks(jobs: Iterable[Job], max_elements: int) -> Iterator[Stack]:
 
 def _join(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def runs(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Consecutive items whose sizes add up to at most ``most``, at least one at a time."""
+    run: list[Item] = []
+    total = 0
+    for item in items:
+        if run and total + size(item) > most:
+            yield run
+            run, total = [], 0
+        run.append(item)
+        total += size(item)
+    if run:
+        yield run
