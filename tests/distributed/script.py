@@ -1,7 +1,8 @@
 """Trains a tiny model under one backend: ``script.py BACKEND MODEL OUTPUT SETTINGS [CHECKPOINT]``, under torchrun.
 
-On CPUs DeepSpeed needs no compiler (its shared-memory operation is declared missing) and accelerate needs to be told
-that FSDP may run there: both are for tests alone.
+SETTINGS are GaLoreConfig's, in JSON, and two more: ``bf16`` for the Trainer, ``adamw`` for PyTorch's AdamW instead, at
+this learning rate. Two GPUs are used where there are two. On CPUs DeepSpeed needs no compiler (its shared-memory
+operation is declared missing) and accelerate needs to be told that FSDP may run there: both are for tests alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 from galore_trainer import GaLoreConfig, galore_plugin
 from galore_trainer.hf.callback import unwrap_optimizer
 
+ON_GPU = torch.cuda.device_count() >= 2
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 ROWS, LENGTH, SAVE_AT = 48, 12, 3
 
@@ -45,7 +47,8 @@ def allow_fsdp_on_cpu() -> None:
 def backend_arguments(backend: str) -> dict[str, Any]:
     """What TrainingArguments need for a backend."""
     if backend == "fsdp2":
-        allow_fsdp_on_cpu()
+        if not ON_GPU:
+            allow_fsdp_on_cpu()
         return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
                                                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
                                                "state_dict_type": "SHARDED_STATE_DICT"}}  # fmt: skip
@@ -55,7 +58,8 @@ def backend_arguments(backend: str) -> dict[str, Any]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         return {"deepspeed": {"zero_optimization": {"stage": int(backend[4])}, "train_micro_batch_size_per_gpu": "auto",
                               "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-                              "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}}  # fmt: skip
+                              "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
+                              "bf16": {"enabled": "auto"}}}  # fmt: skip
     return {}
 
 
@@ -81,17 +85,21 @@ def train(backend: str, model_dir: str, output: str, options: dict[str, Any], re
     set_seed(3)
     # The residual's entries near zero are normalised by their own size: with the usual 1e-8 the order of a sum decides
     # their sign (1e-4 seen in one entry of a matrix, under DDP too).
+    options = dict(options)
+    bf16, adamw = options.pop("bf16", False), options.pop("adamw", None)
     args = TrainingArguments(
         output, max_steps=6, per_device_train_batch_size=4 // WORLD, gradient_accumulation_steps=2, max_grad_norm=0.5,
-        learning_rate=4e-3, weight_decay=0.1, adam_epsilon=1e-5, use_cpu=True, save_strategy="steps",
-        save_steps=SAVE_AT, report_to="none", disable_tqdm=True, seed=3, logging_steps=1, **backend_arguments(backend),
+        learning_rate=adamw or 4e-3, weight_decay=0.1, adam_epsilon=1e-5, use_cpu=not ON_GPU, bf16=bf16,
+        save_strategy="steps", save_steps=SAVE_AT, report_to="none", disable_tqdm=True, seed=3, logging_steps=1,
+        **backend_arguments(backend),
     )  # fmt: skip
-    config = GaLoreConfig(
-        rank=4, update_proj_gap=2, residual_percent=1.2, residual_warmup_steps=2, proj_type="right", **options
-    )
+    usual = {"rank": 4, "update_proj_gap": 2, "residual_percent": 1.2, "residual_warmup_steps": 2, "proj_type": "right"}
+    config = GaLoreConfig(**{**usual, **options})
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    trainer = Trainer(model, args, train_dataset=rows, **galore_plugin(config, args))
+    trainer = Trainer(model, args, train_dataset=rows, **({} if adamw else galore_plugin(config, args)))
     trainer.train(resume_from_checkpoint=resume)
+    if adamw:
+        return {"weights": whole_weights(trainer)}
     optimizer = unwrap_optimizer(trainer.optimizer)
     local = sum(p.numel() for _, p in optimizer.projected_weights())
     whole = sum(torch.Size(shape).numel() for g in optimizer.param_groups if g["projected"] for shape in g["shapes"])
