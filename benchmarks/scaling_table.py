@@ -99,12 +99,14 @@ def line_of(key: Key, rows: dict[Key, dict[str, Any]], output: Path) -> dict[str
     line: dict[str, float | None] = {
         "step ms": 1000 * ordinary, "refresh ms": None if extra is None else 1000 * extra,
         "optimizer ms": 1000 * sum(parts) if parts else None,
-        "tokens/s": row["tokens"] / seconds, "peak GiB": row["peak"] / GIB, "loss": statistics.mean(row["loss"][-5:]),
+        "tokens/s": row["tokens"] / seconds, "peak GiB": row["peak"] / GIB if row["peak"] else None,
+        "loss": statistics.mean(row["loss"][-5:]),
         "sent MB a step": wire_bytes(row["collectives"], key.world) / 1e6 if row["collectives"] else None,
     }  # fmt: skip
     line["moved"] = row.get("moved")
     if adamw and "error" not in adamw:
-        line |= {"time / AdamW": seconds / amortised(adamw), "peak / AdamW": row["peak"] / adamw["peak"]}
+        line["time / AdamW"] = seconds / amortised(adamw)
+        line["peak / AdamW"] = row["peak"] / adamw["peak"] if row["peak"] and adamw["peak"] else None
     if one and "error" not in one and key.world > 1:
         line["efficiency"] = row["tokens"] / seconds / (one["tokens"] / amortised(one)) / key.world
         if key.scaling == "strong":

@@ -45,6 +45,7 @@ class Training:
     step: Callable[[], None]
     optimizer: Any
     model: Any
+    close: Callable[[], None] = lambda: None  # gives back what the backend holds
 
 
 def build(cell: dict[str, Any], backend: str, device: torch.device) -> Training:
@@ -65,7 +66,7 @@ def build(cell: dict[str, Any], backend: str, device: torch.device) -> Training:
         import deepspeed
 
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_settings(cell, backend))[0]
-        return Training(engine, engine.backward, engine.step, optimizer, model)
+        return Training(engine, engine.backward, engine.step, optimizer, model, engine.destroy)
     wrapped: Any = model
     if backend.startswith("ddp") and WORLD > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -112,8 +113,9 @@ def batch_of(cell: dict[str, Any], step: int, device: torch.device) -> torch.Ten
 
 def measure(cell: dict[str, Any], backend: str, device: torch.device) -> dict[str, Any]:
     """Train a cell and say what it took; every process calls it, and gets the same figures but for times."""
-    training = build(cell, backend, device)
     on_gpu = device.type == "cuda"
+    held = torch.cuda.memory_allocated() if on_gpu else 0
+    training = build(cell, backend, device)
     losses: list[torch.Tensor] = []
     seconds: list[float] = []
     collectives: dict[str, Any] = {}
@@ -152,7 +154,7 @@ def measure(cell: dict[str, Any], backend: str, device: torch.device) -> dict[st
         "loss": mean.tolist(), "seconds": seconds[WARM_UP:], "refresh_steps": refresh_steps(cell, backend),
         "collectives": collectives, "peak": max_over_processes(peak(on_gpu), device),
         "parameters": parameters(cell["model"]), "tokens": cell["batch"] * cell["length"] * WORLD,
-        "staggered": backend == "ddp layer-wise", "kept": kept,
+        "held_before": held, "staggered": backend == "ddp layer-wise", "kept": kept,
     }  # fmt: skip
     if before:
         after = sampled_weights(training.model)
@@ -165,6 +167,7 @@ def measure(cell: dict[str, Any], backend: str, device: torch.device) -> dict[st
         result["optimizer_seconds"] = {
             name: values[WARM_UP:] for name, values in parts.items()
         }  # of every timed step: refresh, update, plain
+    training.close()
     return result
 
 
