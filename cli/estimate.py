@@ -14,6 +14,10 @@ Methods = Annotated[
     str | None, typer.Option("--methods", metavar="A,B", help="Methods to compare; layerwise is galore_plus so.")
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, a hub id, or embedded:smollm2-135m.")]
+Processes = Annotated[int | None, typer.Option("--num-processes", metavar="N", help="Count one of N processes.")]
+Launch = Annotated[
+    str | None, typer.Option("--launch-config", metavar="NAME", help="ddp (default), fsdp2, zero1, zero2 or zero3.")
+]
 Ranks = Annotated[str | None, typer.Option("--ranks", metavar="16,32", help="Ranks to compare.")]
 
 
@@ -25,6 +29,8 @@ def estimate(
     flags: dict[str, Any],
     methods: Methods = None,
     ranks: Ranks = None,
+    num_processes: Processes = None,
+    launch_config: Launch = None,
     debug: Debug = False,
 ) -> None:
     """Tell the memory that training would take, in GiB, method by method; loads no weights and needs no GPU.
@@ -33,11 +39,18 @@ def estimate(
     max_length tokens in each of per_device_train_batch_size rows.
     """
     run = load(config, overrides, flags, reach=("model",))
-    from galore_trainer.run.estimate import CHOICES, LAYERWISE, as_table
+    from galore_trainer.run.estimate import LAYERWISE, as_table
     from galore_trainer.run.estimate import estimate as count
+    from galore_trainer.run.per_process import layout_of
 
-    chosen = [LAYERWISE if name == "layerwise" else name for name in methods.split(",")] if methods else CHOICES
-    typer.echo(as_table(count(run, chosen, integers("--ranks", ranks) if ranks else ())))
+    layout = None
+    if num_processes is not None or launch_config is not None:
+        layout = layout_of(launch_config or "ddp", 2 if num_processes is None else num_processes)
+    chosen = [LAYERWISE if name == "layerwise" else name for name in methods.split(",")] if methods else ()
+    rows = count(run, chosen, integers("--ranks", ranks) if ranks else (), layout)
+    if layout is not None:
+        typer.echo(f"each of {layout.processes} processes under {layout.name}, in GiB")
+    typer.echo(as_table(rows))
 
 
 def inspect(model: Model, overrides: Overrides = None, debug: Debug = False) -> None:

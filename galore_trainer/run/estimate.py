@@ -10,7 +10,8 @@ from typing import Any
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.run.config import RunConfig
-from galore_trainer.run.methods import METHODS
+from galore_trainer.run.methods import METHODS, check_backend
+from galore_trainer.run.per_process import Layout, Sizes, as_kept, share_out, sizes_of
 from galore_trainer.run.simulate import StepMemory, simulate_step
 
 LAYERWISE = "galore_plus, layer-wise"
@@ -30,38 +31,60 @@ class Row:
     memory: StepMemory
 
 
-def estimate(config: RunConfig, methods: Sequence[str] = CHOICES, ranks: Sequence[int] = ()) -> list[Row]:
+def estimate(
+    config: RunConfig, methods: Sequence[str] = (), ranks: Sequence[int] = (), layout: Layout | None = None
+) -> list[Row]:
     """Count one training step of each method; no weights are loaded.
 
     Args:
         config: model, precision, batch size, length, checkpointing, settings of the methods.
-        methods: of ``CHOICES``.
+        methods: of ``CHOICES``; all that the layout allows where empty.
         ranks: in place of the configuration's.
+        layout: count one of several processes.
 
     Raises:
-        OptionError: an unknown method, a model whose configuration cannot be read, a rank that does not fit.
+        OptionError: an unknown method, a model whose configuration cannot be read, a rank that does not fit, a method
+            or setting that the layout does not allow.
     """
     rows = []
-    for method in methods:
+    for method in methods or [m for m in CHOICES if layout is None or _allowed(m, layout)]:
         if method not in CHOICES:
             raise OptionError("--methods", method, f"some of {', '.join(CHOICES)}")
+        if layout is not None and not _allowed(method, layout):
+            check_backend(method.split(",")[0], layout.backend)
+            raise OptionError(
+                "--methods", method, "galore_plus", f"Layer-wise mode runs alone or under DDP, not {layout.name}."
+            )
         block = METHODS[method.split(",")[0]].block
         own = config.lora.rank if block == "lora" else config.galore.rank
         for rank in (ranks or (own,)) if block else (0,):
-            rows.append(Row(method, rank, estimate_one(config, method, rank)))
+            rows.append(Row(method, rank, estimate_one(config, method, rank, layout)))
     return rows
 
 
-def estimate_one(config: RunConfig, method: str, rank: int = 0) -> StepMemory:
+def _allowed(method: str, layout: Layout) -> bool:
+    try:
+        check_backend(method.split(",")[0], layout.backend)
+    except OptionError:
+        return False
+    return layout.backend == "ddp" or method != LAYERWISE
+
+
+def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout | None = None) -> StepMemory:
     """Count one training step; see ``estimate``."""
     from galore_trainer.run.arguments import training_arguments
 
     arguments = training_arguments(config)
     text = _model_config(config)
     bf16 = bool(arguments.bf16)
+    element, sizes, averaged = 4, list[Sizes](), list[int]()
+    if layout is not None:
+        dtype, element = as_kept(config.dtype, layout, bf16=bf16)
+        config = dataclasses.replace(config, dtype=dtype)
 
     def make_model() -> Any:
         model = _build(text, config)
+        sizes.append(sizes_of(model))
         model.train()
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs or {"use_reentrant": False})
@@ -75,20 +98,33 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0) -> StepMemory:
         return model
 
     def make_optimizer(model: Any) -> Any:
+        averaged.append(sum(p.nbytes for p in model.parameters() if p.requires_grad))
         if not method.startswith("galore"):
             return _adam_state(model, eight_bit=method == "adamw_8bit"), 0
         galore = method_settings(config.galore, method, rank)
         if method == "galore_torch":
             return _galore_torch_memory(model, galore)
-        from galore_trainer.hf.build import galore_groups
+        from galore_trainer.hf.build import for_shards, galore_groups
         from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
-        return GaLoreAdamW(galore_groups(model, galore, lr=1.0, weight_decay=arguments.weight_decay), galore, lr=1.0)
+        if layout is not None and layout.backend != "ddp":
+            galore = for_shards(galore, layout.backend)
+        optimizer = GaLoreAdamW(
+            galore_groups(model, galore, lr=1.0, weight_decay=arguments.weight_decay), galore, lr=1.0
+        )
+        if galore.layerwise:
+            averaged.append(averaged[-1] - sum(p.nbytes for _, p in optimizer.projected_weights()))
+        return optimizer
 
-    return simulate_step(
+    memory = simulate_step(
         make_model, make_optimizer, batch_size=arguments.per_device_train_batch_size, length=config.max_length,
         autocast=bf16 and config.dtype != "bfloat16", accumulates=arguments.gradient_accumulation_steps > 1,
     )  # fmt: skip
+    if layout is None:
+        return memory
+    return share_out(
+        memory, sizes[-1], layout, element=element, averaged=averaged[-1], adamw=not method.startswith("galore")
+    )
 
 
 def method_settings(galore: GaLoreConfig, method: str, rank: int) -> GaLoreConfig:
@@ -98,12 +134,13 @@ def method_settings(galore: GaLoreConfig, method: str, rank: int) -> GaLoreConfi
     return GaLoreConfig(**{**galore.to_dict(), **fixed, "layerwise": method == LAYERWISE, "rank": rank})
 
 
-def predict(config: RunConfig, rows: Any) -> dict[str, Any]:
+def predict(config: RunConfig, rows: Any, processes: int = 1) -> dict[str, Any]:
     """What a run's own memory was to be: ``peak_bytes``, of them ``weights_bytes``, for rows of ``length`` tokens.
 
     Args:
         config: of the run.
         rows: its training data, tokenized; the longest of the first 2000 gives the length.
+        processes: of the run, under DDP where there are several.
 
     Returns:
         ``peak_bytes`` is None, and ``note`` says why, where the model could not be counted.
@@ -113,7 +150,8 @@ def predict(config: RunConfig, rows: Any) -> dict[str, Any]:
     galore = METHODS[config.method].block == "galore"
     method = LAYERWISE if galore and config.galore.layerwise else config.method
     try:
-        memory = estimate_one(config, method, config.galore.rank if galore else config.lora.rank)
+        layout = Layout("ddp", processes) if processes > 1 else None
+        memory = estimate_one(config, method, config.galore.rank if galore else config.lora.rank, layout)
     except Exception as error:  # a model that cannot be built without its weights must not end a finished run
         return {"peak_bytes": None, "length": config.max_length, "note": f"{type(error).__name__}: {error}"}
     return {

@@ -264,7 +264,9 @@ def _result(
         "score_after": after,
         "train_loss": next((row["loss"] for row in reversed(history) if "loss" in row), None),
         "peak_memory": peak,
-        "predicted_memory": uncounted if shards_state(trainer.args) else predict(config, trainer.train_dataset),
+        "predicted_memory": uncounted
+        if shards_state(trainer.args)
+        else predict(config, trainer.train_dataset, trainer.args.world_size),
         "environment": environment(),
         "data_notes": data.notes,
         "config": config.to_dict(),

@@ -14,6 +14,7 @@ from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
 from galore_trainer.run.config import load_run_config
 from galore_trainer.run.estimate import CHOICES, LAYERWISE, as_table, estimate, estimate_one
+from galore_trainer.run.per_process import BUCKET, Layout, layout_of
 from galore_trainer.run.simulate import LiveBytes
 
 HIDDEN, LAYERS, VOCABULARY = 128, 3, 512
@@ -163,3 +164,58 @@ def test_a_finished_run_tells_what_was_predicted(tiny_model_dir: Path, tmp_path:
     assert told["peak_bytes"] > told["weights_bytes"] > 0
     assert told["note"] == ""
     assert 10 < told["length"] <= 256
+
+
+def test_ddp_has_buckets_for_the_gradients_that_it_averages(folder: Path) -> None:
+    config, plain = configure(folder), 4 * (2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN)
+    for method, buckets in (("adamw", 4 * count(config)), ("galore_plus", 4 * count(config)), (LAYERWISE, plain)):
+        alone, one = estimate_one(config, method, 8), estimate_one(config, method, 8, Layout("ddp", 2))
+        assert one.gradients - alone.gradients == buckets, method
+        assert one.peak is not None
+        assert alone.peak is not None
+        assert one.peak - alone.peak == buckets
+        assert estimate_one(config, method, 8, Layout("ddp", 1)) == alone
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_fsdp_cuts_everything_but_bases_and_what_is_gathered(folder: Path, processes: int) -> None:
+    config = configure(folder, "galore.proj_type=right")
+    layer = (count(config) - (2 * VOCABULARY + 1) * HIDDEN) // LAYERS
+    gathered = 4 * ((2 * VOCABULARY + 1) * HIDDEN + 4 * layer)
+    alone, one = (estimate_one(config, "galore_plus", 8, layout) for layout in (None, Layout("fsdp2", processes)))
+    assert one.weights == alone.weights // processes
+    assert one.gradients == alone.gradients // processes
+    assert one.state["basis"] == alone.state["basis"]
+    assert one.state["plain"] == alone.state["plain"] // processes
+    assert one.backward is not None
+    assert alone.backward is not None
+    assert one.backward - alone.backward == gathered
+
+
+def test_zero_adds_master_weights_and_cuts_stage_by_stage(folder: Path) -> None:
+    config = configure(folder, "dtype=bfloat16")
+    elements = count(config)
+    bucket = 2 * min(BUCKET, elements)
+    for stage, weights, gradients in (
+        (1, 2 * elements, 2 * elements), (2, 2 * elements, elements), (3, elements, elements + bucket)
+    ):  # fmt: skip
+        one = estimate_one(config, "adamw", 0, Layout(f"zero{stage}", 2))
+        assert one.weights == pytest.approx(weights + 2 * elements, rel=0.002)  # rotary buffers
+        assert one.gradients == gradients
+        assert one.state == {"plain": 4 * elements}  # two float32 moments, cut in two
+        assert one.step == 2 * elements  # the optimizer's float32 gradient
+
+
+def test_what_a_launch_refuses_is_not_counted(folder: Path) -> None:
+    config = configure(folder)
+    assert [row.method for row in estimate(config, layout=Layout("zero2", 2))] == ["adamw", "galore", "galore_plus"]
+    assert len(estimate(config, layout=Layout("ddp", 2))) == len(CHOICES)
+    for method, layout in (("lora", "fsdp2"), (LAYERWISE, "zero3")):
+        with pytest.raises(OptionError):
+            estimate(config, [method], layout=Layout(layout, 2))
+    with pytest.raises(OptionError, match="state_bits"):
+        estimate(configure(folder, "galore.state_bits=8"), ["galore_plus"], layout=Layout("fsdp2", 2))
+    with pytest.raises(OptionError, match="one of ddp"):
+        layout_of("megatron", 2)
+    with pytest.raises(OptionError, match="at least 1"):
+        layout_of("ddp", 0)
