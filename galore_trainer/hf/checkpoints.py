@@ -1,4 +1,4 @@
-"""Checkpoint folders of the Trainer, whichever backend wrote them; ``export_state`` makes of each what one process saves.
+"""Checkpoint folders of the Trainer, whichever backend wrote them: ``export_state`` makes them those of one process.
 
 One process and DDP write ``optimizer.pt``, FSDP2 ``optimizer_0/`` or ``optimizer.bin``, DeepSpeed ``global_step*/``.
 """
@@ -27,7 +27,9 @@ from galore_trainer.optim.whole import whole_of_names, whole_of_slices
 OPTIMIZER, SCHEDULER, TRAINER, WEIGHTS = "optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors"
 OPTION = "checkpoint"
 WHOLE_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-OF_A_LAUNCH = re.compile(r"pytorch_model_fsdp.*|optimizer.*|latest|zero_to_.*|training_args\.bin|manifest\.json|scaler\.pt")
+OF_A_LAUNCH = re.compile(
+    r"pytorch_model_fsdp.*|optimizer.*|latest|zero_to_.*|training_args\.bin|manifest\.json|scaler\.pt"
+)
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
@@ -47,8 +49,8 @@ def check_layout(checkpoint: str | Path, args: Any) -> None:
         args: the Trainer's ``TrainingArguments``.
     """
     folder = Path(checkpoint)
-    backend, written = training_backend(args), written_by(folder)
-    now = "ddp" if backend == "single" else backend
+    now, written = str(training_backend(args)), written_by(folder)
+    now = "ddp" if now == "single" else now
     if written == now == "deepspeed":
         stage3 = args.deepspeed_plugin.hf_ds_config.is_zero3()
         now = f"ZeRO-{'3' if stage3 else '1 or 2'} on {args.world_size}"
@@ -91,9 +93,9 @@ def export_state(checkpoint: str | Path, output_dir: str | Path) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     for path in source.iterdir():
-        if path.is_file() and not OF_A_LAUNCH.fullmatch(path.name):
-            if weights is None or not WHOLE_WEIGHTS.fullmatch(path.name):
-                shutil.copyfile(path, unfinished / path.name)
+        replaced = OF_A_LAUNCH.fullmatch(path.name) or (weights is not None and WHOLE_WEIGHTS.fullmatch(path.name))
+        if path.is_file() and not replaced:
+            shutil.copyfile(path, unfinished / path.name)
     if weights is not None:
         from safetensors.torch import save_file
 
@@ -190,7 +192,9 @@ def _read_zero(checkpoint: Path) -> Read:
 
 def _with_trained(folder: Path, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a model under its own names: trained ones, frozen ones and buffers; tied ones once."""
-    stage3 = sorted(folder.glob("*zero_pp_rank_*_model_states.pt"), key=lambda path: int(path.name.split("_rank_")[1].split("_")[0]))
+    stage3 = sorted(
+        folder.glob("*zero_pp_rank_*_model_states.pt"), key=lambda path: int(path.name.split("_rank_")[1].split("_")[0])
+    )
     files = stage3 or sorted(folder.glob("mp_rank_*_model_states.pt"))
     if not files:
         raise FileNotFoundError("no *_model_states.pt")

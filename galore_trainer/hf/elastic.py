@@ -55,7 +55,7 @@ def import_state(trainer: Trainer, checkpoint: str | Path) -> Path:
         raise OptionError("backend", training_backend(args), "FSDP2 or DeepSpeed", way_out)
     if args.save_only_model:
         raise OptionError("save_only_model", True, "false, as the state is to be saved")
-    target = Path(args.output_dir) / f"checkpoint-{step}"
+    target = Path(str(args.output_dir)) / f"checkpoint-{step}"
     if any(target.parent.glob("checkpoint-*")):
         way_out = "Its checkpoints might be removed by save_total_limit: give another one."
         raise OptionError("output_dir", str(target.parent), "a folder without checkpoints", way_out)
@@ -149,15 +149,16 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         model: as the backend left it; every process calls this.
         weights: by logical name.
     """
-    for full_name, p in model.named_parameters():
+    parameters: Any = model.named_parameters()
+    for full_name, p in parameters:
         whole = weights[logical_name(full_name)]
         if is_dtensor(p):
             shard, own = shard_of(p, full_name), local(p)
             own.copy_(whole.reshape(-1)[shard.start : shard.stop].view(own.shape))
         elif hasattr(p, "ds_id"):
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            with GatheredParameters([p], modifier_rank=0):
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                 if p.numel():
                     p.data.copy_(whole)
         else:

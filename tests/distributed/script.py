@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-from galore_trainer import GaLoreConfig, galore_plugin
+from galore_trainer import GaLoreConfig, galore_plugin, import_state
 from galore_trainer.hf.callback import unwrap_optimizer
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -73,7 +73,7 @@ def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
-def train(backend: str, model_dir: str, output: str, options: dict[str, Any], resume: str | None) -> dict[str, Any]:
+def make_trainer(backend: str, model_dir: str, output: str, options: dict[str, Any]) -> Trainer:
     """Six steps of two micro-batches, three refreshes; saves after the third step."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 250, (ROWS, LENGTH), generator=generator).tolist()
@@ -90,7 +90,14 @@ def train(backend: str, model_dir: str, output: str, options: dict[str, Any], re
         rank=4, update_proj_gap=2, residual_percent=1.2, residual_warmup_steps=2, proj_type="right", **options
     )
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    trainer = Trainer(model, args, train_dataset=rows, **galore_plugin(config, args))
+    return Trainer(model, args, train_dataset=rows, **galore_plugin(config, args))
+
+
+def train(backend: str, model_dir: str, output: str, options: dict[str, Any], resume: str | None) -> dict[str, Any]:
+    """Train to the end; a whole checkpoint is imported first where the backend cuts weights."""
+    if resume and backend not in ("single", "ddp") and os.path.isfile(f"{resume}/optimizer.pt"):
+        resume = str(import_state(make_trainer(backend, model_dir, f"{output}/imported", options), resume))
+    trainer = make_trainer(backend, model_dir, output, options)
     trainer.train(resume_from_checkpoint=resume)
     optimizer = unwrap_optimizer(trainer.optimizer)
     local = sum(p.numel() for _, p in optimizer.projected_weights())

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
+from galore_trainer.hf.checkpoints import written_by
 from galore_trainer.run import arguments, launch
 from galore_trainer.run.config import RunConfig, packaged_configs
-from galore_trainer.run.distributed import check_sharding, check_trainer, written_by
+from galore_trainer.run.distributed import check_sharding, check_trainer
 from galore_trainer.run.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
 from galore_trainer.run.train import train
 
@@ -206,8 +207,10 @@ def test_a_checkpoint_is_refused_under_another_backend_or_number(tmp_path: Path)
     for rank in (0, 1):
         (state / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     check_sharding(sharded(2), state.parent)
-    with pytest.raises(OptionError, match=r"wrote it.*--num-processes 2"):
+    with pytest.raises(OptionError, match=r"ZeRO-1 or 2 on 4.*ZeRO-1 or 2 on 2.*galore-ft state export"):
         check_sharding(sharded(2, world=4), state.parent)
+    with pytest.raises(OptionError, match=r"ZeRO-3 on 2.*ZeRO-1 or 2 on 2, which wrote it"):
+        check_sharding(sharded(3), state.parent)
     with pytest.raises(OptionError, match=r"under ddp.*under deepspeed, which wrote it"):
         check_sharding(sharded(None), state.parent)
     for name, backend in (("optimizer.pt", "ddp"), ("optimizer_0", "fsdp"), ("optimizer.bin", "fsdp")):
