@@ -159,7 +159,7 @@ def _collect_rows(found: dict[str, Any], state: State, shard: Shard) -> None:
             found.setdefault(key, value)  # the same on every process
         elif shard.local_rows:
             whole = found.setdefault(key, value.new_zeros(shard.rows, value.shape[-1]))
-            whole[shard.first : shard.first + shard.local_rows] = value
+            whole[shard.first : shard.first + shard.local_rows][shard.owned] = value[shard.owned]
 
 
 def _collect_entries(
