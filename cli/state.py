@@ -51,7 +51,10 @@ def import_(
     same arguments and --resume auto.
     """
     run = load(config, overrides, flags)
+    from galore_trainer.run.elastic import check_import, import_checkpoint
     from galore_trainer.run.launch import plan_launch, run_launch
+
+    check_import(checkpoint)
 
     launch = plan_launch(run, num_processes=num_processes, launch_config=launch_config)
     if launch is not None and launch.backend == "ddp":
@@ -66,8 +69,6 @@ def import_(
         if code := run_launch(launch, words):
             raise typer.Exit(code)
         return
-    from galore_trainer.run.elastic import import_checkpoint
-
     target = import_checkpoint(run, checkpoint)
     if is_main_process():
         typer.echo(f"{target}: galore-ft train goes on from it with the same arguments and --resume auto")

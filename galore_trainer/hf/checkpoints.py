@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
@@ -117,6 +118,15 @@ def check_whole_folder(checkpoint: Path) -> int:
     return json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))["global_step"]
 
 
+def check_importable(checkpoint: str | Path) -> int:
+    """The step of a whole checkpoint; ``OptionError`` for any other, with the way to make it one."""
+    step = check_whole_folder(Path(checkpoint).expanduser())
+    if not (Path(checkpoint).expanduser() / OPTIMIZER).is_file():
+        way_out = f"Make one: galore-ft state export {checkpoint} NEW_OUTPUT_DIR."
+        raise OptionError(OPTION, str(checkpoint), f"a whole checkpoint, with {OPTIMIZER}", way_out)
+    return step
+
+
 def check_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Raise ``OptionError`` where an optimizer's state is none of ``GaLoreAdamW``'s, or an earlier version's."""
     if not all("matrices" in g for g in state["param_groups"] if g.get("projected", True)):
@@ -128,7 +138,7 @@ def _explained(checkpoint: Path) -> Iterator[None]:
     """Turn a failure to read a file into an ``OptionError``."""
     try:
         yield
-    except (RuntimeError, OSError, LookupError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, LookupError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise OptionError(OPTION, str(checkpoint), "a checkpoint with all of its files, whole", reason) from error
 

@@ -20,8 +20,8 @@ from galore_trainer.hf.checkpoints import (
     SCHEDULER,
     TRAINER,
     WHOLE_WEIGHTS,
+    check_importable,
     check_state,
-    check_whole_folder,
 )
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
 from galore_trainer.optim.streams import logical_name
@@ -46,10 +46,7 @@ def import_state(trainer: Trainer, checkpoint: str | Path) -> Path:
             launch under which ``checkpoint`` is resumed as it is.
     """
     source, args = Path(checkpoint).expanduser(), trainer.args
-    step = check_whole_folder(source)
-    if not (source / OPTIMIZER).is_file():
-        way_out = f"Make one: galore-ft state export {checkpoint} NEW_OUTPUT_DIR."
-        raise OptionError(OPTION, str(checkpoint), f"a whole checkpoint, with {OPTIMIZER}", way_out)
+    step = check_importable(checkpoint)
     if training_backend(args) not in ("fsdp", "deepspeed"):
         way_out = f"One process and DDP need no import: resume from {checkpoint} itself."
         raise OptionError("backend", training_backend(args), "FSDP2 or DeepSpeed", way_out)

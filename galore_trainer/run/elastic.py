@@ -41,13 +41,21 @@ def import_checkpoint(config: RunConfig, checkpoint: str) -> Path:
     from galore_trainer.run.distributed import wait_for_all
     from galore_trainer.run.train import prepare
 
-    _check(checkpoint)
+    check_import(checkpoint)
     prepared = prepare(config)
     target = import_state(prepared.trainer, checkpoint)
     if prepared.say.main:
         seal(target)
     wait_for_all()
     return target
+
+
+def check_import(checkpoint: str) -> None:
+    """Raise ``OptionError`` for a checkpoint that ``import_checkpoint`` could not read, before anything is launched."""
+    from galore_trainer.hf.checkpoints import check_importable
+
+    check_importable(checkpoint)
+    _check(checkpoint)
 
 
 def _check(checkpoint: str) -> None:

@@ -1,4 +1,4 @@
-"""Trains a tiny model under one backend: ``script.py BACKEND MODEL OUTPUT SETTINGS [CHECKPOINT]``, under torchrun.
+"""Trains a tiny model under one backend: ``script.py BACKEND MODEL OUTPUT SETTINGS [CHECKPOINT ...]``, under torchrun.
 
 On CPUs DeepSpeed needs no compiler (its shared-memory operation is declared missing) and accelerate needs to be told
 that FSDP may run there: both are for tests alone.
@@ -107,12 +107,11 @@ def train(backend: str, model_dir: str, output: str, options: dict[str, Any], re
 
 
 def main() -> None:
-    """Train, resume what was saved, write both outcomes."""
+    """Train, resume what was saved, write both outcomes; or go on from checkpoints."""
     backend, model_dir, output, options = sys.argv[1:5]
-    resume = sys.argv[5] if len(sys.argv) > 5 else None
-    found = {"whole": train(backend, model_dir, output, json.loads(options), resume)}
-    if resume is None:
-        found["resumed"] = train(backend, model_dir, f"{output}/again", json.loads(options), f"{output}/checkpoint-3")
+    resume = {f"{output}/{i}": checkpoint for i, checkpoint in enumerate(sys.argv[5:])}
+    jobs = resume or {output: None, f"{output}/again": f"{output}/checkpoint-3"}
+    found = [train(backend, model_dir, folder, json.loads(options), source) for folder, source in jobs.items()]
     if RANK == 0:
         torch.save(found, f"{output}/found.pt")
 
