@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from galore_trainer.cli import config, data
+from galore_trainer.cli import config, data, state
 from galore_trainer.cli.ablate import ablate
 from galore_trainer.cli.doctor import doctor
 from galore_trainer.cli.estimate import estimate, inspect
@@ -48,6 +48,7 @@ app.command()(ablate)
 app.command()(report)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(state.app, name="state")
 app.command()(doctor)
 
 

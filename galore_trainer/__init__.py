@@ -13,15 +13,28 @@ _HOMES = {
     "GaLoreAdamW": "galore_trainer.optim.galore_adamw",
     "GaLoreCallback": "galore_trainer.hf.callback",
     "build_optimizer": "galore_trainer.hf.build",
+    "export_state": "galore_trainer.hf.checkpoints",
     "galore_plugin": "galore_trainer.hf.build",
+    "import_state": "galore_trainer.hf.elastic",
 }
-__all__ = ["GaLoreAdamW", "GaLoreCallback", "GaLoreConfig", "OptionError", "build_optimizer", "galore_plugin"]
+__all__ = [
+    "GaLoreAdamW",
+    "GaLoreCallback",
+    "GaLoreConfig",
+    "OptionError",
+    "build_optimizer",
+    "export_state",
+    "galore_plugin",
+    "import_state",
+]
 
 if TYPE_CHECKING:
     from galore_trainer.config import GaLoreConfig
     from galore_trainer.errors import OptionError
     from galore_trainer.hf.build import build_optimizer, galore_plugin
     from galore_trainer.hf.callback import GaLoreCallback
+    from galore_trainer.hf.checkpoints import export_state
+    from galore_trainer.hf.elastic import import_state
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
 

@@ -33,7 +33,9 @@ def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypat
 
     name, rest = words[1], words[2:]
     if name not in ("train", "data", "estimate"):
-        assert name in ("config", "eval", "doctor", "ablate", "report", "score", "inspect")
+        assert name in ("config", "eval", "doctor", "ablate", "report", "score", "inspect", "state")
+        if name == "state":
+            understood_state_command(*rest)
         if name == "inspect":
             load_run_config(None, [f"model_name_or_path={rest[0]}", *rest[1:]])
         if name == "ablate":
@@ -53,6 +55,22 @@ def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypat
     assert flags.get("--launch-config", "ddp") in packaged_configs("launch")
     assert rest[0] in packaged_configs() or rest[0] == "my.yaml"
     load_run_config(rest[0], [word for word in rest if "=" in word], settings)
+
+
+def understood_state_command(name: str, checkpoint: str, *rest: str) -> None:
+    """``export CHECKPOINT OUTPUT_DIR``, or ``import CHECKPOINT`` and what ``train`` takes."""
+    from galore_trainer.run.config import load_run_config, packaged_configs
+
+    assert re.fullmatch(r"\S+/checkpoint-\d+", checkpoint)
+    if name == "export":
+        assert len(rest) == 1
+        return
+    assert name == "import"
+    config, *words = rest
+    flags = {words[i]: words[i + 1] for i in range(len(words) - 1) if words[i].startswith("--")}
+    assert set(flags) == {"--num-processes", "--launch-config"}
+    assert flags["--launch-config"] in packaged_configs("launch")
+    load_run_config(config, [word for word in words if "=" in word])
 
 
 def test_make_targets_and_links_exist() -> None:

@@ -15,6 +15,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import Backend, training_backend
 from galore_trainer.hf.callback import GaLoreCallback
+from galore_trainer.hf.checkpoints import check_layout
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.groups import parameter_groups, plan_weights
@@ -73,7 +74,8 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
 
     Raises:
         OptionError: ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or a setting that
-            sharded weights do not allow under FSDP or DeepSpeed.
+            sharded weights do not allow under FSDP or DeepSpeed; ``resume_from_checkpoint`` names a checkpoint of
+            another launch.
     """
     for name, replacement in (("optim_args", "the fields of GaLoreConfig"), ("optim_target_modules", "target_modules")):
         value = getattr(args, name, None)
@@ -84,6 +86,9 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
         config = for_shards(config, backend)
         _check_deepspeed(args)
     _check_layerwise(config, backend, fp16=getattr(args, "fp16", False))
+    resume = getattr(args, "resume_from_checkpoint", None)
+    if isinstance(resume, str) and os.path.isdir(resume):
+        check_layout(resume, args)
     settings = {
         "config": config,
         "lr": args.learning_rate,
@@ -116,6 +121,11 @@ def _check_deepspeed(args: Any) -> None:
         raise OptionError(
             "deepspeed.optimizer", settings["optimizer"].get("type", "given"), "no optimizer block",
             "Remove it from the DeepSpeed JSON: galore_plugin brings the optimizer.",
+        )  # fmt: skip
+    if settings.get("checkpoint", {}).get("load_universal"):
+        raise OptionError(
+            "deepspeed.checkpoint.load_universal", True, "false: the universal format knows AdamW's moments alone",
+            "For another stage or number of processes: galore-ft state export, then galore-ft state import.",
         )  # fmt: skip
 
 

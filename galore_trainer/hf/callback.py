@@ -12,6 +12,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.hf.table import weight_table
 from galore_trainer.layouts.shard import checksum
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.state import OTHER_LAYOUT
 
 logger = logging.getLogger(__name__)
 STEPS_TO_MOVE = 3
@@ -45,6 +46,9 @@ class GaLoreCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that the Trainer kept the optimizer, print the table."""
         self._optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        if state.global_step and not self._optimizer.state:
+            got = f"a run at step {state.global_step} whose optimizer has no state"
+            raise OptionError("resume_from_checkpoint", got, "a checkpoint with this launch's state", OTHER_LAYOUT)
         self._before, self._steps_with_lr = {}, 0
         self._logged = self._optimizer.stopwatch.seconds()
         if self._optimizer.config.layerwise and args.gradient_accumulation_steps > 1:

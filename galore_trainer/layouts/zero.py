@@ -36,6 +36,20 @@ def is_zero(original: Any) -> bool:
     return original is not None and (hasattr(original, "_z3_optimizer") or hasattr(original, "_dp_group"))
 
 
+def flats_of(params: Sequence[Tensor], originals: Sequence[Any]) -> list[Tensor]:
+    """The flat tensors of a group, in DeepSpeed's order; between steps ZeRO-3 keeps them out of the group.
+
+    Args:
+        params: what stands in the optimizer's group.
+        originals: the model's parameters of that group.
+    """
+    if not hasattr(originals[0], "_z3_optimizer"):
+        return list(params)
+    engine = originals[0]._z3_optimizer
+    sub_groups = sorted({engine.grad_position[engine.get_param_id(p)][0] for p in originals})
+    return [engine.fp32_partitioned_groups_flat[i] for i in sub_groups]
+
+
 def slices_of(flat: Tensor, originals: Sequence[Any], shapes: Sequence[Sequence[int]]) -> list[Slice]:
     """The weights in a flat tensor, on every process the same ones in the same order.
 

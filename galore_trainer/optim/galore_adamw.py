@@ -27,9 +27,10 @@ from galore_trainer.optim.sharded_state import pack_shards
 from galore_trainer.optim.sides import project_whole
 from galore_trainer.optim.skips import ROW_LIMIT, Flag, count_skips, finite_flags, no_skips, total_skips
 from galore_trainer.optim.stack import Job, Stack, make_stacks
-from galore_trainer.optim.state import bytes_by_kind, check_same_method, restore_dtypes
+from galore_trainer.optim.state import SLICES, bytes_by_kind, check_same_layout, check_same_method, restore_dtypes
 from galore_trainer.optim.streams import stream
 from galore_trainer.optim.timing import Stopwatch
+from galore_trainer.optim.whole import describe, slices_for_saving
 
 STACK_ELEMENTS = 1 << 26  # gradient entries of equal matrices that are joined in one go on an accelerator
 
@@ -366,9 +367,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors, numbers and strings, readable with ``torch.load(weights_only=True)``."""
         saved = super().state_dict()
-        own = ("matrices", "shapes", "gid")
+        own = ("shapes", "gid")
         saved["param_groups"] = [{k: v for k, v in g.items() if k not in own} for g in saved["param_groups"]]
         pack_shards(saved, self.param_groups, self.config)
+        if any(self._locator.is_flat(group) for group in self.param_groups):
+            saved[SLICES] = slices_for_saving(self.param_groups, self._locator)
+        for group in saved["param_groups"]:
+            if group["projected"]:
+                group["matrices"] = describe(group["matrices"])
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -379,6 +385,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 way out are named.
         """
         check_same_method(state_dict["param_groups"], self.param_groups)
+        check_same_layout(state_dict, self.param_groups, any(self._locator.is_flat(g) for g in self.param_groups))
         kept_keys = ("matrices", "galore", "shapes", "gid")
         own: list[dict[str, Any]] = [{k: g[k] for k in kept_keys if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)

@@ -16,7 +16,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
 from galore_trainer.layouts.shard import Shard
-from galore_trainer.layouts.zero import Slice, is_zero, slices_of
+from galore_trainer.layouts.zero import Slice, flats_of, is_zero, slices_of
 from galore_trainer.optim.pieces import Piece, pieces_of
 from galore_trainer.optim.sharded import Held
 
@@ -115,6 +115,26 @@ class Locator:
         pairs = [(flat, piece) for flat in flats for piece in self._find_slices(group, flat)[0]]
         return [(group["names"][piece.index], piece.of(flat)) for flat, piece in pairs]
 
+    def shard(self, group: dict[str, Any], i: int) -> Shard:
+        """Where this process's rows of a DTensor of a group lie.
+
+        Raises:
+            OptionError: it is not cut between its rows, once.
+        """
+        try:
+            return shard_of(group["params"][i], group["names"][i])
+        except ValueError as error:
+            raise OptionError("fsdp", str(error), "FSDP2, whole or hybrid", "See the README's backends.") from None
+
+    def slices(self, group: dict[str, Any]) -> list[tuple[Tensor, list[tuple[str, Slice]]]]:
+        """The flat tensors of a group, before the first step and between steps too, each with its weights by name.
+
+        Each process has the same weights, in the same order; the slice of some may be empty.
+        """
+        originals: Any = [ref() for ref in self._originals[group["gid"]]]
+        flats = flats_of(group["params"], originals)
+        return [(flat, [(group["names"][s.index], s) for s in self._find_slices(group, flat)[0]]) for flat in flats]
+
     def _flats(self, group: dict[str, Any]) -> list[Tensor]:
         """The flat tensors of a group that were seen in steps: between them ZeRO-3 leaves its groups empty."""
         known = [(ref(), gid) for ref, gid, _, _ in self._slices.values()]
@@ -124,10 +144,7 @@ class Locator:
         matrices = group["matrices"][i] if group["projected"] else []
         known = self._shards.get(id(p))
         if known is None or known[0]() is not p:
-            try:
-                shard = shard_of(p, group["names"][i])
-            except ValueError as error:
-                raise OptionError("fsdp", str(error), "FSDP2, whole or hybrid", "See the README's backends.") from None
+            shard = self.shard(group, i)
             known = (weakref.ref(p), (shard, self._pieces(group["names"][i], matrices, shard)))
             self._shards[id(p)] = known
         shard, pieces = known[1]

@@ -6,7 +6,7 @@ for equal on all processes. So what is not there yet is written as zeros, with a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,15 +56,19 @@ def _pack(state: Mapping[str, Any], p: Any, matrices: Any, config: GaLoreConfig)
 
 def unpack_shard(packed: Mapping[str, Any], p: Any) -> dict[str, Any]:
     """Undo ``pack_shards`` for one parameter: this process's rows, of what there was."""
+    state = dict(living(packed))
+    for key, value in state.items():
+        if is_dtensor(value):
+            value = value.to_local()
+            state[key] = value.reshape(-1, value.shape[-1]) if "refreshes" in packed else value.flatten()
+    return state
+
+
+def living(packed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of what ``pack_shards`` wrote for one parameter, what there was."""
     phase = packed.get(PHASE)
-    state: dict[str, Any] = {}
     for key, value in packed.items():
         name = key.rsplit(".", 1)[-1]
         residual = name in ROW_KEYS[2:] or name == AGE
-        if key == PHASE or (residual and phase is not None and phase != LIVES_IN.get(name, 2)):
-            continue
-        if is_dtensor(value):
-            value = value.to_local()
-            value = value.reshape(-1, value.shape[-1]) if "refreshes" in packed else value.flatten()
-        state[key] = value
-    return state
+        if key != PHASE and (not residual or phase is None or phase == LIVES_IN.get(name, 2)):
+            yield key, value

@@ -17,6 +17,11 @@ WAY_OUT = (
     "Resume with the saved value, or start a new run from the checkpoint's weights "
     "(model_name_or_path: the checkpoint's folder, another output_dir, no resume)."
 )
+OTHER_LAYOUT = (
+    "It was written under another launch. Make it whole: galore-ft state export CHECKPOINT NEW_OUTPUT_DIR; one process "
+    "and DDP resume from that, FSDP2 and ZeRO after galore-ft state import."
+)
+SLICES = "slices"  # in a state dict: of each flat tensor, by its number, name, shape, start, stop and offset of weights
 
 
 def check_same_method(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
@@ -33,8 +38,23 @@ def check_same_method(saved: list[dict[str, Any]], own: list[dict[str, Any]]) ->
     if names_before != names_now:
         changed = sorted(set(names_before) ^ set(names_now))[:5] or ["the same names in another order"]
         raise OptionError("parameters", changed, "the parameters of the checkpoint, in its order", WAY_OUT)
-    if [(g["projected"], len(g["params"])) for g in saved] != [(g["projected"], len(g["params"])) for g in own]:
+    if [(g["projected"], len(g["names"])) for g in saved] != [(g["projected"], len(g["names"])) for g in own]:
         raise OptionError("parameters", "other groups", "the checkpoint's projected and plain groups", WAY_OUT)
+
+
+def check_same_layout(saved: Mapping[str, Any], own: list[dict[str, Any]], flat: bool) -> None:
+    """Raise ``OptionError`` where a state was saved under another layout.
+
+    Args:
+        saved: what ``GaLoreAdamW.state_dict`` gave.
+        own: this optimizer's groups.
+        flat: whether DeepSpeed has put flat tensors in their parameters' place.
+    """
+    counts = ([len(g["params"]) for g in groups] for groups in (saved["param_groups"], own))
+    if (SLICES in saved) != flat or len({*map(tuple, counts)}) > 1:
+        kinds = {True: "slices of DeepSpeed ZeRO", False: "whole weights or rows"}
+        got = kinds[SLICES in saved]
+        raise OptionError("checkpoint", got, f"a state of {kinds[flat]}, cut as here", OTHER_LAYOUT)
 
 
 def bytes_by_kind(states: Iterable[tuple[bool, Mapping[str, Any]]]) -> dict[str, int]:

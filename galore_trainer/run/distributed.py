@@ -50,7 +50,7 @@ def check_sharding(arguments: TrainingArguments, checkpoint: Path | None) -> Non
 
     Raises:
         OptionError: a DeepSpeed configuration under which no whole model can be saved; a checkpoint that was written
-            under another backend or, by DeepSpeed, on another number of processes.
+            under another backend or, by DeepSpeed, another stage or number of processes.
     """
     zero = _zero(arguments)
     if zero and zero.is_zero3() and not zero.get_value(GATHER):
@@ -58,19 +58,10 @@ def check_sharding(arguments: TrainingArguments, checkpoint: Path | None) -> Non
             f"deepspeed.{GATHER}", False, "true, for a model that can be loaded afterwards",
             "Set it in the DeepSpeed JSON, or zero3_save_16bit_model: true in accelerate's configuration.",
         )  # fmt: skip
-    if checkpoint is None:
-        return
-    now = "deepspeed" if zero else "fsdp" if shards_state(arguments) else "ddp"
-    written = written_by(checkpoint)
-    if written != now:
-        way_out = f"Launch it as it began ({written}), or start anew with --overwrite."
-        raise OptionError("resume", f"{checkpoint}, under {now}", f"a run under {written}, which wrote it", way_out)
-    parts = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
-    if zero and parts != arguments.world_size:
-        raise OptionError(
-            "resume", f"{checkpoint}, with {arguments.world_size} of {parts} processes", "as many as wrote it",
-            f"DeepSpeed's optimizer state stays cut as it was: use --num-processes {parts}.",
-        )  # fmt: skip
+    if checkpoint is not None:
+        from galore_trainer.hf.checkpoints import check_layout
+
+        check_layout(checkpoint, arguments)
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -87,14 +78,6 @@ def check_trainer(trainer: Trainer) -> None:
             "backend", f"{asked} on {trainer.args.device.type}", f"{asked}, for which accelerate uses {kind}",
             "FSDP needs GPUs; DeepSpeed runs on CPUs with use_cpu=true and without ACCELERATE_USE_CPU.",
         )  # fmt: skip
-
-
-def written_by(checkpoint: Path) -> str:
-    """The backend that wrote a checkpoint: ``deepspeed``, ``fsdp``, or ``ddp``, which a single process reads too."""
-    if any(checkpoint.glob("global_step*")):
-        return "deepspeed"
-    whole = (checkpoint / "optimizer.pt").is_file() or not any(checkpoint.glob("optimizer*"))
-    return "ddp" if whole else "fsdp"
 
 
 @contextlib.contextmanager

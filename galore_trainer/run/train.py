@@ -70,34 +70,16 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
         OptionError: a setting that cannot be honoured; nothing was changed on disk.
         RuntimeError: training failed, or the disk is full; the last whole checkpoint is named.
     """
-    arguments = training_arguments(config, **{**RUN_DEFAULTS, "disable_tqdm": not sys.stderr.isatty()})
-    main = arguments.process_index == 0
-    say = _Say(main)
-    check_method(config, arguments)
+    ready = prepare(config, resume=resume, overwrite=overwrite)
+    trainer, arguments, say, main = ready.trainer, ready.trainer.args, ready.say, ready.say.main
+    data, model, tokenizer, checkpoint = ready.data, ready.model, ready.tokenizer, ready.checkpoint
+    timing, interrupt = ready.timing, ready.interrupt
     output = Path(config.output_dir).expanduser()
-    checkpoint = choose_start(config, resume, overwrite, say)
-    check_sharding(arguments, checkpoint)
-    wait_for_all()
 
-    from transformers.utils.logging import disable_progress_bar
-
-    from galore_trainer.recipes import load_data
     from galore_trainer.run.evaluate import evaluate_examples
     from galore_trainer.run.figures import parameter_counts
     from galore_trainer.run.memory import PeakMemory
-    from galore_trainer.run.model import load_model
 
-    data = load_data(config.data)
-    say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
-    for note in data.notes:
-        say(f"  - {note}")
-    if arguments.disable_tqdm:
-        disable_progress_bar()
-    model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
-    if not cuts_weights(arguments):  # else each process gets its part from the backend
-        model.to(arguments.device)  # type: ignore[arg-type]
-    trainer, timing, interrupt = _make_trainer(config, arguments, model, tokenizer, data, output, say)
-    check_trainer(trainer)
     parameters = parameter_counts(trainer.model)
     say(f"parameters: {parameters['trained']:,} of {parameters['total']:,} are trained")
     if main:  # from here on the run exists
@@ -151,6 +133,49 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
 
 
 # ------------------------------------------------------------------------------------------ before training
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a process of a run has before the first step."""
+
+    trainer: Trainer
+    model: Any
+    tokenizer: Any
+    data: TaskData
+    checkpoint: Path | None
+    timing: Any
+    interrupt: Any
+    say: _Say
+
+
+def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = False) -> Prepared:
+    """Check what ``train`` was asked for, load data and model, make the Trainer; changes nothing on disk."""
+    arguments = training_arguments(config, **{**RUN_DEFAULTS, "disable_tqdm": not sys.stderr.isatty()})
+    say = _Say(arguments.process_index == 0)
+    check_method(config, arguments)
+    output = Path(config.output_dir).expanduser()
+    checkpoint = choose_start(config, resume, overwrite, say)
+    check_sharding(arguments, checkpoint)
+    wait_for_all()
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from galore_trainer.recipes import load_data
+    from galore_trainer.run.model import load_model
+
+    data = load_data(config.data)
+    say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
+    for note in data.notes:
+        say(f"  - {note}")
+    if arguments.disable_tqdm:
+        disable_progress_bar()
+    model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
+    if not cuts_weights(arguments):  # else each process gets its part from the backend
+        model.to(arguments.device)  # type: ignore[arg-type]
+    trainer, timing, interrupt = _make_trainer(config, arguments, model, tokenizer, data, output, say)
+    check_trainer(trainer)
+    return Prepared(trainer, model, tokenizer, data, checkpoint, timing, interrupt, say)
 
 
 def _clear(output: Path) -> None:

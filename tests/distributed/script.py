@@ -1,4 +1,4 @@
-"""Trains a tiny model under one backend: ``script.py BACKEND MODEL OUTPUT SETTINGS [CHECKPOINT]``, under torchrun.
+"""Trains a tiny model under one backend: ``script.py BACKEND MODEL OUTPUT SETTINGS [CHECKPOINT ...]``, under torchrun.
 
 SETTINGS are GaLoreConfig's, in JSON, and two more: ``bf16`` for the Trainer, ``adamw`` for PyTorch's AdamW instead, at
 this learning rate. Two GPUs are used where there are two. On CPUs DeepSpeed needs no compiler (its shared-memory
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-from galore_trainer import GaLoreConfig, galore_plugin
+from galore_trainer import GaLoreConfig, galore_plugin, import_state
 from galore_trainer.hf.callback import unwrap_optimizer
 
 ON_GPU = torch.cuda.device_count() >= 2
@@ -77,7 +77,7 @@ def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
-def train(backend: str, model_dir: str, output: str, options: dict[str, Any], resume: str | None) -> dict[str, Any]:
+def make_trainer(backend: str, model_dir: str, output: str, options: dict[str, Any]) -> Trainer:
     """Six steps of two micro-batches, three refreshes; saves after the third step."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 250, (ROWS, LENGTH), generator=generator).tolist()
@@ -96,9 +96,16 @@ def train(backend: str, model_dir: str, output: str, options: dict[str, Any], re
     usual = {"rank": 4, "update_proj_gap": 2, "residual_percent": 1.2, "residual_warmup_steps": 2, "proj_type": "right"}
     config = GaLoreConfig(**{**usual, **options})
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    trainer = Trainer(model, args, train_dataset=rows, **({} if adamw else galore_plugin(config, args)))
+    return Trainer(model, args, train_dataset=rows, **({} if adamw else galore_plugin(config, args)))
+
+
+def train(backend: str, model_dir: str, output: str, options: dict[str, Any], resume: str | None) -> dict[str, Any]:
+    """Train to the end; a whole checkpoint is imported first where the backend cuts weights."""
+    if resume and backend not in ("single", "ddp") and os.path.isfile(f"{resume}/optimizer.pt"):
+        resume = str(import_state(make_trainer(backend, model_dir, f"{output}/imported", options), resume))
+    trainer = make_trainer(backend, model_dir, output, options)
     trainer.train(resume_from_checkpoint=resume)
-    if adamw:
+    if "adamw" in options:
         return {"weights": whole_weights(trainer)}
     optimizer = unwrap_optimizer(trainer.optimizer)
     local = sum(p.numel() for _, p in optimizer.projected_weights())
@@ -108,12 +115,11 @@ def train(backend: str, model_dir: str, output: str, options: dict[str, Any], re
 
 
 def main() -> None:
-    """Train, resume what was saved, write both outcomes."""
+    """Train, resume what was saved, write both outcomes; or go on from checkpoints."""
     backend, model_dir, output, options = sys.argv[1:5]
-    resume = sys.argv[5] if len(sys.argv) > 5 else None
-    found = {"whole": train(backend, model_dir, output, json.loads(options), resume)}
-    if resume is None:
-        found["resumed"] = train(backend, model_dir, f"{output}/again", json.loads(options), f"{output}/checkpoint-3")
+    resume = {f"{output}/{i}": checkpoint for i, checkpoint in enumerate(sys.argv[5:])}
+    jobs = resume or {output: None, f"{output}/again": f"{output}/checkpoint-3"}
+    found = [train(backend, model_dir, folder, json.loads(options), source) for folder, source in jobs.items()]
     if RANK == 0:
         torch.save(found, f"{output}/found.pt")
 

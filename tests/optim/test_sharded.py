@@ -12,12 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.errors import OptionError
 from galore_trainer.hf.build import build_optimizer
 from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.pieces import pieces_of
+from galore_trainer.optim.locate import BAR
+from galore_trainer.optim.pieces import ROW_KEYS, pieces_of
 from galore_trainer.optim.sharded import Held, step_sharded
 from galore_trainer.optim.skips import count_skips
+from galore_trainer.optim.state import SLICES
+from galore_trainer.optim.whole import describe, rows_of_whole, whole_of_slices
 
 WORLD, STEPS = 3, 7
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 46, "num_hidden_layers": 1}
@@ -246,3 +250,59 @@ def test_rows_that_several_processes_hold_come_together() -> None:
     found = on_every_rank(rows)
     assert [list(each) for each in found] == [[2], [0], [0]]  # local rows
     assert all(torch.equal(row, whole[2]) for each in found for row in each.values())
+
+
+def as_saved(run: Run, rank: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """What one process would save if ZeRO had put its projected weights into one flat tensor."""
+    group = next(g for g in run.optimizers[rank].param_groups if g["projected"])
+    slices, parts, state = [], [], {}
+    for i, name in enumerate(group["names"]):
+        held = run._held(rank, group, i, name, run.weights[name])
+        offset = sum(map(len, parts))
+        slices.append([name, list(run.weights[name].shape), held.shard.start, held.shard.stop, offset])
+        parts.append(held.weight)
+        state |= {f"{name}{BAR}{key}": value for key, value in held.state.items()}
+    described = {"names": group["names"], "projected": True, "matrices": describe(group["matrices"]), "params": [0]}
+    return {"state": {0: state}, "param_groups": [described], SLICES: {0: slices}}, [torch.cat(parts)]
+
+
+@pytest.mark.parametrize("steps", [1, 4])  # residual candidates, a residual
+@pytest.mark.parametrize("kind", ["rows", "anywhere", "one row", "empty"])
+@pytest.mark.parametrize("architecture", [LLAMA, PHI3, NEOX, MIXTRAL], ids=lambda x: x.model_type)
+def test_saved_parts_become_a_whole_state_which_is_cut_into_the_same_parts(
+    architecture: Any, kind: str, steps: int
+) -> None:
+    config = GaLoreConfig(
+        rank=4, update_proj_gap=2, proj_type="right", residual_percent=5.0, residual_warmup_steps=2, basis_bits=16
+    )
+    model = AutoModelForCausalLM.from_config(architecture)
+    run, whole = Run(model, config, kind), build(model, config)
+    for step in range(steps):
+        grads = some_gradients(whole, step)
+        run.step(grads)
+        for group in whole.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                p.grad = grads[name].clone()
+        whole.step()
+    parts = [as_saved(run, rank) for rank in range(WORLD)]
+    made, weights = whole_of_slices([saved for saved, _ in parts], [flats for _, flats in parts])
+    expected, group = whole.state_dict(), whole.param_groups[0]
+    for number, name in enumerate(group["names"]):
+        assert torch.equal(weights[name], run.weights[name])
+        state = made["state"][number]
+        assert described(state) == described(expected["state"][number])
+        for rank in range(WORLD):
+            held = run._held(rank, group, number, name, run.weights[name])
+            again = rows_of_whole(state, group["matrices"][number], held.shard)
+            assert described(again) == described(held.state)
+            for key, value in again.items():  # of a row that is cut in two, its owner's numbers were taken
+                own = held.shard.owned if key in ROW_KEYS else ...
+                assert not isinstance(value, Tensor) or torch.equal(value[own], held.state[key][own])
+    saved, flats = parts[0]
+    with pytest.raises(OptionError, match="the files of all processes"):
+        whole_of_slices([saved, saved], [flats, flats])
+
+
+def described(state: Any) -> dict[str, Any]:
+    """Keys with shapes and types, or numbers."""
+    return {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in state.items()}

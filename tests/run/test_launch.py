@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
+from galore_trainer.hf.checkpoints import written_by
 from galore_trainer.run import arguments, launch
+from galore_trainer.run.checkpoints import damage
 from galore_trainer.run.config import RunConfig, packaged_configs
-from galore_trainer.run.distributed import check_sharding, check_trainer, written_by
+from galore_trainer.run.distributed import check_sharding, check_trainer
 from galore_trainer.run.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
 from galore_trainer.run.train import train
 
@@ -206,8 +208,10 @@ def test_a_checkpoint_is_refused_under_another_backend_or_number(tmp_path: Path)
     for rank in (0, 1):
         (state / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     check_sharding(sharded(2), state.parent)
-    with pytest.raises(OptionError, match=r"wrote it.*--num-processes 2"):
+    with pytest.raises(OptionError, match=r"ZeRO-1 or 2 on 4.*ZeRO-1 or 2 on 2.*galore-ft state export"):
         check_sharding(sharded(2, world=4), state.parent)
+    with pytest.raises(OptionError, match=r"ZeRO-3 on 2.*ZeRO-1 or 2 on 2, which wrote it"):
+        check_sharding(sharded(3), state.parent)
     with pytest.raises(OptionError, match=r"under ddp.*under deepspeed, which wrote it"):
         check_sharding(sharded(None), state.parent)
     for name, backend in (("optimizer.pt", "ddp"), ("optimizer_0", "fsdp"), ("optimizer.bin", "fsdp")):
@@ -276,7 +280,9 @@ def test_ddp_trains_the_model_of_one_process(short_run: Run, tmp_path: Path) -> 
     assert_equals_one_process(tmp_path / "two", short_run("one", **SETTINGS, per_device_train_batch_size=4))
 
 
-def test_zero3_trains_scores_saves_and_resumes_a_whole_model(short_run: Run, tmp_path: Path) -> None:
+def test_zero3_trains_scores_saves_and_resumes_a_whole_model_which_goes_on_elsewhere(
+    short_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("deepspeed")
     (tmp_path / "sitecustomize.py").write_text(NO_COMPILER)
     path, run = tmp_path / "run.yaml", tmp_path / "two"
@@ -294,3 +300,23 @@ def test_zero3_trains_scores_saves_and_resumes_a_whole_model(short_run: Run, tmp
     told = galore_ft([*words, "--resume", "auto"], {"PYTHONPATH": str(tmp_path)})
     assert f"resuming from {run / 'checkpoint-2'}" in told
     assert all(torch.equal(whole[name], again) for name, again in weights(run).items())
+
+    # on one process, by way of a whole checkpoint, and from there under ZeRO-2
+    elsewhere = str(tmp_path / "elsewhere")
+    assert main(["state", "export", str(run / "checkpoint-2"), elsewhere]) == 0
+    going_on = ["train", str(path), f"output_dir={elsewhere}", "per_device_train_batch_size=4", "--resume", "auto"]
+    assert main(going_on) == 0
+    third = [str(path), f"output_dir={tmp_path / 'third'}", PROCESSES, "2", CONFIG, "zero2"]
+    told = galore_ft(["state", "import", f"{elsewhere}/checkpoint-2", *third], {"PYTHONPATH": str(tmp_path)})
+    assert f"{tmp_path / 'third' / 'checkpoint-2'}: galore-ft train goes on" in told
+    assert damage(tmp_path / "third" / "checkpoint-2") is None
+    assert written_by(tmp_path / "third" / "checkpoint-2") == "deepspeed"
+    for name, weight in weights(Path(elsewhere)).items():
+        torch.testing.assert_close(weight, whole[name], atol=1e-4, rtol=0)
+    for words, told in (
+        (["export", str(tmp_path / "nothing"), elsewhere], "There is no such folder"),
+        (["import", str(run / "checkpoint-2"), *third], "galore-ft state export"),
+        (["import", f"{elsewhere}/checkpoint-2", str(path), PROCESSES, "2"], "--resume"),
+    ):
+        assert main(["state", *words]) == 2
+        assert told in capsys.readouterr().err

@@ -1,0 +1,165 @@
+"""``import_state``: a whole checkpoint becomes one of the backend that this process was launched under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
+
+from galore_trainer.errors import OptionError
+from galore_trainer.hf.backend import training_backend
+from galore_trainer.hf.callback import unwrap_optimizer
+from galore_trainer.hf.checkpoints import (
+    OPTIMIZER,
+    OPTION,
+    SCHEDULER,
+    TRAINER,
+    WHOLE_WEIGHTS,
+    check_importable,
+    check_state,
+)
+from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
+from galore_trainer.optim.streams import logical_name
+from galore_trainer.optim.whole import put_whole
+
+
+def import_state(trainer: Trainer, checkpoint: str | Path) -> Path:
+    """Write a whole checkpoint as the launched backend writes its own, for ``resume_from_checkpoint`` under it.
+
+    Every process calls it on a Trainer as it is before training; the Trainer is done with afterwards. The global batch
+    (processes x micro-batch x accumulation) should stay what it was, as steps are what the Trainer counts data by.
+
+    Args:
+        trainer: made with ``galore_plugin``, under FSDP2 or DeepSpeed.
+        checkpoint: from ``export_state``, or of one process or DDP.
+
+    Returns:
+        The new ``checkpoint-N`` in the Trainer's ``output_dir``.
+
+    Raises:
+        OptionError: a checkpoint that is not whole or of another method, an ``output_dir`` with checkpoints, or a
+            launch under which ``checkpoint`` is resumed as it is.
+    """
+    source, args = Path(checkpoint).expanduser(), trainer.args
+    step = check_importable(checkpoint)
+    if training_backend(args) not in ("fsdp", "deepspeed"):
+        way_out = f"One process and DDP need no import: resume from {checkpoint} itself."
+        raise OptionError("backend", training_backend(args), "FSDP2 or DeepSpeed", way_out)
+    if args.save_only_model:
+        raise OptionError("save_only_model", True, "false, as the state is to be saved")
+    target = Path(str(args.output_dir)) / f"checkpoint-{step}"
+    if any(target.parent.glob("checkpoint-*")):
+        way_out = "Its checkpoints might be removed by save_total_limit: give another one."
+        raise OptionError("output_dir", str(target.parent), "a folder without checkpoints", way_out)
+    callback = _Import(trainer, source)
+    trainer.add_callback(callback)
+    try:
+        trainer.train()
+    except _Done:
+        return target
+    finally:
+        trainer.remove_callback(callback)
+    raise AssertionError("the Trainer did not tell its callbacks that it began")
+
+
+class _Done(Exception):
+    """Ends ``Trainer.train`` before its first step."""
+
+
+class _Import(TrainerCallback):
+    """Fills a Trainer that stands before its first step, and has it save."""
+
+    def __init__(self, trainer: Trainer, source: Path) -> None:
+        self.trainer, self.source = trainer, source
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, source = self.trainer, self.source
+        saved = torch.load(source / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        check_state(source, saved)
+        weights = Weights(source)
+        put_whole(unwrap_optimizer(trainer.optimizer), saved, weights)  # before the weights, which it is checked by
+        put_weights(trainer.accelerator.unwrap_model(trainer.model), weights)
+        assert trainer.lr_scheduler is not None
+        trainer.lr_scheduler.load_state_dict(torch.load(source / SCHEDULER, weights_only=True))
+        trainer.state = TrainerState.load_from_json(str(source / TRAINER))
+        trainer.state.train_batch_size = args.train_batch_size
+        if trainer.is_deepspeed_enabled:
+            engine: Any = trainer.model_wrapped
+            engine.global_steps = trainer.state.global_step
+            engine.global_samples = engine.global_steps * engine.train_batch_size()
+        trainer._load_rng_state(str(source))
+        trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+        trainer.accelerator.wait_for_everyone()
+        raise _Done
+
+
+class Weights(Mapping[str, Tensor]):
+    """The weights in a checkpoint by logical name; each is read when it is asked for.
+
+    Raises:
+        OptionError: there are none, or (at ``[name]``) one of this name is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.folder = folder
+        self._read: dict[str, Any] = {}
+        for path in sorted(folder.iterdir()):
+            if not WHOLE_WEIGHTS.fullmatch(path.name) or path.suffix == ".json":
+                continue
+            if path.suffix == ".safetensors":
+                file: Any = safe_open(path, framework="pt")
+                self._read |= {logical_name(name): (file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+            else:
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self._read |= {logical_name(name): (loaded.__getitem__, name) for name in loaded}
+        if not self._read:
+            raise OptionError(OPTION, str(folder), "a checkpoint with the model's weights")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._read:
+            raise OptionError(OPTION, str(self.folder), f"one with the weight {name}", "Is it of the same model?")
+        read, key = self._read[name]
+        return read(key)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._read
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a model, wrapped by FSDP2 or DeepSpeed, whole weights and persistent buffers, in its own precision.
+
+    Args:
+        model: as the backend left it; every process calls this.
+        weights: by logical name.
+    """
+    parameters: Any = model.named_parameters()
+    for full_name, p in parameters:
+        whole = weights[logical_name(full_name)]
+        if is_dtensor(p):
+            shard, own = shard_of(p, full_name), local(p)
+            own.copy_(whole.reshape(-1)[shard.start : shard.stop].view(own.shape))
+        elif hasattr(p, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                if p.numel():
+                    p.data.copy_(whole)
+        else:
+            p.data.copy_(whole)
+    for full_name, buffer in model.named_buffers():
+        if logical_name(full_name) in weights:
+            buffer.copy_(weights[logical_name(full_name)])

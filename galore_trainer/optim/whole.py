@@ -1,0 +1,262 @@
+"""The optimizer's state as one process keeps it, made from what any layout saved, and cut again for another layout.
+
+Under FSDP2 and ZeRO the state of a projected weight lies row by row (``pieces.py``); one process keeps it by logical
+matrix. A whole state is what ``GaLoreAdamW.state_dict`` gives on one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.errors import OptionError
+from galore_trainer.layouts.dtensor import is_dtensor
+from galore_trainer.layouts.shard import Ranks, Shard
+from galore_trainer.optim.locate import BAR, Locator, OneOf
+from galore_trainer.optim.pieces import ROW_KEYS, stored_rows
+from galore_trainer.optim.plain import plain_state
+from galore_trainer.optim.sharded_state import living
+from galore_trainer.optim.stack import MOMENTS
+from galore_trainer.optim.state import SLICES, check_same_method
+
+if TYPE_CHECKING:
+    from galore_trainer.optim.galore_adamw import GaLoreAdamW
+
+State = Mapping[str, Any]
+
+
+# ---------------------------------------------------------------------- one weight
+
+
+def whole_of_rows(state: State, matrices: Iterable[LogicalMatrix]) -> dict[str, Any]:
+    """The state of a projected weight by logical matrix.
+
+    Args:
+        state: with all of its rows, [M, width].
+        matrices: its logical matrices.
+    """
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        if key not in ROW_KEYS:
+            found[key] = value
+            continue
+        for matrix in matrices:
+            found[matrix.prefix + key] = value[stored_rows(matrix, len(value))]  # [blocks, block rows, width]
+    return found
+
+
+def rows_of_whole(state: State, matrices: Iterable[LogicalMatrix], shard: Shard) -> dict[str, Any]:
+    """Undo ``whole_of_rows`` for the rows of one process.
+
+    Args:
+        state: by logical matrix.
+        matrices: the weight's logical matrices.
+        shard: where the process's part lies.
+    """
+    by_prefix = {matrix.prefix: matrix for matrix in matrices}
+    rows: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        prefix, name = key[: key.rfind(".") + 1], key.rsplit(".", 1)[-1]
+        if name not in ROW_KEYS:
+            found[key] = value
+        elif shard.local_rows or name in ROW_KEYS[:2]:  # without rows there is no residual
+            everything = rows.setdefault(name, value.new_zeros(shard.rows, value.shape[-1]))
+            everything[stored_rows(by_prefix[prefix], shard.rows)] = value
+    here = slice(shard.first, shard.first + shard.local_rows)
+    return found | {name: value[here].clone() for name, value in rows.items()}
+
+
+# ---------------------------------------------------------------------- from what was saved
+
+
+def describe(matrices: Sequence[Sequence[LogicalMatrix]]) -> list[list[dict[str, Any]]]:
+    """Logical matrices as strings and numbers, for a state dict."""
+    return [[dataclasses.asdict(matrix) for matrix in own] for own in matrices]
+
+
+def slices_for_saving(groups: Sequence[dict[str, Any]], locator: Locator) -> dict[int, list[Any]]:
+    """Of every flat tensor, by its number in a state dict: name, shape, start, stop and offset of each weight in it."""
+    found: dict[int, list[Any]] = {}
+    first = 0
+    for group in groups:
+        number = {id(p): first + i for i, p in enumerate(group["params"])}
+        first += len(number)
+        for flat, members in locator.slices(group):
+            if id(flat) in number:
+                shapes = dict(zip(group["names"], group["shapes"], strict=True))
+                found[number[id(flat)]] = [
+                    [name, list(shapes[name]), s.shard.start, s.shard.stop, s.offset] for name, s in members
+                ]
+    return found
+
+
+def whole_of_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole state from a state dict of FSDP2 by parameter names, its DTensors complete."""
+    states: dict[str, dict[str, Any]] = {}
+    for group in saved["param_groups"]:
+        for i, (name, key) in enumerate(zip(group["names"], group["params"], strict=True)):
+            if not (state := dict(living(saved["state"].get(key, {})))):
+                continue
+            if group["projected"]:
+                rows = {k: v.reshape(-1, v.shape[-1]) if k in ROW_KEYS else v for k, v in state.items()}
+                state = whole_of_rows(rows, _matrices(group, i))
+            states[name] = state
+    return _as_one_process(saved["param_groups"], states)
+
+
+def whole_of_slices(saved: Sequence[Mapping[str, Any]], flats: Sequence[Sequence[Tensor]]) -> tuple[Any, Any]:
+    """The whole state, and the weights in float32 by name, from ZeRO's slices.
+
+    Args:
+        saved: the state dict of every process.
+        flats: the flat tensors of every process, by their numbers in its state dict.
+
+    Raises:
+        OptionError: slices are missing.
+    """
+    weights: dict[str, Tensor] = {}
+    states: dict[str, dict[str, Any]] = defaultdict(dict)
+    there: dict[str, int] = defaultdict(int)
+    for one, own_flats in zip(saved, flats, strict=True):
+        for group in one["param_groups"]:
+            for number in group["params"]:
+                flat, state = own_flats[number], one["state"].get(number, {})
+                for name, shape, start, stop, offset in one[SLICES][number]:
+                    shard = _shard(shape, start, stop)
+                    whole = weights.setdefault(name, flat.new_empty(shape))
+                    whole.view(-1)[start:stop] = flat[offset : offset + stop - start]
+                    there[name] += stop - start
+                    if not state:
+                        continue
+                    if group["projected"]:
+                        _collect_rows(states[name], OneOf(state, name), shard)
+                    else:
+                        _collect_entries(states[name], state, torch.Size(shape), start, stop, offset)
+    for name, whole in weights.items():
+        if there[name] != whole.numel():
+            raise OptionError(
+                "checkpoint", f"{there[name]} of the {whole.numel()} numbers of {name}", "the files of all processes",
+                "One is missing, or written by another run.",
+            )  # fmt: skip
+    groups = saved[0]["param_groups"]
+    for group in groups:
+        for i, name in enumerate(group["names"] if group["projected"] else ()):
+            states[name] = whole_of_rows(states[name], _matrices(group, i))
+    return _as_one_process(groups, states), weights
+
+
+def _collect_rows(found: dict[str, Any], state: State, shard: Shard) -> None:
+    for key, value in state.items():
+        if key not in ROW_KEYS:
+            found.setdefault(key, value)  # the same on every process
+        elif shard.local_rows:
+            whole = found.setdefault(key, value.new_zeros(shard.rows, value.shape[-1]))
+            whole[shard.first : shard.first + shard.local_rows][shard.owned] = value[shard.owned]
+
+
+def _collect_entries(
+    found: dict[str, Any], state: State, shape: torch.Size, start: int, stop: int, offset: int
+) -> None:  # fmt: skip
+    moments = [key for key, _ in MOMENTS]
+    for key, value in state.items():
+        if key in moments:
+            found.setdefault(key, value.new_empty(shape)).view(-1)[start:stop] = value[offset : offset + stop - start]
+        else:
+            found.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
+
+
+def _shard(shape: Sequence[int], start: int, stop: int) -> Shard:
+    columns = shape[-1]
+    return Shard(
+        rows=math.prod(shape) // columns, columns=columns, start=start, stop=stop, boundaries=(), ranks=Ranks(None)
+    )
+
+
+def _matrices(group: Mapping[str, Any], i: int) -> list[LogicalMatrix]:
+    return [LogicalMatrix(**fields) for fields in group["matrices"][i]]
+
+
+def _as_one_process(groups: Sequence[Mapping[str, Any]], states: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of one process; weights are numbered in the groups' order."""
+    number = {name: i for i, name in enumerate(name for group in groups for name in group["names"])}
+    return {
+        "state": {i: dict(states[name]) for name, i in number.items() if states.get(name)},
+        "param_groups": [{**group, "params": [number[name] for name in group["names"]]} for group in groups],
+    }
+
+
+# ---------------------------------------------------------------------- into an optimizer
+
+
+@torch.no_grad()
+def put_whole(optimizer: GaLoreAdamW, saved: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Put a whole state into an optimizer whose weights are cut; each process takes its part.
+
+    Args:
+        optimizer: wrapped by FSDP2 or DeepSpeed; before its first step.
+        saved: a state dict of one process.
+        weights: whole, by logical name; DeepSpeed's float32 copies get them.
+
+    Raises:
+        OptionError: it was made by another method, or a weight is missing.
+    """
+    check_same_method(saved["param_groups"], optimizer.param_groups)
+    states = {
+        name: saved["state"].get(number, {})
+        for group in saved["param_groups"]
+        for name, number in zip(group["names"], group["params"], strict=True)
+    }
+    for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        kept = ("params", "names", "matrices", "galore")
+        group.update({key: value for key, value in before.items() if key not in kept})
+        group["betas"] = tuple(group["betas"])
+        if optimizer._locator.is_flat(group):
+            _fill_flats(optimizer, group, states, weights)
+            continue
+        for i, (name, p) in enumerate(zip(group["names"], group["params"], strict=True)):
+            if not is_dtensor(p):
+                raise OptionError("checkpoint", f"{name}, whole", "weights cut by FSDP2 or ZeRO", "Resume from it.")
+            shard = optimizer._locator.shard(group, i)
+            own = states[name]
+            if own and group["projected"]:
+                own = rows_of_whole(own, group["matrices"][i], shard)
+            elif own:
+                keys = [key for key, _ in MOMENTS]
+                own = {k: v.reshape(-1)[shard.start : shard.stop].clone() if k in keys else v for k, v in own.items()}
+            optimizer.state[p] = _on(own, p.device)
+
+
+def _fill_flats(optimizer: GaLoreAdamW, group: dict[str, Any], states: Mapping[str, State], weights: Any) -> None:
+    number = {name: i for i, name in enumerate(group["names"])}
+    for flat, members in optimizer._locator.slices(group):
+        state: dict[str, Any] = {}
+        for name, piece in members:
+            here = slice(piece.shard.start, piece.shard.stop)
+            piece.of(flat).copy_(weights[name].reshape(-1)[here])
+            if group["projected"] and states[name]:
+                rows = rows_of_whole(states[name], group["matrices"][number[name]], piece.shard)
+                state |= {f"{name}{BAR}{key}": value for key, value in rows.items()}
+        own = [(states[name], piece) for name, piece in members if states[name]]
+        if own and not group["projected"]:
+            state = plain_state(flat, optimizer.config.plain_state_bits)
+            for whole, piece in own:
+                here = slice(piece.shard.start, piece.shard.stop)
+                for key, _ in MOMENTS:
+                    piece.of(state[key]).copy_(whole[key].reshape(-1)[here])
+            # one counter for all: they differ only by skipped steps
+            state["step"] = torch.stack([whole["step"] for whole, _ in own]).max()
+            state["calls"] = max(whole["calls"] for whole, _ in own)
+            state["skipped"] = torch.stack([whole["skipped"] for whole, _ in own]).amax(dim=0)
+        optimizer.state[flat] = _on(state, flat.device)
+
+
+def _on(state: State, device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
