@@ -15,6 +15,7 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import part_of
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.shard import Ranks
+from galore_trainer.optim import fused
 from galore_trainer.optim.averaging import Averager, check_bases
 from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero, norms_of
 from galore_trainer.optim.locate import Locator
@@ -147,7 +148,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
             still = {id(job) for job in waiting}
             moving = [job for job in jobs if id(job) not in still]
             with self.stopwatch.measure("update", jobs[0].parameter.device):
-                for stack in make_stacks(moving, self._stack_elements(jobs[0].parameter.device)):
+                fast, rest = fused.divide(moving, self.config)
+                most = fused.STACK_ELEMENTS if self.max_stack_elements is None else self.max_stack_elements
+                for stack in make_stacks(fast, most, fused.key_of):
+                    flags += fused.update(stack, self.config, self.seed)
+                for stack in make_stacks(rest, self._stack_elements(jobs[0].parameter.device)):
                     flags += self._update(stack)
             for job in jobs:
                 job.state["calls"] += job.last
@@ -245,7 +250,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         ok = stack.spread(by_job)
         new, N = galore.step_moments(old, R, ok, betas=group["betas"], eps=group["eps"])
         sparse = None
-        if residual_lives(stack, config):
+        if residual_lives(stack.jobs[0], config):
             sparse = residual_step(stack, G, R, old.P, ok, config)
         stack.write_moments(new, ok)
         parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), strict=True)
