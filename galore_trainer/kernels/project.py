@@ -85,17 +85,23 @@ def _project(
     line = tl.program_id(0) % tiles * LINES + tl.arange(0, LINES)
     column = tl.arange(0, WIDTH)
     total = tl.zeros((LINES, WIDTH), tl.float32)
+    k = tl.arange(0, DEPTH)
+    if RIGHT:
+        rows_at = row_starts(first + line, length, outer_stride, row_stride, EVEN)
+        at = G + rows_at[:, None] + (k * column_stride)[None, :]
+    else:
+        at = G + (line.to(tl.int64) * column_stride)[:, None]
+    p_at = P + k[:, None] * RANK + column[None, :]
     for start in range(0, inner, DEPTH):
-        k = start + tl.arange(0, DEPTH)
+        inside = k < inner - start
         if RIGHT:
-            begin = row_starts(first + line, length, outer_stride, row_stride, EVEN)[:, None]
-            at = begin + k.to(tl.int64)[None, :] * column_stride
+            g = tl.load(at, mask=(line[:, None] < lines) & inside[None, :], other=0.0)
+            at += DEPTH * column_stride
         else:
-            begin = row_starts(first + k, length, outer_stride, row_stride, EVEN)[None, :]
-            at = begin + line.to(tl.int64)[:, None] * column_stride
-        g = tl.load(G + at, mask=(line[:, None] < lines) & (k[None, :] < inner), other=0.0)
-        p_at = P + k[:, None] * RANK + column[None, :]
-        p = tl.load(p_at, mask=(k[:, None] < inner) & (column[None, :] < RANK), other=0.0)
+            rows_at = row_starts(first + start + k, length, outer_stride, row_stride, EVEN)
+            g = tl.load(at + rows_at[None, :], mask=(line[:, None] < lines) & inside[None, :], other=0.0)
+        p = tl.load(p_at, mask=inside[:, None] & (column[None, :] < RANK), other=0.0)
+        p_at += DEPTH * RANK
         total = multiply(g, p, total, PRECISION)
     here = (line[:, None] < lines) & (column[None, :] < RANK)
     if RIGHT:
