@@ -29,6 +29,6 @@ def obstacle(device: torch.device, *dtypes: torch.dtype) -> str | None:
     if not installed():
         return "Triton is not installed"
     if device.type != ("cpu" if INTERPRETED else "cuda"):
-        return f"the weight lies on {device.type}"
+        return f"it lies on {device.type}"
     other = [dtype for dtype in dtypes if dtype not in DTYPES]
-    return f"{other[0]} is neither float32 nor bfloat16".removeprefix("torch.") if other else None
+    return f"{str(other[0]).removeprefix('torch.')} is neither float32 nor bfloat16" if other else None

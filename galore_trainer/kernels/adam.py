@@ -52,6 +52,12 @@ def decay_sum(t, log_beta):
 
 
 @triton.jit
+def lerp(a, b, share):
+    """a + share (b - a), from the nearer end, as torch does."""
+    return tl.where(share < 0.5, a + share * (b - a), b - (1.0 - share) * (b - a))
+
+
+@triton.jit
 def _adam(
     M, V, t, R, ok, N, entries, rate1, rate2, log_beta1, log_beta2, eps, factor,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -67,8 +73,8 @@ def _adam(
         r = tl.load(R + of_all, mask=here, other=0.0)
         m = tl.load(m_at, mask=here, other=0.0)
         v = tl.load(v_at, mask=here, other=0.0)
-        m += rate1 * (r - m)
-        v += rate2 * (r * r - v)
+        m = lerp(m, r, rate1)
+        v = lerp(v, r * r, rate2)
         tl.store(m_at, m, mask=here)
         tl.store(v_at, v, mask=here)
         below = tl.sqrt(v / decay_sum(age, log_beta2)) + eps

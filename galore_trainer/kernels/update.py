@@ -32,14 +32,14 @@ def apply_update_(
     """
     total, rank = len(P), P.shape[-1]
     rows, columns, single = layout.rows // blocks, layout.columns, W.dtype == torch.float32
-    width = max(16, triton.next_power_of_2(rank))
-    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
+    width, wide = max(16, triton.next_power_of_2(rank)), 64 if single else 128
+    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, wide)
     kernel: Any = _apply_update
     kernel[(total * tiles,)](
         W.addresses, N, P, ok, ok if keys is None else keys, rows, columns, blocks, step, decay,
-        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=128, COLUMNS=128,
-        DEPTH=min(width, 32 if single else 128), STOCHASTIC=keys is not None,
-        PRECISION="tf32x3" if single else "tf32", num_warps=8, num_stages=2,
+        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=128, COLUMNS=wide,
+        DEPTH=min(width, wide), STOCHASTIC=keys is not None, PRECISION="tf32x3" if single else "tf32",
+        num_warps=8, num_stages=2, maxnreg=255 if single or rank > 128 else 128,  # two programs on a multiprocessor
     )  # fmt: skip
 
 
@@ -52,34 +52,34 @@ def _apply_update(
     STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program moves one tile of one block; columns run fastest, so that neighbours share rows of N."""
-    across = tl.cdiv(columns, COLUMNS)
-    tile, tiles = tl.program_id(0), tl.cdiv(rows, ROWS) * across
+    tile, across = tl.program_id(0), tl.cdiv(columns, COLUMNS)
+    tiles = tl.cdiv(rows, ROWS) * across
     block = tile // tiles
     job = block // blocks
     if tl.load(ok + job) > 0.0:
         i = tile % tiles // across * ROWS + tl.arange(0, ROWS)
         j = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+        k = tl.arange(0, DEPTH)
         here = (i[:, None] < rows) & (j[None, :] < columns)
         row = block % blocks * rows + i
         start = row_starts(row, length, outer_stride, row_stride, EVEN)
-        at = pointer_at(weights, job, TYPE, ALIGNED) + start[:, None] + j.to(tl.int64)[None, :] * column_stride
-        w = tl.load(at, mask=here, other=0.0).to(tl.float32)
+        at = (pointer_at(weights, job, TYPE, ALIGNED) + start)[:, None] + (j.to(tl.int64) * column_stride)[None, :]
+        w = tl.load(at, mask=here, other=0.0)
         if RIGHT:
             left, right = N + block.to(tl.int64) * rows * RANK, P + block.to(tl.int64) * columns * RANK
         else:
             left, right = P + block.to(tl.int64) * rows * RANK, N + block.to(tl.int64) * columns * RANK
         lifted = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for begin in range(0, RANK, DEPTH):
-            k = begin + tl.arange(0, DEPTH)
-            a_at = left + i.to(tl.int64)[:, None] * RANK + k[None, :]
-            a = tl.load(a_at, mask=(i[:, None] < rows) & (k[None, :] < RANK), other=0.0)
+        for first in tl.static_range(0, RANK, DEPTH):
+            a_at = left + (i.to(tl.int64) * RANK)[:, None] + (first + k)[None, :]
+            a = tl.load(a_at, mask=(i[:, None] < rows) & (k[None, :] < RANK - first), other=0.0)
             if RIGHT:
-                b_at = right + j.to(tl.int64)[None, :] * RANK + k[:, None]
+                b_at = right + (j.to(tl.int64) * RANK)[None, :] + (first + k)[:, None]
             else:
-                b_at = right + k.to(tl.int64)[:, None] * columns + j[None, :]
-            b = tl.load(b_at, mask=(j[None, :] < columns) & (k[:, None] < RANK), other=0.0)
+                b_at = right + ((first + k).to(tl.int64) * columns)[:, None] + j[None, :]
+            b = tl.load(b_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
             lifted = multiply(a, b, lifted, PRECISION)
-        new = w * (1.0 - decay) - step * lifted
+        new = w.to(tl.float32) * (1.0 - decay) - step * lifted
         noise = 0
         if STOCHASTIC:
             noise = mixed(row_keys(tl.load(keys + job), row)[:, None] ^ (j.to(tl.uint32) * 0x9E3779B1)[None, :])

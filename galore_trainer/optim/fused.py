@@ -25,10 +25,12 @@ STACK_ELEMENTS = 1 << 30  # entries of equal weights that move in one go: their 
 INDEX = "residual_index"
 
 
-def why_not(job: Job) -> str | None:
-    """Why the kernels cannot move a matrix; None where they can."""
+def why_not(job: Job, config: GaLoreConfig) -> str | None:
+    """Why the kernels do not move a matrix; None where they do."""
     if type(job.matrix) is not LogicalMatrix:
         return "this process holds a part of it"
+    if config.kernels == "auto" and job.parameter.device.type != "cuda":
+        return "it lies elsewhere than on a GPU"
     dtypes = {job.parameter.dtype} if job.part is not None else {job.parameter.dtype, job.grad.dtype}
     return obstacle(job.parameter.device, *dtypes)
 
@@ -42,13 +44,12 @@ def divide(jobs: Sequence[Job], config: GaLoreConfig) -> tuple[list[Job], list[J
     fast: list[Job] = []
     rest: list[Job] = []
     reasons: dict[Any, str | None] = {}  # a handful for all weights
+    if config.kernels == "torch":
+        return fast, list(jobs)
     for job in jobs:
         kind = (type(job.matrix), job.parameter.device, job.parameter.dtype, job.grad.dtype, job.part is None)
-        if config.kernels == "torch":
-            rest.append(job)
-            continue
         if kind not in reasons:
-            reasons[kind] = why_not(job)
+            reasons[kind] = why_not(job, config)
         if reasons[kind] is not None and config.kernels == "triton":
             way_out = f"{job.name}: {reasons[kind]}. Use auto, which takes torch there."
             raise OptionError("galore.kernels", "triton", "weights that the kernels can move", way_out)
