@@ -18,6 +18,7 @@ A stack of experts has one block for each expert. Everything downstream sees ten
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import torch
@@ -63,7 +64,7 @@ class LogicalMatrix:
         """Rows m of the whole logical matrix."""
         return self.outer * self.length
 
-    @property
+    @functools.cached_property
     def prefix(self) -> str:
         """What this matrix's keys in its parameter's state begin with."""
         return f"{self.label}." if self.label else ""

@@ -35,13 +35,14 @@ def adam_(
     b1, b2 = betas
     kernel: Any = _adam
     kernel[(triton.cdiv(entries, BLOCK), len(ok))](
-        M.addresses, V.addresses, t, R, ok, N, entries, 1.0 - b1, 1.0 - b2, _log(b1), _log(b2), eps, factor,
+        M.addresses, V.addresses, t, R, ok, N, entries, 1.0 - b1, 1.0 - b2, log_of(b1), log_of(b2), eps, factor,
         ALIGNED=min(M.alignment, V.alignment), BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return N
 
 
-def _log(beta: float) -> float:
+def log_of(beta: float) -> float:
+    """The logarithm of a decay rate, which may be zero."""
     return math.log(beta) if beta > 0.0 else -math.inf
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +68,26 @@ class Layout(NamedTuple):
 def upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Columns of equally many 64-bit numbers as an int64 tensor [columns, count] on the device."""
     return torch.tensor(columns, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def scatter(
+    addresses: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], keys: Sequence[int] | None,
+    device: torch.device,
+) -> tuple[dict[str, Scattered], Tensor | None]:  # fmt: skip
+    """Several tables, and numbers of 63 bits beside them, in one upload.
+
+    Args:
+        addresses: of the first entries, by name, equally many.
+        dtypes: of the entries, by name.
+        keys: as many numbers, or None.
+        device: where all of it lies.
+    """
+    columns = list(addresses.values())
+    uploaded = upload(columns if keys is None else [*columns, keys], device)
+    found = {
+        name: Scattered(uploaded[i], dtypes[name], alignment_of(addresses[name])) for i, name in enumerate(addresses)
+    }
+    return found, None if keys is None else uploaded[-1]
 
 
 def alignment_of(addresses: Sequence[int]) -> int:

@@ -17,11 +17,12 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual_state
+from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.skips import Flag
 from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack
 from galore_trainer.optim.streams import rounding_key
 
-STACK_ELEMENTS = 1 << 30  # entries of equal weights that move in one go: their projections alone are held meanwhile
+STACK_ELEMENTS = 1 << 29  # entries of equal weights that move in one go: their projections alone are held meanwhile
 INDEX = "residual_index"
 
 
@@ -141,7 +142,7 @@ class Places:
     """
 
     def __init__(self, stack: Stack, config: GaLoreConfig, seed: int) -> None:
-        from galore_trainer.kernels.tables import Scattered, alignment_of, upload
+        from galore_trainer.kernels.tables import scatter
 
         self._stack, jobs, first = stack, stack.jobs, stack.jobs[0]
         self.has_residual = residual_state.residual_lives(first, config)
@@ -160,16 +161,11 @@ class Places:
         for name, each in whole.items():  # logical matrices begin somewhere inside
             row = each[0].element_size() * self.layout(each[0]).row_stride
             numbers[name] = [x.data_ptr() + job.matrix.start * row for x, job in zip(each, jobs, strict=True)]
-        keys = (
-            [[]] if not _rounds(first, config) else [[rounding_key(seed, job.name, job.state["calls"]) for job in jobs]]
-        )
-        uploaded = upload([*numbers.values(), *filter(None, keys)], stack.device)
+        keys = None
+        if rounds(first.parameter, config):
+            keys = [rounding_key(seed, job.name, job.state["calls"]) for job in jobs]
         dtypes = {name: each[0].dtype for name, each in (tensors | whole).items()}
-        self._found = {
-            name: Scattered(addresses, dtypes[name], alignment_of(numbers[name]))
-            for name, addresses in zip(numbers, uploaded, strict=False)
-        }
-        self.keys = uploaded[-1] if keys[0] else None
+        self._found, self.keys = scatter(numbers, dtypes, keys, stack.device)
 
     def __getitem__(self, name: str) -> Any:
         """Weights, gradients, or tensors of the state by their key."""
@@ -198,5 +194,47 @@ class Places:
         return self._bases[dtype]
 
 
-def _rounds(job: Job, config: GaLoreConfig) -> bool:
-    return job.parameter.dtype == torch.bfloat16 and config.stochastic_rounding
+def plain_update(jobs: Sequence[PlainJob], config: GaLoreConfig, seed: int) -> tuple[list[Flag], list[PlainJob]]:
+    """AdamW by the kernel, equal parameters together; the flags of what has moved, and the rest."""
+    rest: list[PlainJob] = []
+    alike: dict[tuple[Any, ...], list[PlainJob]] = {}
+    for job in jobs:
+        p, grad, moment = job.p, job.grad, job.state["exp_avg"]
+        wanted = config.kernels == "triton" or (config.kernels == "auto" and p.device.type == "cuda")
+        dense = p.is_contiguous() and grad.is_contiguous() and p.numel() > 0 and moment.dtype == torch.float32
+        if wanted and dense and obstacle(p.device, p.dtype, grad.dtype) is None:
+            alike.setdefault((id(job.group), p.numel(), p.dtype, grad.dtype, p.device), []).append(job)
+        else:
+            rest.append(job)
+    return [flag for members in alike.values() for flag in _plain_update(members, config, seed)], rest
+
+
+def _plain_update(jobs: list[PlainJob], config: GaLoreConfig, seed: int) -> list[Flag]:
+    from galore_trainer.kernels.plain import adamw_
+    from galore_trainer.kernels.tables import scatter
+
+    first, group = jobs[0], jobs[0].group
+    tensors = {"weights": [job.p for job in jobs], "gradients": [job.grad for job in jobs]}
+    tensors |= {key: [job.state[key] for job in jobs] for key in ("exp_avg", "exp_avg_sq")}
+    numbers = {name: [x.data_ptr() for x in each] for name, each in tensors.items()}
+    dtypes = {name: each[0].dtype for name, each in tensors.items()}
+    keys = None
+    if rounds(first.p, config):
+        keys = [rounding_key(seed, job.name, job.state["calls"]) for job in jobs]
+    found, uploaded_keys = scatter(numbers, dtypes, keys, first.p.device)
+    W, G, M, V = (found[name] for name in tensors)
+    ok = torch.stack([job.ok for job in jobs])
+    t = torch.stack([job.state["step"] for job in jobs]) + ok
+    adamw_(
+        W, G, M, V, t, ok, first.p.numel(), lr=group["lr"], betas=group["betas"], eps=group["eps"],
+        weight_decay=group["weight_decay"], keys=uploaded_keys,
+    )  # fmt: skip
+    for job, age in zip(jobs, t.unbind(), strict=True):
+        job.state["step"] = age
+        job.state["calls"] += 1
+    return [(job.state, job.ok) for job in jobs]
+
+
+def rounds(p: Tensor, config: GaLoreConfig) -> bool:
+    """Whether a weight is rounded stochastically."""
+    return p.dtype == torch.bfloat16 and config.stochastic_rounding

@@ -7,6 +7,7 @@ stack; the core sees their blocks as one leading dimension. State stays with eac
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -50,7 +51,7 @@ class Job:
     last: bool = True
     grad_ok: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def prefix(self) -> str:
         """What this matrix's keys in the state begin with."""
         return self.matrix.prefix
@@ -104,10 +105,11 @@ class Stack:
 
     def tensors(self, key: str) -> list[Tensor]:
         """A state tensor of every job, contiguous, as it lies in the state: what is written there stays."""
-        for job in self.jobs:
-            if not job.state[job.prefix + key].is_contiguous():
-                job.state[job.prefix + key] = job.state[job.prefix + key].contiguous()
-        return [job.state[job.prefix + key] for job in self.jobs]
+        found = [job.state[job.prefix + key] for job in self.jobs]
+        for i, (job, value) in enumerate(zip(self.jobs, found, strict=True)):
+            if not value.is_contiguous():
+                found[i] = job.state[job.prefix + key] = value.contiguous()
+        return found
 
     def get_ages(self, key: str) -> Tensor:
         """A scalar state tensor of every job, [jobs]."""

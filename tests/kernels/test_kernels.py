@@ -14,6 +14,7 @@ from galore_trainer.core import galore
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support, add_at_, read_at
 from galore_trainer.kernels.adam import adam_
+from galore_trainer.kernels.plain import adamw_
 from galore_trainer.kernels.project import join, project
 from galore_trainer.kernels.residual import loss_at
 from galore_trainer.kernels.tables import Layout, Scattered, alignment_of, upload
@@ -272,3 +273,32 @@ def test_alignment_is_what_addresses_share() -> None:
     assert alignment_of([32, 48]) == 16
     assert alignment_of([32, 6]) == 2
     assert alignment_of([]) == 16
+
+
+@both_dtypes
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_plain_adamw_is_torchs(dtype: torch.dtype, weight_decay: float, device: torch.device) -> None:
+    """Three steps of three tensors, one of which has to skip the second; float32 arithmetic, rounded to nearest."""
+    W = [random(device, 3000, seed=i).to(dtype) for i in range(JOBS)]
+    wide = [torch.nn.Parameter(x.float()) for x in W]
+    theirs = [torch.optim.AdamW([x], lr=0.01, weight_decay=weight_decay) for x in wide]
+    M, V = ([torch.zeros(3000, device=device) for _ in range(JOBS)] for _ in "mv")
+    t = flags(device, 0.0, 0.0, 0.0)
+    for step in range(3):
+        G = [random(device, 3000, seed=30 + 3 * step + i).to(dtype) for i in range(JOBS)]
+        ok = flags(device, 1.0, float(step != 1), 1.0)
+        t = t + ok
+        before = [x.clone() for x in W]
+        adamw_(
+            places(W), places(G), places(M), places(V), t, ok, 3000, lr=0.01, betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=weight_decay, keys=None,
+        )  # fmt: skip
+        for i in range(JOBS):
+            if ok[i] == 0.0:
+                assert torch.equal(W[i], before[i])
+                continue
+            wide[i].data, wide[i].grad = before[i].float(), G[i].float()
+            theirs[i].step()
+            rtol, atol = (1e-6, 1e-7) if dtype == torch.float32 else (2**-7, 1e-7)
+            torch.testing.assert_close(W[i].float(), wide[i].data, rtol=rtol, atol=atol)
+            torch.testing.assert_close(V[i], theirs[i].state[wide[i]]["exp_avg_sq"], rtol=1e-6, atol=1e-9)
