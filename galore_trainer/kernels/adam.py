@@ -17,9 +17,9 @@ BLOCK = 2048
 
 def adam_(
     M: Scattered, V: Scattered, t: Tensor, R: Tensor, ok: Tensor, *,
-    betas: tuple[float, float], eps: float, dtype: torch.dtype, factor: float = 1.0,
+    betas: tuple[float, float], eps: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Take R into the moments, in place; what ``core.galore.adam`` calls N, times ``factor``.
+    """Take R into the moments, in place; what ``core.galore.adam`` calls N.
 
     Args:
         M, V: float32, contiguous, each with its job's share of the entries of R.
@@ -28,14 +28,13 @@ def adam_(
         ok: [jobs]; where it is 0.0 the moments stay, and nothing is written to N.
         betas, eps: of Adam.
         dtype: of N; bfloat16 rounds to nearest.
-        factor: on N.
     """
     N = torch.empty_like(R, dtype=dtype)
     entries = R.numel() // len(ok)
     b1, b2 = betas
     kernel: Any = _adam
     kernel[(triton.cdiv(entries, BLOCK), len(ok))](
-        M.addresses, V.addresses, t, R, ok, N, entries, 1.0 - b1, 1.0 - b2, log_of(b1), log_of(b2), eps, factor,
+        M.addresses, V.addresses, t, R, ok, N, entries, 1.0 - b1, 1.0 - b2, log_of(b1), log_of(b2), eps,
         ALIGNED=min(M.alignment, V.alignment), BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return N
@@ -60,7 +59,7 @@ def lerp(a, b, share):
 
 @triton.jit
 def _adam(
-    M, V, t, R, ok, N, entries, rate1, rate2, log_beta1, log_beta2, eps, factor,
+    M, V, t, R, ok, N, entries, rate1, rate2, log_beta1, log_beta2, eps,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     job = tl.program_id(1)
@@ -79,6 +78,6 @@ def _adam(
         tl.store(m_at, m, mask=here)
         tl.store(v_at, v, mask=here)
         below = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
-        n = factor * (m / decay_sum(age, log_beta1)) / tl.maximum(below, 1.1754943508222875e-38)
+        n = (m / decay_sum(age, log_beta1)) / tl.maximum(below, 1.1754943508222875e-38)
         to: tl.constexpr = N.dtype.element_ty
         tl.store(N + of_all, rounded(n, 0, to, False), mask=here)

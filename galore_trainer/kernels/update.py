@@ -89,7 +89,9 @@ def _apply_update(
 def add_at_(
     W: Scattered, layout: Layout, positions: Scattered, values: Tensor, ok: Tensor, *, step: float, keys: Tensor | None
 ) -> None:
-    """W[S] <- W[S] - step values, for a row-balanced support; rounds as ``apply_update_`` does, with other noise.
+    """W[S] <- W[S] - step values, for a row-balanced support.
+
+    A bfloat16 weight is rounded here a second time, with other noise than ``apply_update_`` has; ``core`` rounds the sum.
 
     Args:
         W, layout, ok, keys: as there.

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual_state
@@ -28,8 +27,6 @@ INDEX = "residual_index"
 
 def why_not(job: Job, config: GaLoreConfig) -> str | None:
     """Why the kernels do not move a matrix; None where they do."""
-    if type(job.matrix) is not LogicalMatrix:
-        return "this process holds a part of it"
     if config.kernels == "auto" and job.parameter.device.type != "cuda":
         return "it lies elsewhere than on a GPU"
     dtypes = {job.parameter.dtype} if job.part is not None else {job.parameter.dtype, job.grad.dtype}
@@ -48,7 +45,7 @@ def divide(jobs: Sequence[Job], config: GaLoreConfig) -> tuple[list[Job], list[J
     if config.kernels == "torch":
         return fast, list(jobs)
     for job in jobs:
-        kind = (type(job.matrix), job.parameter.device, job.parameter.dtype, job.grad.dtype, job.part is None)
+        kind = (job.parameter.device, job.parameter.dtype, job.grad.dtype, job.part is None)
         if kind not in reasons:
             reasons[kind] = why_not(job, config)
         if reasons[kind] is not None and config.kernels == "triton":
@@ -70,6 +67,11 @@ def key_of(job: Job) -> tuple[Any, ...]:
 
 def update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
     """One step of equal matrices with the bases they have; whose gradients were finite."""
+    with torch.cuda.device_of(stack.jobs[0].parameter):  # kernels are launched on the current one
+        return _update(stack, config, seed)
+
+
+def _update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
     from galore_trainer.kernels.project import project
     from galore_trainer.kernels.update import add_at_, apply_update_
 
@@ -206,7 +208,11 @@ def plain_update(jobs: Sequence[PlainJob], config: GaLoreConfig, seed: int) -> t
             alike.setdefault((id(job.group), p.numel(), p.dtype, grad.dtype, p.device), []).append(job)
         else:
             rest.append(job)
-    return [flag for members in alike.values() for flag in _plain_update(members, config, seed)], rest
+    flags: list[Flag] = []
+    for members in alike.values():
+        with torch.cuda.device_of(members[0].p):
+            flags += _plain_update(members, config, seed)
+    return flags, rest
 
 
 def _plain_update(jobs: list[PlainJob], config: GaLoreConfig, seed: int) -> list[Flag]:
