@@ -11,6 +11,8 @@ from torch import Tensor
 
 from galore_trainer.kernels.tables import Layout, Scattered, mixed, multiply, pointer_at, rounded, row_keys, row_starts
 
+ROWS, COLUMNS, WARPS = 128, 128, 8  # of a program's tile, and who moves it
+REGISTERS = 128  # of a thread: two programs on a multiprocessor, one loads while the other multiplies
 SPARSE_KEY = 0x5851F42D4C957F2D  # tells the noise of the sparse entries from that of the whole weight
 
 
@@ -32,14 +34,14 @@ def apply_update_(
     """
     total, rank = len(P), P.shape[-1]
     rows, columns, single = layout.rows // blocks, layout.columns, W.dtype == torch.float32
-    width, wide = max(16, triton.next_power_of_2(rank)), 64 if single else 128
-    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, wide)
+    width, wide = max(16, triton.next_power_of_2(rank)), COLUMNS // 2 if single else COLUMNS
+    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, wide)
     kernel: Any = _apply_update
     kernel[(total * tiles,)](
         W.addresses, N, P, ok, ok if keys is None else keys, rows, columns, blocks, step, decay,
-        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=128, COLUMNS=wide,
+        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=ROWS, COLUMNS=wide,
         DEPTH=min(width, wide), STOCHASTIC=keys is not None, PRECISION="tf32x3" if single else "tf32",
-        num_warps=8, num_stages=2, maxnreg=255 if single or rank > 128 else 128,  # two programs on a multiprocessor
+        num_warps=WARPS, num_stages=2, maxnreg=255 if single or rank > 128 else REGISTERS,
     )  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def add_at_(
 ) -> None:
     """W[S] <- W[S] - step values, for a row-balanced support.
 
-    A bfloat16 weight is rounded here a second time, with other noise than ``apply_update_`` has; ``core`` rounds the sum.
+    A bfloat16 weight is rounded here a second time, by other noise than in ``apply_update_``; ``core`` rounds the sum.
 
     Args:
         W, layout, ok, keys: as there.
