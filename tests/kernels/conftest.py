@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,8 +14,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is allocated and not written shows."""
     for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: make(*a, **k).fill_(float("nan")))
+
+        def make(*args: Any, original: Any = getattr(torch, name), **kwargs: Any) -> torch.Tensor:
+            made = original(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        monkeypatch.setattr(torch, name, make)
 
 
 @pytest.fixture
