@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,16 +11,19 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
+def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = make(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    return filled
+
+
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is allocated and not written shows."""
     for name in ("empty", "empty_like"):
-
-        def make(*args: Any, original: Any = getattr(torch, name), **kwargs: Any) -> torch.Tensor:
-            made = original(*args, **kwargs)
-            return made.fill_(float("nan")) if made.is_floating_point() else made
-
-        monkeypatch.setattr(torch, name, make)
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
 @pytest.fixture
