@@ -21,6 +21,7 @@ Svd = Literal["randomized", "exact"]
 MomentumTransfer = Literal["rotate", "align", "keep", "reset"]
 FirstBasis = Literal["gradient", "sketch"]
 Bits = Literal[32, 16, 8]
+Kernels = Literal["auto", "triton", "torch"]
 ResidualSelection = Literal["row", "global"]
 
 ALL_LINEAR = "all-linear"
@@ -137,6 +138,11 @@ class GaLoreConfig:
         32, "Bits of the moments of what is not projected: embeddings, output layer, norms.", trajectory=True
     )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
+    kernels: Kernels = knob(
+        "auto",
+        "What computes an ordinary step: auto (Triton on CUDA for float32 and bfloat16 weights, else torch), triton "
+        "(an error where it cannot), torch.",
+    )
 
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError`` for what a refusal says."""

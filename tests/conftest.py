@@ -12,6 +12,10 @@ import pytest
 # For tiny models: on a busy machine two threads that wait for each other took six times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Without a GPU Triton interprets its kernels, which it has to know when it is first imported, by whomever.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A shell that starts the tests in the background makes them ignore SIGINT, which the tests of Ctrl-C send themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -14,12 +14,13 @@ FOLDERS = {"galore_trainer": "galore_trainer", "cli": "galore_trainer.cli", "rec
 BASE = {"config", "errors"}
 MAY_IMPORT = {
     "core": set(),
+    "kernels": set(),
     "layouts": set(),
     "errors": set(),
     "config": {"errors"},
     "hub": {"errors"},
     "metrics": {"errors"},
-    "optim": {"core", "layouts", *BASE},
+    "optim": {"core", "kernels", "layouts", *BASE},
     "hf": {"core", "layouts", "optim", *BASE},
     "recipes": {"metrics", "hub", *BASE},
     "run": {"core", "layouts", "optim", "hf", "metrics", "recipes", "configs", "hub", *BASE},

@@ -18,6 +18,7 @@ A stack of experts has one block for each expert. Everything downstream sees ten
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import torch
@@ -63,7 +64,7 @@ class LogicalMatrix:
         """Rows m of the whole logical matrix."""
         return self.outer * self.length
 
-    @property
+    @functools.cached_property
     def prefix(self) -> str:
         """What this matrix's keys in its parameter's state begin with."""
         return f"{self.label}." if self.label else ""
@@ -109,22 +110,23 @@ class LogicalMatrix:
             return self.blocks, self.block_rows, self.rank
         return self.blocks, self.rank, self.columns
 
-    def _strided(self, stored: Tensor) -> Tensor:
+    def rows_of(self, stored: Tensor) -> Tensor:
+        """The matrix as [outer, length, n]: always a view."""
         by_rows = stored.mT if self.transposed else stored
         if by_rows.dim() == 2:
             by_rows = by_rows.unflatten(0, (self.outer, -1))
-        return by_rows.narrow(1, self.start, self.length)  # [outer, length, n], always a view
+        return by_rows.narrow(1, self.start, self.length)
 
     def take(self, stored: Tensor) -> Tensor:
         """The matrix as [blocks, rows, n]: a view where strides allow, else a copy."""
         if stored.shape == (self.length, self.columns) and not self.transposed:  # one whole weight, as most are
             return stored.reshape(self.blocks, self.block_rows, self.columns)
-        return self._strided(stored).reshape(self.blocks, self.block_rows, self.columns)
+        return self.rows_of(stored).reshape(self.blocks, self.block_rows, self.columns)
 
     def put(self, stored: Tensor, blocks: Tensor) -> None:
         """Write [blocks, rows, n] back; nothing is copied where ``take`` gave a view that was changed in place."""
         if blocks.untyped_storage()._cdata != stored.untyped_storage()._cdata:
-            target = self._strided(stored)
+            target = self.rows_of(stored)
             target.copy_(blocks.reshape(target.shape))
 
     def lend(self, blocks: Tensor, heads: Tensor | None) -> Tensor:

@@ -15,11 +15,12 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import part_of
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.shard import Ranks
+from galore_trainer.optim import fused
 from galore_trainer.optim.averaging import Averager, check_bases
 from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero, norms_of
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Part, Whole
-from galore_trainer.optim.plain import plain_state, plain_step
+from galore_trainer.optim.plain import PlainJob, plain_state, plain_step
 from galore_trainer.optim.refresh import count_refresh, diagnose, first_basis, refresh_stack
 from galore_trainer.optim.residual_state import residual_lives, residual_step
 from galore_trainer.optim.sharded import step_sharded
@@ -136,19 +137,23 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if plain:
             with self.stopwatch.measure("plain", plain[0][0].device):
                 finite = finite_flags([grad for _, grad, _, _ in plain])
-                for (p, grad, name, group), ok in zip(plain, finite, strict=True):
-                    state = self.state[p]
-                    if not state and group["lr"] == 0.0 and not grad.any():
-                        self._make_plain_state(p, state)
-                        continue
-                    flags.append(self._plain_step(p, grad, name, group, ok, state))
+                moving_plain = [
+                    PlainJob(*each, ok, self.state[each[0]])
+                    for each, ok in zip(plain, finite, strict=True) if self._wakes(*each)
+                ]  # fmt: skip
+                moved, rest_plain = fused.plain_update(moving_plain, self.config, self.seed)
+                flags += moved + [self._plain_step(*job) for job in rest_plain]
         if jobs:
             waiting = self._refresh(jobs)
             flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
             still = {id(job) for job in waiting}
             moving = [job for job in jobs if id(job) not in still]
             with self.stopwatch.measure("update", jobs[0].parameter.device):
-                for stack in make_stacks(moving, self._stack_elements(jobs[0].parameter.device)):
+                fast, rest = fused.divide(moving, self.config)
+                most = fused.STACK_ELEMENTS if self.max_stack_elements is None else self.max_stack_elements
+                for stack in make_stacks(fast, most, fused.key_of):
+                    flags += fused.update(stack, self.config, self.seed)
+                for stack in make_stacks(rest, self._stack_elements(jobs[0].parameter.device)):
                     flags += self._update(stack)
             for job in jobs:
                 job.state["calls"] += job.last
@@ -246,7 +251,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         ok = stack.spread(by_job)
         new, N = galore.step_moments(old, R, ok, betas=group["betas"], eps=group["eps"])
         sparse = None
-        if residual_lives(stack, config):
+        if residual_lives(stack.jobs[0], config):
             sparse = residual_step(stack, G, R, old.P, ok, config)
         stack.write_moments(new, ok)
         parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), strict=True)
@@ -259,6 +264,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
             )  # fmt: skip
             job.matrix.put(job.parameter, W)
         return [(job.state, ok_job) for job, ok_job in zip(stack.jobs, by_job.unbind(), strict=True) if job.last]
+
+    def _wakes(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any]) -> bool:
+        """Whether a plain parameter moves; its state is made, which may be all that checkpoint tools want."""
+        state = self.state[p]
+        if state:
+            return True
+        self._make_plain_state(p, state)
+        return group["lr"] != 0.0 or bool(grad.any())
 
     def _make_plain_state(self, p: Tensor, state: MutableMapping[str, Any]) -> None:
         state.update(plain_state(p, self.config.plain_state_bits), calls=0, skipped=no_skips(p.device))
@@ -275,9 +288,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return state, ok
 
     def _rounding(self, p: Tensor, name: str, calls: int) -> torch.Generator | None:
-        if p.dtype != torch.bfloat16 or not self.config.stochastic_rounding:
-            return None
-        return stream(p.device, self.seed, name, "rounding", calls)
+        return stream(p.device, self.seed, name, "rounding", calls) if fused.rounds(p, self.config) else None
 
     def _refresh(self, jobs: list[Job]) -> list[Job]:
         """New bases where they are due; an all-zero or non-finite gradient leaves its refresh due.

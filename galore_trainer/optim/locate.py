@@ -83,12 +83,13 @@ class Locator:
         """The weights with gradients that are held in part, the same on every process, in the same order."""
         found: list[Held] = []
         for group in self.optimizer.param_groups:
+            flat = self.is_flat(group)
             for i, p in enumerate(group["params"]):
-                if p.grad is None or not self.is_held(group, p):
+                if p.grad is None or not (flat or is_dtensor(p)):
                     continue
                 if not (self._shards or self._slices):
                     check_settings(self.optimizer.config, "shards")
-                found += self._in_flat(group, p) if self.is_flat(group) else [self._dtensor(group, p, i)]
+                found += self._in_flat(group, p) if flat else [self._dtensor(group, p, i)]
         return found
 
     def named_states(self, group: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -204,6 +205,7 @@ def check_settings(config: GaLoreConfig, where: str) -> None:
         ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
         ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "An exact SVD needs whole weights."),
         ("first_basis", config.first_basis == "sketch", "gradient", "A sketch sees whole columns."),
+        ("kernels", config.kernels == "triton", "auto or torch", "The kernels move whole weights."),
     ]  # fmt: skip
     for field, refused, wanted, why in wants:
         if refused:

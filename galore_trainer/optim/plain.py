@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, 
 from galore_trainer.optim.stack import MOMENTS
 
 CHUNK = 1 << 22  # entries that are held in float32 at a time, where weight or moments are stored otherwise
+
+
+class PlainJob(NamedTuple):
+    """One parameter that is not projected, in one step: what ``plain_step`` takes, and its name."""
+
+    p: Tensor
+    grad: Tensor
+    name: str
+    group: dict[str, Any]
+    ok: Tensor
+    state: MutableMapping[str, Any]
 
 
 def plain_state(p: Tensor, bits: int = 32) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from galore_trainer.core import residual
 from galore_trainer.core.galore import adam
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support, read_at
-from galore_trainer.optim.stack import Stack
+from galore_trainer.optim.stack import Job, Stack
 
 MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))  # key, and whether it has a sign
 AGE = "residual_step"
@@ -32,9 +32,9 @@ def has_residual(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
     return config.residual_percent > 0.0 and matrix.loses
 
 
-def residual_lives(stack: Stack, config: GaLoreConfig) -> bool:
+def residual_lives(job: Job, config: GaLoreConfig) -> bool:
     """Whether it has begun: at the first basis that came from a whole gradient."""
-    return has_residual(stack.matrix, config) and stack.jobs[0].state["refreshes"] > config.sketches_first
+    return has_residual(job.matrix, config) and job.state["refreshes"] > config.sketches_first
 
 
 def residual_step(

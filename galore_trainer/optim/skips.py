@@ -30,7 +30,9 @@ def finite_flags(grads: Sequence[Tensor]) -> list[Tensor]:
     for members in _by_device(grads).values():
         # the largest magnitude is finite if all are; an empty gradient has none
         tops = [grads[i] if grads[i].numel() else grads[i].new_zeros(1) for i in members]
-        largest = torch.stack([top.float() for top in torch._foreach_norm(tops, float("inf"))])
+        wide = any(top.dtype == torch.float64 for top in tops)
+        norms = torch._foreach_norm(tops, float("inf"), None if wide else torch.float32)
+        largest = torch.stack([norm.float() for norm in norms] if wide else list(norms))
         for i, flag in zip(members, torch.isfinite(largest).float().unbind(), strict=True):
             flags[i] = flag
     return flags

@@ -7,6 +7,7 @@ stack; the core sees their blocks as one leading dimension. State stays with eac
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -50,7 +51,7 @@ class Job:
     last: bool = True
     grad_ok: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def prefix(self) -> str:
         """What this matrix's keys in the state begin with."""
         return self.matrix.prefix
@@ -102,14 +103,30 @@ class Stack:
         """Whether the state holds this key; equal for all jobs of a stack."""
         return self.jobs[0].prefix + key in self.jobs[0].state
 
+    def tensors(self, key: str) -> list[Tensor]:
+        """A state tensor of every job, contiguous, as it lies in the state: what is written there stays."""
+        found = [job.state[job.prefix + key] for job in self.jobs]
+        for i, (job, value) in enumerate(zip(self.jobs, found, strict=True)):
+            if not value.is_contiguous():
+                found[i] = job.state[job.prefix + key] = value.contiguous()
+        return found
+
+    def get_ages(self, key: str) -> Tensor:
+        """A scalar state tensor of every job, [jobs]."""
+        return torch.stack([job.state[job.prefix + key] for job in self.jobs])
+
+    def put_ages(self, key: str, value: Tensor) -> None:
+        """Undo ``get_ages``."""
+        for job, part in zip(self.jobs, value.unbind(), strict=True):
+            job.state[job.prefix + key] = part
+
     def get_count(self, key: str) -> Tensor:
         """A scalar state tensor of every job, as [jobs x blocks, 1, 1]."""
-        return self.spread(torch.stack([job.state[job.prefix + key] for job in self.jobs]))
+        return self.spread(self.get_ages(key))
 
     def put_count(self, key: str, value: Tensor) -> None:
         """Undo ``get_count``."""
-        for job, part in zip(self.jobs, value.view(-1)[:: self.matrix.blocks].unbind(), strict=True):
-            job.state[job.prefix + key] = part
+        self.put_ages(key, value.view(-1)[:: self.matrix.blocks])
 
     def get_moment(self, key: str, *, signed: bool) -> Tensor:
         """A moment of every job, joined, in float32."""
@@ -196,11 +213,13 @@ class Stack:
         return (value,) if len(self.jobs) == 1 else value.split(self.matrix.blocks)
 
 
-def make_stacks(jobs: Iterable[Job], max_elements: int) -> Iterator[Stack]:
+def make_stacks(
+    jobs: Iterable[Job], max_elements: int, key: Callable[[Job], tuple[Any, ...]] = Job.key
+) -> Iterator[Stack]:
     """Stacks of equal jobs, in the order of their first jobs, each of at most ``max_elements`` gradient entries."""
     by_key: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
-        by_key.setdefault(job.key(), []).append(job)
+        by_key.setdefault(key(job), []).append(job)
     for members in by_key.values():
         size = max(1, max_elements // (members[0].matrix.rows * members[0].matrix.columns))
         for start in range(0, len(members), size):

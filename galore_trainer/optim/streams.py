@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -26,6 +27,19 @@ def stream(device: torch.device | str, seed: int, name: str, purpose: str, *inde
         purpose: ``head``, ``omega`` or ``rounding``.
         index: refresh or step, and block.
     """
+    return torch.Generator(device=device).manual_seed(_hashed(seed, name, purpose, *index))
+
+
+def rounding_key(seed: int, name: str, calls: int) -> int:
+    """63 bits that seed the noise of one step where a kernel draws it; cheap for the steps that follow the first."""
+    return (_first_key(seed, name) + calls * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _first_key(seed: int, name: str) -> int:
+    return _hashed(seed, name, "kernel rounding")
+
+
+def _hashed(seed: int, name: str, purpose: str, *index: int) -> int:
     key = "|".join([str(seed), name, purpose, *map(str, index)]).encode()
-    number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-    return torch.Generator(device=device).manual_seed(number)
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

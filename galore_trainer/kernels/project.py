@@ -1,0 +1,113 @@
+"""R = G P or P^T G for gradients that lie anywhere, and whether they are finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from galore_trainer.kernels.tables import Layout, Scattered, multiply, pointer_at, rounded, row_starts
+
+ACCUMULATORS = 1 << 15  # float32 entries of R that one program holds
+WIDEST = 256  # lines of R in a program, where there are enough programs
+ENOUGH = 264  # programs: two for each multiprocessor of an H100
+
+
+def join(tensors: Scattered, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Contiguous tensors one after the other in another dtype, rounded to nearest: [count x shape[0], ...]."""
+    count = len(tensors.addresses)
+    out = torch.empty(count * shape[0], *shape[1:], dtype=dtype, device=tensors.addresses.device)
+    entries = out.numel() // count
+    _join[(triton.cdiv(entries, 2048), count)](
+        tensors.addresses, out, entries, **tensors.pointer, BLOCK=2048, num_warps=8
+    )
+    return out
+
+
+@triton.jit
+def _join(addresses, out, entries, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    job = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(pointer_at(addresses, job, TYPE, ALIGNED) + at, mask=at < entries).to(tl.float32)
+    to: tl.constexpr = out.dtype.element_ty
+    tl.store(out + job.to(tl.int64) * entries + at, rounded(x, 0, to, False), mask=at < entries)
+
+
+def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> tuple[Tensor, Tensor]:
+    """Projected gradients, and where they are finite.
+
+    Args:
+        G: gradients, float32 or bfloat16.
+        layout: of each.
+        P: [jobs x blocks, n or rows, r], in the dtype of the gradients.
+        side: ``right`` or ``left``.
+        blocks: of equal height in each matrix.
+
+    Returns:
+        R, float32 [jobs x blocks, rows, r] or [jobs x blocks, r, n], and 1.0 or 0.0 for each job, [jobs].
+    """
+    (total, inner, rank), rows = P.shape, layout.rows // blocks
+    right, single = side == "right", P.dtype == torch.float32
+    lines = rows if right else layout.columns
+    R = torch.empty((total, lines, rank) if right else (total, rank, lines), dtype=torch.float32, device=P.device)
+    bad = torch.zeros(len(G.addresses), dtype=torch.int32, device=P.device)
+    width = max(16, triton.next_power_of_2(rank))
+    tall = max(16, min(WIDEST, ACCUMULATORS // (2 if single else 1) // width))
+    while tall > 64 and total * triton.cdiv(lines, tall) < ENOUGH:
+        tall //= 2
+    deep = max(16, min(64, (8192 if single else 16384) // width, 32 if single else 64))
+    kernel: Any = _project
+    kernel[(total * triton.cdiv(lines, tall),)](
+        G.addresses, P, R, bad, rows, lines, inner, blocks, **layout.strides, **G.pointer, RIGHT=right,
+        RANK=rank, LINES=tall, DEPTH=deep, WIDTH=width, PRECISION="tf32x3" if single else "tf32",
+        num_warps=8 if tall * width >= 16384 else 4, num_stages=3,
+    )  # fmt: skip
+    return R, 1.0 - bad.float()
+
+
+@triton.jit
+def _project(
+    gradients, P, R, bad, rows, lines, inner, blocks,
+    length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr,
+    LINES: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program makes some lines of R (rows, or columns on the left) from ``inner`` entries each."""
+    tiles = tl.cdiv(lines, LINES)
+    block = tl.program_id(0) // tiles
+    job, first = block // blocks, block % blocks * rows
+    G = pointer_at(gradients, job, TYPE, ALIGNED)
+    P += block.to(tl.int64) * inner * RANK
+    R += block.to(tl.int64) * lines * RANK
+    line = tl.program_id(0) % tiles * LINES + tl.arange(0, LINES)
+    column = tl.arange(0, WIDTH)
+    total = tl.zeros((LINES, WIDTH), tl.float32)
+    k = tl.arange(0, DEPTH)
+    if RIGHT:
+        rows_at = row_starts(first + line, length, outer_stride, row_stride, EVEN)
+        at = G + rows_at[:, None] + (k * column_stride)[None, :]
+    else:
+        at = G + (line.to(tl.int64) * column_stride)[:, None]
+    p_at = P + k[:, None] * RANK + column[None, :]
+    for start in range(0, inner, DEPTH):
+        inside = k < inner - start
+        if RIGHT:
+            g = tl.load(at, mask=(line[:, None] < lines) & inside[None, :], other=0.0)
+            at += DEPTH * column_stride
+        else:
+            rows_at = row_starts(first + start + k, length, outer_stride, row_stride, EVEN)
+            g = tl.load(at + rows_at[None, :], mask=(line[:, None] < lines) & inside[None, :], other=0.0)
+        p = tl.load(p_at, mask=inside[:, None] & (column[None, :] < RANK), other=0.0)
+        p_at += DEPTH * RANK
+        total = multiply(g, p, total, PRECISION)
+    here = (line[:, None] < lines) & (column[None, :] < RANK)
+    if RIGHT:
+        out = R + line.to(tl.int64)[:, None] * RANK + column[None, :]
+    else:
+        out = R + column.to(tl.int64)[None, :] * lines + line[:, None]
+    tl.store(out, total, mask=here)
+    finite = tl.min(tl.min((tl.abs(total) < float("inf")).to(tl.int32), axis=1), axis=0)
+    tl.store(bad + job, 1, mask=finite == 0)

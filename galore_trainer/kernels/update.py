@@ -1,0 +1,133 @@
+"""W <- W - lr wd W - lr scale (lift(N) + N_S at S), in place, where the weights lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from galore_trainer.kernels.tables import Layout, Scattered, mixed, multiply, pointer_at, rounded, row_keys, row_starts
+
+ROWS, COLUMNS, WARPS = 128, 128, 8  # of a program's tile, and who moves it
+REGISTERS = 128  # of a thread: two programs on a multiprocessor, one loads while the other multiplies
+SPARSE_KEY = 0x5851F42D4C957F2D  # tells the noise of the sparse entries from that of the whole weight
+
+
+def apply_update_(
+    W: Scattered, layout: Layout, N: Tensor, P: Tensor, side: str, ok: Tensor, blocks: int, *,
+    step: float, decay: float, keys: Tensor | None,
+) -> None:  # fmt: skip
+    """W <- W (1 - decay) - step lift(N), not at all where ``ok`` is 0.
+
+    Args:
+        W: weights, float32 or bfloat16.
+        layout: of each.
+        N, P: [jobs x blocks, ...] as in ``core.galore``, in the dtype of the weights.
+        side: ``right`` or ``left``.
+        ok: 1.0 or 0.0 for each job, [jobs].
+        blocks: of equal height in each matrix.
+        step, decay: lr x scale, lr x weight decay.
+        keys: int64 [jobs], round bfloat16 weights stochastically; None rounds to nearest.
+    """
+    total, rank = len(P), P.shape[-1]
+    rows, columns, single = layout.rows // blocks, layout.columns, W.dtype == torch.float32
+    width, wide = max(16, triton.next_power_of_2(rank)), COLUMNS // 2 if single else COLUMNS
+    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, wide)
+    kernel: Any = _apply_update
+    kernel[(total * tiles,)](
+        W.addresses, N, P, ok, ok if keys is None else keys, rows, columns, blocks, step, decay,
+        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=ROWS, COLUMNS=wide,
+        DEPTH=min(width, wide), STOCHASTIC=keys is not None, PRECISION="tf32x3" if single else "tf32",
+        num_warps=WARPS, num_stages=2, maxnreg=255 if single or rank > 128 else REGISTERS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _apply_update(
+    weights, N, P, ok, keys, rows, columns, blocks, step, decay,
+    length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program moves one tile of one block; columns run fastest, so that neighbours share rows of N."""
+    tile, across = tl.program_id(0), tl.cdiv(columns, COLUMNS)
+    tiles = tl.cdiv(rows, ROWS) * across
+    block = tile // tiles
+    job = block // blocks
+    if tl.load(ok + job) > 0.0:
+        i = tile % tiles // across * ROWS + tl.arange(0, ROWS)
+        j = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+        k = tl.arange(0, DEPTH)
+        here = (i[:, None] < rows) & (j[None, :] < columns)
+        row = block % blocks * rows + i
+        start = row_starts(row, length, outer_stride, row_stride, EVEN)
+        at = (pointer_at(weights, job, TYPE, ALIGNED) + start)[:, None] + (j.to(tl.int64) * column_stride)[None, :]
+        w = tl.load(at, mask=here, other=0.0)
+        if RIGHT:
+            left, right = N + block.to(tl.int64) * rows * RANK, P + block.to(tl.int64) * columns * RANK
+        else:
+            left, right = P + block.to(tl.int64) * rows * RANK, N + block.to(tl.int64) * columns * RANK
+        lifted = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in tl.static_range(0, RANK, DEPTH):
+            a_at = left + (i.to(tl.int64) * RANK)[:, None] + (first + k)[None, :]
+            a = tl.load(a_at, mask=(i[:, None] < rows) & (k[None, :] < RANK - first), other=0.0)
+            if RIGHT:
+                b_at = right + (j.to(tl.int64) * RANK)[None, :] + (first + k)[:, None]
+            else:
+                b_at = right + ((first + k).to(tl.int64) * columns)[:, None] + j[None, :]
+            b = tl.load(b_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
+            lifted = multiply(a, b, lifted, PRECISION)
+        new = w.to(tl.float32) * (1.0 - decay) - step * lifted
+        noise = 0
+        if STOCHASTIC:
+            noise = mixed(row_keys(tl.load(keys + job), row)[:, None] ^ (j.to(tl.uint32) * 0x9E3779B1)[None, :])
+        tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=here)
+
+
+def add_at_(
+    W: Scattered, layout: Layout, positions: Scattered, values: Tensor, ok: Tensor, *, step: float, keys: Tensor | None
+) -> None:
+    """W[S] <- W[S] - step values, for a row-balanced support.
+
+    A bfloat16 weight is rounded here a second time, by other noise than in ``apply_update_``; ``core`` rounds the sum.
+
+    Args:
+        W, layout, ok, keys: as there.
+        positions: columns, int32 [blocks, rows, k], contiguous.
+        values: float32 [jobs x blocks, rows, k].
+        step: factor on the values.
+    """
+    count, entries = values.shape[-1], values.numel() // len(ok)
+    kernel: Any = _add_at
+    kernel[(triton.cdiv(entries, 1024), len(ok))](
+        W.addresses, positions.addresses, values, ok, ok if keys is None else keys, entries, count, step,
+        **layout.strides, **W.pointer, INDEX_ALIGNED=positions.alignment, STOCHASTIC=keys is not None, SALT=SPARSE_KEY,
+        BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_at(
+    weights, positions, values, ok, keys, entries, count, step,
+    length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, INDEX_ALIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SALT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    job = tl.program_id(1)
+    if tl.load(ok + job) > 0.0:
+        entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        here = entry < entries
+        j = tl.load(pointer_at(positions, job, tl.int32, INDEX_ALIGNED) + entry, mask=here, other=0)
+        row = entry // count
+        start = row_starts(row, length, outer_stride, row_stride, EVEN)
+        at = pointer_at(weights, job, TYPE, ALIGNED) + start + j.to(tl.int64) * column_stride
+        n = tl.load(values + job.to(tl.int64) * entries + entry, mask=here, other=0.0)
+        new = tl.load(at, mask=here, other=0.0).to(tl.float32) - step * n
+        noise = 0
+        if STOCHASTIC:
+            noise = mixed(row_keys(tl.load(keys + job) ^ SALT, row) ^ (j.to(tl.uint32) * 0x9E3779B1))
+        tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=here)

@@ -1,0 +1,246 @@
+"""The step of a stack by the kernels: the page of ``core/galore.py`` on weights, gradients and moments where they lie.
+
+Not for every step: a refresh, the warm-up of a residual, and what ``why_not`` names are left to ``core/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core import galore
+from galore_trainer.errors import OptionError
+from galore_trainer.kernels import obstacle
+from galore_trainer.optim import residual_state
+from galore_trainer.optim.plain import PlainJob
+from galore_trainer.optim.skips import Flag
+from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack
+from galore_trainer.optim.streams import rounding_key
+
+STACK_ELEMENTS = 1 << 29  # entries of equal weights that move in one go: their projections alone are held meanwhile
+INDEX = "residual_index"
+
+
+def why_not(job: Job, config: GaLoreConfig) -> str | None:
+    """Why the kernels do not move a matrix; None where they do."""
+    if config.kernels == "auto" and job.parameter.device.type != "cuda":
+        return "it lies elsewhere than on a GPU"
+    dtypes = {job.parameter.dtype} if job.part is not None else {job.parameter.dtype, job.grad.dtype}
+    return obstacle(job.parameter.device, *dtypes)
+
+
+def divide(jobs: Sequence[Job], config: GaLoreConfig) -> tuple[list[Job], list[Job]]:
+    """The jobs that the kernels do, and the rest.
+
+    Raises:
+        OptionError: ``kernels: triton`` was asked for, and there is an obstacle.
+    """
+    fast: list[Job] = []
+    rest: list[Job] = []
+    reasons: dict[Any, str | None] = {}  # a handful for all weights
+    if config.kernels == "torch":
+        return fast, list(jobs)
+    for job in jobs:
+        kind = (job.parameter.device, job.parameter.dtype, job.grad.dtype, job.part is None)
+        if kind not in reasons:
+            reasons[kind] = why_not(job, config)
+        if reasons[kind] is not None and config.kernels == "triton":
+            way_out = f"{job.name}: {reasons[kind]}. Use auto, which takes torch there."
+            raise OptionError("galore.kernels", "triton", "weights that the kernels can move", way_out)
+        by_row = config.residual_selection == "row" and job.prefix + INDEX in job.state
+        settled = by_row or not residual_state.residual_lives(job, config)
+        (fast if reasons[kind] is None and settled else rest).append(job)
+    return fast, rest
+
+
+def key_of(job: Job) -> tuple[Any, ...]:
+    """Equal for jobs that the kernels take in one go: the age of their bases does not matter to them."""
+    m, p, g = job.matrix, job.parameter, job.grad
+    shape = (m.blocks, m.outer, m.length, m.columns, m.side, m.rank, m.transposed)
+    kept = (job.part is None, job.grad_ok is None, job.prefix + INDEX in job.state)
+    return (id(job.group), *shape, *kept, p.shape, p.stride(), g.stride(), p.dtype, g.dtype, p.device)
+
+
+def update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
+    """One step of equal matrices with the bases they have; whose gradients were finite."""
+    with torch.cuda.device_of(stack.jobs[0].parameter):  # kernels are launched on the current one
+        return _update(stack, config, seed)
+
+
+def _update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
+    from galore_trainer.kernels.project import project
+    from galore_trainer.kernels.update import add_at_, apply_update_
+
+    matrix, group, jobs = stack.matrix, stack.group, stack.jobs
+    side, blocks, first = matrix.side, matrix.blocks, jobs[0]
+    places = Places(stack, config, seed)
+    layout = places.layout(first.parameter)
+    if first.part is None:
+        G = places["gradients"]
+        R, ok = project(G, places.layout(first.grad), places.bases(G.dtype), side, blocks)
+    else:
+        R = stack.kept("projected")
+        ok = galore.finite_parts(R, len(jobs))
+    if first.grad_ok is not None:
+        ok = ok * torch.stack([job.grad_ok for job in jobs if job.grad_ok is not None])
+    W = places["weights"]
+    N = _moments(stack, places, MOMENTS, AGE, R, ok, W.dtype)
+    movement: dict[str, Any] = {"step": group["lr"] * config.scale, "keys": places.keys}
+    decay = group["lr"] * group["weight_decay"]
+    apply_update_(W, layout, N, places.bases(W.dtype), side, ok, blocks, decay=decay, **movement)
+    if places.has_residual:
+        D = _lost(stack, places, R)
+        N = _moments(stack, places, residual_state.MOMENTS, residual_state.AGE, D, ok, torch.float32)
+        movement["step"] *= config.residual_scale
+        add_at_(W, layout, places[INDEX], N, ok, **movement)
+    return [(job.state, flag) for job, flag in zip(jobs, ok.unbind(), strict=True) if job.last]
+
+
+def _moments(
+    stack: Stack, places: Places, keys: Sequence[tuple[str, bool]], age: str, R: Tensor, ok: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Take R into a pair of moments; the normalised update N. Moments in fewer bits go through ``core``."""
+    from galore_trainer.kernels.adam import adam_
+
+    group = stack.group
+    before = stack.get_ages(age)
+    options: dict[str, Any] = {"betas": group["betas"], "eps": group["eps"]}
+    t = before + ok
+    stack.put_ages(age, t)
+    if group["galore"]["state_bits"] == 32:
+        M, V = (places[key] for key, _ in keys)
+        return adam_(M, V, t, R, ok, dtype=dtype, **options)
+    spread = stack.spread(ok)
+    M_, V_ = (stack.get_moment(key, signed=signed) for key, signed in keys)
+    M_, V_, _, N = galore.adam(M_, V_, stack.spread(before), R, spread, **options)
+    for (key, signed), value in zip(keys, (M_, V_), strict=True):
+        stack.put_moment(key, value, signed=signed, ok=spread)
+    return N.to(dtype)
+
+
+def _lost(stack: Stack, places: Places, R: Tensor) -> Tensor:
+    """D[S], [jobs x blocks, rows, k]; the basis in the precision that projected."""
+    from galore_trainer.kernels.residual import loss_at
+
+    first, matrix = stack.jobs[0], stack.matrix
+    count = first.state[first.prefix + INDEX].shape[-1]
+    if first.part is None:
+        G, layout = places["gradients"], places.layout(first.grad)
+    else:
+        G, layout = places["sampled"], None
+    return loss_at(G, layout, places[INDEX], R, places.bases(first.grad.dtype), matrix.side, matrix.blocks, count)
+
+
+class Places:
+    """Where everything of a stack lies; one upload for all of it.
+
+    Attributes:
+        has_residual: whether the matrices have sparse moments.
+        keys: for the rounding of bfloat16 weights, int64 [jobs]; None rounds to nearest.
+    """
+
+    def __init__(self, stack: Stack, config: GaLoreConfig, seed: int) -> None:
+        from galore_trainer.kernels.tables import scatter
+
+        self._stack, jobs, first = stack, stack.jobs, stack.jobs[0]
+        self.has_residual = residual_state.residual_lives(first, config)
+        self._bases: dict[torch.dtype, Tensor] = {}
+        self._layouts: dict[tuple[int, ...], Any] = {}
+        whole = {"weights": [job.parameter for job in jobs]}
+        if first.part is None:
+            whole["gradients"] = [job.grad for job in jobs]
+        pairs = [*MOMENTS, *(residual_state.MOMENTS if self.has_residual else ())]
+        state = [key for key, _ in pairs] if stack.group["galore"]["state_bits"] == 32 else []
+        state += [BASIS, *([INDEX] if self.has_residual else [])]
+        tensors = {key: stack.tensors(key) for key in state}
+        if self.has_residual and first.part is not None:
+            tensors["sampled"] = [job.part.sampled for job in jobs]  # type: ignore[union-attr,misc]
+        numbers = {name: [x.data_ptr() for x in each] for name, each in tensors.items()}
+        for name, each in whole.items():  # logical matrices begin somewhere inside
+            row = each[0].element_size() * self.layout(each[0]).row_stride
+            numbers[name] = [x.data_ptr() + job.matrix.start * row for x, job in zip(each, jobs, strict=True)]
+        keys = None
+        if rounds(first.parameter, config):
+            keys = [rounding_key(seed, job.name, job.state["calls"]) for job in jobs]
+        dtypes = {name: each[0].dtype for name, each in (tensors | whole).items()}
+        self._found, self.keys = scatter(numbers, dtypes, keys, stack.device)
+
+    def __getitem__(self, name: str) -> Any:
+        """Weights, gradients, or tensors of the state by their key."""
+        return self._found[name]
+
+    def layout(self, stored: Tensor) -> Any:
+        """How the logical matrices lie in tensors like this one."""
+        from galore_trainer.kernels.tables import Layout
+
+        if stored.stride() not in self._layouts:
+            self._layouts[stored.stride()] = Layout.of(self._stack.matrix.rows_of(stored))
+        return self._layouts[stored.stride()]
+
+    def bases(self, dtype: torch.dtype) -> Tensor:
+        """The bases of all jobs in a dtype, [jobs x blocks, ...]."""
+        from galore_trainer.kernels.project import join
+
+        if dtype not in self._bases:
+            stored: Any = self._found[BASIS]
+            if stored.dtype == dtype:
+                self._bases[dtype] = self._stack.get(BASIS)
+            elif stored.dtype == torch.int8:
+                self._bases[dtype] = self._stack.get_basis().to(dtype)
+            else:
+                self._bases[dtype] = join(stored, self._stack.matrix.basis_shape, dtype)
+        return self._bases[dtype]
+
+
+def plain_update(jobs: Sequence[PlainJob], config: GaLoreConfig, seed: int) -> tuple[list[Flag], list[PlainJob]]:
+    """AdamW by the kernel, equal parameters together; the flags of what has moved, and the rest."""
+    rest: list[PlainJob] = []
+    alike: dict[tuple[Any, ...], list[PlainJob]] = {}
+    for job in jobs:
+        p, grad, moment = job.p, job.grad, job.state["exp_avg"]
+        wanted = config.kernels == "triton" or (config.kernels == "auto" and p.device.type == "cuda")
+        dense = p.is_contiguous() and grad.is_contiguous() and p.numel() > 0 and moment.dtype == torch.float32
+        if wanted and dense and obstacle(p.device, p.dtype, grad.dtype) is None:
+            alike.setdefault((id(job.group), p.numel(), p.dtype, grad.dtype, p.device), []).append(job)
+        else:
+            rest.append(job)
+    flags: list[Flag] = []
+    for members in alike.values():
+        with torch.cuda.device_of(members[0].p):
+            flags += _plain_update(members, config, seed)
+    return flags, rest
+
+
+def _plain_update(jobs: list[PlainJob], config: GaLoreConfig, seed: int) -> list[Flag]:
+    from galore_trainer.kernels.plain import adamw_
+    from galore_trainer.kernels.tables import scatter
+
+    first, group = jobs[0], jobs[0].group
+    tensors = {"weights": [job.p for job in jobs], "gradients": [job.grad for job in jobs]}
+    tensors |= {key: [job.state[key] for job in jobs] for key in ("exp_avg", "exp_avg_sq")}
+    numbers = {name: [x.data_ptr() for x in each] for name, each in tensors.items()}
+    dtypes = {name: each[0].dtype for name, each in tensors.items()}
+    keys = None
+    if rounds(first.p, config):
+        keys = [rounding_key(seed, job.name, job.state["calls"]) for job in jobs]
+    found, uploaded_keys = scatter(numbers, dtypes, keys, first.p.device)
+    W, G, M, V = (found[name] for name in tensors)
+    ok = torch.stack([job.ok for job in jobs])
+    t = torch.stack([job.state["step"] for job in jobs]) + ok
+    adamw_(
+        W, G, M, V, t, ok, first.p.numel(), lr=group["lr"], betas=group["betas"], eps=group["eps"],
+        weight_decay=group["weight_decay"], keys=uploaded_keys,
+    )  # fmt: skip
+    for job, age in zip(jobs, t.unbind(), strict=True):
+        job.state["step"] = age
+        job.state["calls"] += 1
+    return [(job.state, job.ok) for job in jobs]
+
+
+def rounds(p: Tensor, config: GaLoreConfig) -> bool:
+    """Whether a weight is rounded stochastically."""
+    return p.dtype == torch.bfloat16 and config.stochastic_rounding
