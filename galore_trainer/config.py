@@ -139,9 +139,9 @@ class GaLoreConfig:
     )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
     kernels: Kernels = knob(
-        "auto",
-        "What computes an ordinary step: auto (Triton on CUDA for float32 and bfloat16 weights, else torch), triton "
-        "(an error where it cannot), torch.",
+        "torch",
+        "What computes an ordinary step: torch, triton (an error where it cannot), or auto (Triton on CUDA for float32 "
+        "and bfloat16 weights, else torch).",
     )
 
     def __post_init__(self) -> None:

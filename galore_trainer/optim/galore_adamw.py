@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,28 +12,23 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.heads import LogicalMatrix
-from galore_trainer.core.sparse import part_of
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.shard import Ranks
-from galore_trainer.optim import fused
 from galore_trainer.optim.averaging import Averager, check_bases
 from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero, norms_of
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Part, Whole
-from galore_trainer.optim.plain import PlainJob, plain_state, plain_step
+from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.refresh import count_refresh, diagnose, first_basis, refresh_stack
-from galore_trainer.optim.residual_state import residual_lives, residual_step
 from galore_trainer.optim.sharded import step_sharded
 from galore_trainer.optim.sharded_state import pack_shards
 from galore_trainer.optim.sides import project_whole
 from galore_trainer.optim.skips import ROW_LIMIT, Flag, count_skips, finite_flags, no_skips, total_skips
 from galore_trainer.optim.stack import Job, Stack, make_stacks
 from galore_trainer.optim.state import SLICES, bytes_by_kind, check_same_layout, check_same_method, restore_dtypes
-from galore_trainer.optim.streams import stream
 from galore_trainer.optim.timing import Stopwatch
+from galore_trainer.optim.update import make_plain_state, move, move_plain, stack_elements
 from galore_trainer.optim.whole import describe, slices_for_saving
-
-STACK_ELEMENTS = 1 << 26  # gradient entries of equal matrices that are joined in one go on an accelerator
 
 
 class GaLoreAdamW(torch.optim.Optimizer):
@@ -141,20 +136,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     PlainJob(*each, ok, self.state[each[0]])
                     for each, ok in zip(plain, finite, strict=True) if self._wakes(*each)
                 ]  # fmt: skip
-                moved, rest_plain = fused.plain_update(moving_plain, self.config, self.seed)
-                flags += moved + [self._plain_step(*job) for job in rest_plain]
+                flags += move_plain(moving_plain, self.config, self.seed)
         if jobs:
             waiting = self._refresh(jobs)
             flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
             still = {id(job) for job in waiting}
             moving = [job for job in jobs if id(job) not in still]
             with self.stopwatch.measure("update", jobs[0].parameter.device):
-                fast, rest = fused.divide(moving, self.config)
-                most = fused.STACK_ELEMENTS if self.max_stack_elements is None else self.max_stack_elements
-                for stack in make_stacks(fast, most, fused.key_of):
-                    flags += fused.update(stack, self.config, self.seed)
-                for stack in make_stacks(rest, self._stack_elements(jobs[0].parameter.device)):
-                    flags += self._update(stack)
+                flags += move(moving, self.config, self.seed, self.max_stack_elements)
             for job in jobs:
                 job.state["calls"] += job.last
         count_skips(flags)
@@ -234,61 +223,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Where in the gap this weight's refreshes lie: 0, or spread evenly over all projected weights."""
         return self._places[name] * self.config.update_proj_gap // len(self._places) if self.config.staggers else 0
 
-    def _stack_elements(self, device: torch.device) -> int:
-        """Gradient entries joined at a time: many where launches cost, none on a CPU, where copies do."""
-        if self.max_stack_elements is not None:
-            return self.max_stack_elements
-        return 0 if device.type == "cpu" else STACK_ELEMENTS
-
-    def _update(self, stack: Stack) -> list[Flag]:
-        """One step of a stack of matrices with the bases they have; whose gradients were finite."""
-        side, group, config = stack.matrix.side, stack.group, self.config
-        old, G = stack.read(), stack.gradients()
-        R = stack.kept("projected") if G is None else galore.project(G, old.P, side)
-        by_job = galore.finite_parts(R, len(stack.jobs))  # [jobs]
-        if stack.jobs[0].grad_ok is not None:
-            by_job = by_job * torch.stack([job.grad_ok for job in stack.jobs if job.grad_ok is not None])
-        ok = stack.spread(by_job)
-        new, N = galore.step_moments(old, R, ok, betas=group["betas"], eps=group["eps"])
-        sparse = None
-        if residual_lives(stack.jobs[0], config):
-            sparse = residual_step(stack, G, R, old.P, ok, config)
-        stack.write_moments(new, ok)
-        parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), strict=True)
-        for i, (job, N_job, P_job, ok_job) in enumerate(parts):
-            W = job.matrix.take(job.parameter)
-            galore.apply_update_(
-                W, N_job, P_job, side, lr=group["lr"], scale=config.scale, weight_decay=group["weight_decay"],
-                ok=ok_job, sparse=part_of(sparse, i, job.matrix.blocks),
-                generator=self._rounding(job.parameter, job.name, job.state["calls"]),
-            )  # fmt: skip
-            job.matrix.put(job.parameter, W)
-        return [(job.state, ok_job) for job, ok_job in zip(stack.jobs, by_job.unbind(), strict=True) if job.last]
-
     def _wakes(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any]) -> bool:
         """Whether a plain parameter moves; its state is made, which may be all that checkpoint tools want."""
         state = self.state[p]
         if state:
             return True
-        self._make_plain_state(p, state)
+        make_plain_state(p, state, self.config)
         return group["lr"] != 0.0 or bool(grad.any())
-
-    def _make_plain_state(self, p: Tensor, state: MutableMapping[str, Any]) -> None:
-        state.update(plain_state(p, self.config.plain_state_bits), calls=0, skipped=no_skips(p.device))
-
-    def _plain_step(
-        self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any], ok: Tensor, state: MutableMapping[str, Any]
-    ) -> Flag:
-        if not state:
-            self._make_plain_state(p, state)
-        calls, bits = state["calls"], self.config.plain_state_bits
-        noise = stream(p.device, self.seed, name, "moments", calls) if bits < 32 else None
-        plain_step(p, grad, state, group, ok, self._rounding(p, name, calls), noise)
-        state["calls"] += 1
-        return state, ok
-
-    def _rounding(self, p: Tensor, name: str, calls: int) -> torch.Generator | None:
-        return stream(p.device, self.seed, name, "rounding", calls) if fused.rounds(p, self.config) else None
 
     def _refresh(self, jobs: list[Job]) -> list[Job]:
         """New bases where they are due; an all-zero or non-finite gradient leaves its refresh due.
@@ -302,7 +243,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         waiting = [job for job in due if self.config.sketches_first and job.state["refreshes"] == 0]
         norms = torch.stack([n.to(due[0].parameter.device) for n in norms_of([job.grad for job in due])]).tolist()
         good = [job for job, norm in zip(due, norms, strict=True) if 0.0 < norm < float("inf")]
-        for stack in make_stacks(good, self._stack_elements(jobs[0].parameter.device)):
+        for stack in make_stacks(good, stack_elements(jobs[0].parameter.device, self.max_stack_elements)):
             with self.stopwatch.measure("refresh", stack.device):
                 G, first = stack.gradients(), stack.jobs[0].state["refreshes"] == 0
                 if G is None or (first and self.config.sketches_first):

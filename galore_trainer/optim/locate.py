@@ -205,7 +205,6 @@ def check_settings(config: GaLoreConfig, where: str) -> None:
         ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
         ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "An exact SVD needs whole weights."),
         ("first_basis", config.first_basis == "sketch", "gradient", "A sketch sees whole columns."),
-        ("kernels", config.kernels == "triton", "auto or torch", "The kernels move whole weights."),
     ]  # fmt: skip
     for field, refused, wanted, why in wants:
         if refused:

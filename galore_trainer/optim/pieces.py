@@ -33,10 +33,10 @@ def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece(LogicalMatrix):
-    """Local rows of a logical matrix, [blocks, rows of each, n].
+    """Local rows of a logical matrix, [blocks, rows of each, n]; they are all of the tensor that it is taken from.
 
     Attributes:
-        at: the local rows, block by block: a slice, or their indices.
+        at: those rows among the local ones, block by block: a slice, or indices.
         bases: the blocks of the whole matrix that these are.
         name: unlike that of any other piece on any process.
     """
@@ -44,15 +44,6 @@ class Piece(LogicalMatrix):
     at: Any
     bases: Any
     name: str
-
-    def take(self, stored: Tensor) -> Tensor:
-        """The rows as [blocks, rows, n]: a view where they follow one another."""
-        return stored[self.at].view(self.blocks, self.block_rows, -1)
-
-    def put(self, stored: Tensor, blocks: Tensor) -> None:
-        """Write [blocks, rows, n] back where ``take`` made a copy."""
-        if blocks.untyped_storage()._cdata != stored.untyped_storage()._cdata:
-            stored[self.at] = blocks.reshape(-1, blocks.shape[-1])
 
 
 def pieces_of(matrix: LogicalMatrix, name: str, total_rows: int, first: int, local_rows: int) -> list[Piece]:

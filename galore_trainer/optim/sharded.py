@@ -20,11 +20,13 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.layouts.shard import Shard, completed_cut_rows
 from galore_trainer.optim.averaging import check_bases
 from galore_trainer.optim.pieces import Piece, PieceState, commit, stored_rows
+from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.refresh import count_refresh, draw_heads, find_bases
 from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
 from galore_trainer.optim.residual_state import has_residual, reset_residual
 from galore_trainer.optim.skips import Flag, finite_flags, no_skips
-from galore_trainer.optim.stack import AGE, Job, Stack, make_stacks, runs
+from galore_trainer.optim.stack import AGE, Job, Stack, runs
+from galore_trainer.optim.update import by_core, make_plain_state, move, stack_elements, update_plain
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -106,7 +108,9 @@ def step_sharded(optimizer: GaLoreAdamW, held: Sequence[Held]) -> list[Flag]:
     with optimizer.stopwatch.measure("plain", held[0].weight.device):
         for w in moving:
             if not w.matrices:
-                optimizer._plain_step(w.weight, w.grad, w.name, w.group, w.ok, w.state)
+                update_plain(
+                    PlainJob(w.weight, w.grad, w.name, w.group, w.ok, w.state), optimizer.config, optimizer.seed
+                )
     for members in _by_ranks(projected):
         rows = completed_cut_rows([w.shard for w in members], [w.grad for w in members])
         for w, cut in zip(members, rows, strict=True):
@@ -154,7 +158,7 @@ def _create_states(optimizer: GaLoreAdamW, held: Sequence[Held]) -> set[int]:
             w.make_state(optimizer.config, optimizer._phase(w.name))
     for w in asked:
         if not w.matrices and not w.state:
-            optimizer._make_plain_state(w.weight, w.state)
+            make_plain_state(w.weight, w.state, optimizer.config)
     return {id(w) for w, rests in zip(asked, zero, strict=True) if rests}
 
 
@@ -162,18 +166,25 @@ def _create_states(optimizer: GaLoreAdamW, held: Sequence[Held]) -> set[int]:
 
 
 def _update(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
-    most = optimizer._stack_elements(held[0].weight.device)
-    for chunk in runs(held, lambda w: w.weight.numel(), most):  # as many are copied at a time
+    config, seed, asked = optimizer.config, optimizer.seed, optimizer.max_stack_elements
+    most = stack_elements(held[0].weight.device, asked)
+    for chunk in runs(held, lambda w: w.weight.numel() * w.shard.is_ragged, most):  # as many are copied at a time
         opened = [(w, w.shard.rows_of(w.weight), w.gradient()) for w in chunk]
-        states = [[PieceState(w.state, piece) for piece in _flat(w.pieces)] for w in chunk]
-        jobs = [
-            w.stack(piece, state, W, G).jobs[0]
-            for (w, W, G), own in zip(opened, states, strict=True)
-            for piece, state in zip(_flat(w.pieces), own, strict=True)
-        ]
-        for stack in make_stacks(jobs, most):
-            optimizer._update(stack)
+        jobs: list[Job] = []
+        states = []
+        for w, W, G in opened:
+            own = [PieceState(w.state, piece) for piece in _flat(w.pieces)]
+            states.append(own)
+            jobs += [w.stack(state.piece, state, W[state.piece.at], G[state.piece.at]).jobs[0] for state in own]
+        views = [isinstance(state.piece.at, slice) for own in states for state in own]  # kernels write to these
+        move([job for job, view in zip(jobs, views, strict=True) if view], config, seed, asked)
+        by_core([job for job, view in zip(jobs, views, strict=True) if not view], config, seed, asked)
+        moved = iter(jobs)
         for (w, W, _), own in zip(opened, states, strict=True):
+            for state in own:
+                job = next(moved)
+                if not isinstance(state.piece.at, slice):  # its rows are a copy
+                    W[state.piece.at] = job.parameter
             commit(w.state, own, w.shard.local_rows)
             for matrix, pieces in zip(w.matrices, w.pieces, strict=True):
                 if not pieces:
@@ -281,7 +292,7 @@ def _projection_error(w: Held, pieces: Sequence[Piece], G: Tensor, P: Tensor) ->
     own[w.shard.owned] = 1.0
     totals = torch.zeros(2, device=G.device)
     for piece in pieces:
-        X = piece.take(G).float() * piece.take(own)
+        X = (G[piece.at].float() * own[piece.at]).view(piece.blocks, piece.block_rows, -1)
         totals += torch.stack([X.square().sum(), galore.project(X, P[piece.bases], "right").square().sum()])
     whole, kept = w.shard.ranks.sum(totals).unbind()
     return (1.0 - kept / whole.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0.0).sqrt()

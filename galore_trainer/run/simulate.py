@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from galore_trainer.core import galore
-from galore_trainer.optim.galore_adamw import STACK_ELEMENTS, GaLoreAdamW
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.plain import plain_state
 from galore_trainer.optim.refresh import refresh_stack
 from galore_trainer.optim.residual_state import AGE, MOMENTS, has_residual, support_shape
 from galore_trainer.optim.skips import no_skips
 from galore_trainer.optim.stack import Job, Stack, make_stacks
+from galore_trainer.optim.update import STACK_ELEMENTS
 
 NEVER = 1 << 60
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.build import build_optimizer
 from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
+from galore_trainer.optim import fused
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.locate import BAR
 from galore_trainer.optim.pieces import ROW_KEYS, pieces_of
@@ -24,6 +27,7 @@ from galore_trainer.optim.state import SLICES
 from galore_trainer.optim.whole import describe, rows_of_whole, whole_of_slices
 
 WORLD, STEPS = 3, 7
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 46, "num_hidden_layers": 1}
 LLAMA = LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2)
 PHI3 = Phi3Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
@@ -180,13 +184,31 @@ def some_gradients(optimizer: GaLoreAdamW, step: int) -> dict[str, Tensor]:
     ids=lambda x: x.model_type if hasattr(x, "model_type") else "-".join(map(str, x.values())) or "default",
 )  # fmt: skip
 def test_any_sharding_equals_the_whole_weight(architecture: Any, settings: dict[str, Any], kind: str) -> None:
+    check_sharding(architecture, settings, kind)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["rows", "anywhere"])
+def test_kernels_move_cut_weights_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    update, alone = fused.update, threading.Lock()
+
+    def one_at_a_time(*args: Any) -> Any:
+        with alone:  # Triton's interpreter knows one thread
+            return update(*args)
+
+    monkeypatch.setattr(fused, "update", one_at_a_time)
+    check_sharding(LLAMA, {"kernels": "triton"}, kind)
+
+
+def check_sharding(architecture: Any, settings: dict[str, Any], kind: str) -> None:
+    """Seven steps of cut weights, and of whole ones without kernels."""
     config = GaLoreConfig(
         rank=4, update_proj_gap=3, scale=0.5, proj_type="right",
         **{"residual_percent": 5.0, "residual_warmup_steps": 2, **settings},
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(architecture)
-    sharded, whole = Run(model, config, kind), build(model, config)
+    sharded, whole = Run(model, config, kind), build(model, dataclasses.replace(config, kernels="torch"))
     start = {name: w.clone() for name, w in sharded.weights.items()}
     for step in range(STEPS):
         grads = some_gradients(whole, step)
