@@ -16,6 +16,7 @@ import typer
 
 from galore_trainer.cli import config, data, state
 from galore_trainer.cli.ablate import ablate
+from galore_trainer.cli.bench import bench
 from galore_trainer.cli.doctor import doctor
 from galore_trainer.cli.estimate import estimate, inspect
 from galore_trainer.cli.evaluate import evaluate
@@ -45,6 +46,7 @@ app.command()(estimate)
 app.command()(inspect)
 app.command()(score)
 app.command()(ablate)
+app.command()(bench)
 app.command()(report)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")

@@ -1,0 +1,96 @@
+"""Whole training steps of a Llama: forward, backward, clipping, step; and a run whose refreshes are staggered."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.run.bench.measure import Step, take_turns, timed
+from galore_trainer.run.bench.refresh import refresh_all, svd_ms
+from galore_trainer.run.bench.step import TITLES
+from galore_trainer.run.bench.weights import (
+    SHAPES,
+    Bench,
+    CopiedSvd,
+    galore_plus,
+    make_model,
+    missing_peers,
+    peer,
+    with_adapters,
+)
+
+REFRESH_ROUNDS = 8
+
+
+def bench_e2e(bench: Bench) -> dict[str, Any]:
+    """Time training steps without a refresh, and a refresh on the gradients of one.
+
+    Returns:
+        ``timings`` by name, with "forward and backward" alone; ``refresh``: of all weights; ``svd``: as in
+        ``bench_refresh``; ``staggered``: milliseconds of each step of a run in which every step refreshes some weights;
+        ``missing`` methods.
+    """
+    missing, batches = missing_peers(bench), batches_of(bench)
+    model = make_model(bench, bench.model_layers)
+    methods: dict[str, Step] = {"forward and backward": lambda: _gradients(model, next(batches))}
+    for method, title in TITLES.items():
+        if method in missing:
+            continue
+        optimizer = peer(bench, method, model)
+        if method == "galore_torch":
+            _gradients(model, next(batches), keep=True)
+            with CopiedSvd():
+                optimizer.step()
+        methods[title] = training_step(model, optimizer, batches)
+    ours = galore_plus(bench, model, subspace_iterations=1)
+    methods["GaLore+"] = training_step(model, ours, batches)
+    residual = galore_plus(bench, model, residual_percent=bench.residual_percent, residual_warmup_steps=0)
+    methods["GaLore+, residual"] = training_step(model, residual, batches)
+    own = make_model(bench, bench.model_layers)
+    layerwise = galore_plus(bench, own, layerwise=True, update_proj_gap=bench.gap, subspace_iterations=1)
+    methods["GaLore+, layer-wise"] = training_step(own, layerwise, batches)
+    for method, title in (("lora", "LoRA"), ("dora", "DoRA")):
+        if method not in missing:
+            adapted = with_adapters(bench, make_model(bench, bench.model_layers), dora=method == "dora")
+            methods[title] = training_step(adapted, peer(bench, "adamw", adapted), batches)
+    timings = take_turns(methods, bench.rounds, bench.torch_device)
+    _gradients(model, next(batches), keep=True)
+    refresh = take_turns({"refresh": lambda: refresh_all(ours)}, REFRESH_ROUNDS, bench.torch_device)["refresh"]
+    svd = svd_ms(p.grad for _, p in ours.projected_weights() if p.grad is not None)
+    model.zero_grad()
+    staggered = galore_plus(bench, model, stagger_refresh=True, update_proj_gap=bench.gap, subspace_iterations=1)
+    step = training_step(model, staggered, batches)
+    for _ in range(bench.gap // 2):  # through the first refreshes, with which bases begin
+        step()
+    times = [timed(step, bench.torch_device)[0] for _ in range(bench.steps)]
+    return {"timings": timings, "refresh": refresh, "svd": svd, "staggered": times, "missing": missing}
+
+
+def batches_of(bench: Bench) -> Iterator[Tensor]:
+    """Random tokens on the device, a few batches over and over."""
+    generator = torch.Generator().manual_seed(0)
+    size = (4, bench.batch_size, bench.length)
+    ids = torch.randint(0, SHAPES[bench.shape]["vocab_size"], size, generator=generator).to(bench.torch_device)
+    return itertools.cycle(ids.unbind())
+
+
+def training_step(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Tensor]) -> Step:
+    """A step as the Trainer makes it, with its clipping at 1.0."""
+
+    def step() -> None:
+        _gradients(model, next(batches), keep=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _gradients(model: Any, ids: Tensor, *, keep: bool = False) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+    if not keep:
+        model.zero_grad()

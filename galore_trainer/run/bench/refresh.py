@@ -1,0 +1,74 @@
+"""New bases for all weights at once: randomized, shared or joint, against the SVDs that galore-torch computes."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.run.bench.measure import Step, Timing, take_turns, timed
+from galore_trainer.run.bench.weights import Bench, galore_plus, linear_weights
+
+KINDS: dict[str, dict[str, Any]] = {
+    **{f"shared heads, {q} iterations": {"subspace_iterations": q} for q in range(4)},
+    "joint, 1 iterations": {"subspace_iterations": 1, "head_sharing": "joint"},
+    "a basis for each head, 1 iterations": {"subspace_iterations": 1, "head_sharing": "per_head"},
+}
+USUAL = "shared heads, 1 iterations"
+
+
+def bench_refresh(bench: Bench) -> dict[str, Any]:
+    """Time a refresh of all weights.
+
+    Returns:
+        ``timings`` by kind; ``svd``: milliseconds of the SVDs of all weights, each shape timed once and counted as
+        often as it occurs; ``missing``: nothing.
+    """
+    model = linear_weights(bench)
+    methods: dict[str, Step] = {}
+    for name, settings in KINDS.items():
+        optimizer = galore_plus(bench, model, **settings)
+        optimizer.step()
+        methods[name] = functools.partial(refresh_all, optimizer)
+    timings = take_turns(methods, bench.rounds, bench.torch_device)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return {"timings": timings, "svd": svd_ms(grads), "missing": {}}
+
+
+@torch.no_grad()
+def refresh_all(optimizer: GaLoreAdamW) -> None:
+    """Give every projected weight a new basis now."""
+    jobs = [
+        job
+        for group in optimizer.param_groups if group["projected"]
+        for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True)
+        for job in optimizer._jobs(p, p.grad, name, matrices, group)
+    ]  # fmt: skip
+    for job in jobs:
+        job.state["due"] = job.state["calls"]
+    optimizer._refresh(jobs)
+
+
+def svd_ms(grads: Iterable[Tensor]) -> float:
+    """Milliseconds of torch's SVDs of all gradients, as galore-torch calls them; one of each shape is timed."""
+    counts, samples = Counter[Any](), dict[Any, Tensor]()
+    for grad in grads:
+        counts[grad.shape] += 1
+        samples[grad.shape] = grad
+    total = 0.0
+    for shape, grad in samples.items():
+        wide = grad.float()
+        torch.linalg.svd(wide[:64, :64], full_matrices=False)  # handles and workspaces are made
+        svd = functools.partial(torch.linalg.svd, wide, full_matrices=False)
+        total += counts[shape] * timed(svd, grad.device)[0]
+    return total
+
+
+def spread(timing: Timing, steps: int) -> float:
+    """Milliseconds that a refresh adds to each of so many steps."""
+    return timing.median / steps

@@ -1,0 +1,85 @@
+"""The ratios that ``bench all`` reports, each with the most that it should be."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from galore_trainer.run.bench.e2e import bench_e2e
+from galore_trainer.run.bench.measure import percentile, ratio
+from galore_trainer.run.bench.refresh import USUAL, bench_refresh, spread
+from galore_trainer.run.bench.step import bench_step
+from galore_trainer.run.bench.weights import Bench
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {"step": bench_step, "refresh": bench_refresh, "e2e": bench_e2e}
+Found = dict[str, dict[str, Any]]
+
+
+def _step(found: Found, name: str, other: str | None) -> dict[str, float]:
+    timings = found["step"]["timings"]
+    return ratio(timings[name], timings[other] if other else found["step"]["floor"])
+
+
+def _e2e(found: Found, other: str, gap: int, *, svd: bool = False) -> dict[str, float]:
+    """GaLore+ with its share of a refresh, over another method with its share of SVDs."""
+    own = found["e2e"]
+    return ratio(
+        own["timings"]["GaLore+"], own["timings"][other],
+        plus=spread(own["refresh"], gap), other_plus=own["svd"] / gap if svd else 0.0,
+    )  # fmt: skip
+
+
+def _refresh(found: Found) -> dict[str, float]:
+    return ratio(found["refresh"]["timings"][USUAL], found["refresh"]["svd"])
+
+
+def _refresh_share(found: Found, gap: int) -> dict[str, float]:
+    share = ratio(found["e2e"]["timings"]["forward and backward"], spread(found["e2e"]["refresh"], gap))
+    return {"ratio": 1 / share["ratio"], "low": 1 / share["high"], "high": 1 / share["low"]}
+
+
+def _tail(found: Found) -> dict[str, float]:
+    times = found["e2e"]["staggered"]
+    halves = [percentile(half, 0.99) / statistics.median(half) for half in (times[::2], times[1::2])]
+    return {"ratio": percentile(times, 0.99) / statistics.median(times), "low": min(halves), "high": max(halves)}
+
+
+def _layerwise(found: Found, gap: int) -> dict[str, float]:
+    timings = found["e2e"]["timings"]
+    below = spread(found["e2e"]["refresh"], gap)  # layer-wise mode refreshes within its steps
+    return ratio(timings["GaLore+, layer-wise"], timings["GaLore+"], other_plus=below)
+
+
+ROWS: list[tuple[str, str, float, Callable[[Found, int], dict[str, float]]]] = [
+    ("step", "step: GaLore+ / bandwidth floor", 1.35, lambda f, _: _step(f, "GaLore+", None)),
+    ("step", "step: GaLore+ / AdamW fused", 0.50, lambda f, _: _step(f, "GaLore+", "AdamW fused")),
+    ("step", "step: GaLore+, residual / AdamW fused", 0.85, lambda f, _: _step(f, "GaLore+, residual", "AdamW fused")),
+    ("refresh", "refresh: GaLore+ / galore-torch", 1 / 500, lambda f, _: _refresh(f)),
+    ("e2e", "refresh a step / forward and backward", 0.01, _refresh_share),
+    ("e2e", "step with staggered refresh: 99th percentile / median", 1.10, lambda f, _: _tail(f)),
+    ("e2e", "training: GaLore+ / galore-torch", 1 / 3.6, lambda f, gap: _e2e(f, "galore-torch", gap, svd=True)),
+    ("e2e", "training: GaLore+ / AdamW fused", 1.00, lambda f, gap: _e2e(f, "AdamW fused", gap)),
+    ("e2e", "training: GaLore+ / LoRA", 0.75, lambda f, gap: _e2e(f, "LoRA", gap)),
+    ("e2e", "training: GaLore+ / DoRA", 0.42, lambda f, gap: _e2e(f, "DoRA", gap)),
+    ("e2e", "training: GaLore+ layer-wise / GaLore+", 1.05, _layerwise),
+]
+"""Part, name, bound, and how the ratio comes from what the parts found and the gap."""
+
+
+def rows_of(found: Found, bench: Bench, **told: Any) -> list[dict[str, Any]]:
+    """The rows of the parts that ran: name, ratio, bound, low, high, unit, and what is ``told`` of all.
+
+    A peer that is missing leaves its row with a ratio of None and says so in ``note``.
+    """
+    rows = []
+    for part, name, bound, take in ROWS:
+        if part not in found:
+            continue
+        row: dict[str, Any] = {"name": name, "ratio": None, "bound": bound, "low": None, "high": None, "unit": "ratio"}
+        try:
+            row |= take(found, bench.gap)
+        except KeyError as missing:
+            row["note"] = f"{missing.args[0]} was not timed"
+        rows.append({**row, **told})
+    return rows

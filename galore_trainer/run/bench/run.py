@@ -1,0 +1,75 @@
+"""Run parts of the benchmark, tell what they found, write it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from galore_trainer.run.artifacts import environment
+from galore_trainer.run.bench.measure import Timing
+from galore_trainer.run.bench.rows import PARTS, rows_of
+from galore_trainer.run.bench.step import line_of, lines
+from galore_trainer.run.bench.weights import Bench
+
+
+def run_bench(
+    bench: Bench, parts: Sequence[str], rows_file: Path | None, details_file: Path | None, *, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Time the parts one after the other.
+
+    Args:
+        bench: what to time.
+        parts: of ``PARTS``.
+        rows_file: takes the ratios, a JSON list.
+        details_file: takes settings, environment and every sample.
+        say: takes a line of text.
+
+    Returns:
+        The rows.
+    """
+    where = environment()
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        say(f"{part}: {_describe(part, bench)}")
+        found[part] = PARTS[part](bench)
+        for line in lines(found[part]):
+            say(line)
+        if "refresh" in found[part]:
+            say(line_of("refresh of all weights", found[part]["refresh"]))
+        if "svd" in found[part]:
+            say(f"{'SVDs of all weights':<36}{found[part]['svd']:10.1f} ms   each shape timed once")
+        for name, text in found[part].pop("profiles", {}).items():
+            say(f"{name}\n{text}")
+        gc.collect()
+        if bench.device == "cuda":
+            torch.cuda.empty_cache()
+    device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
+    rows = rows_of(found, bench, device=device, commit=where.get("commit"))
+    for row in rows:
+        told = row.get("note") or f"{row['ratio']:.4g}  ({row['low']:.4g} to {row['high']:.4g})"
+        say(f"{row['name']:<56}{told}  at most {row['bound']:.4g}")
+    if rows_file is not None:
+        rows_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if details_file is not None:
+        content = {"bench": dataclasses.asdict(bench), "environment": where, "device": device, "found": _plain(found)}
+        details_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def _describe(part: str, bench: Bench) -> str:
+    layers = bench.model_layers if part == "e2e" else bench.layers
+    batch = f", batch {bench.batch_size} x {bench.length}" if part == "e2e" else ""
+    size = f"{bench.shape}, {layers} layers, rank {bench.rank}, {bench.dtype}{batch}"
+    return f"{size}, {bench.rounds} rounds, kernels {bench.kernels}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Timing):
+        return value.to_dict()
+    return {key: _plain(each) for key, each in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,106 @@
+"""Ratios follow from what was timed; the command writes a row for each line of its table. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from galore_trainer.cli.main import main
+from galore_trainer.run.bench import rows, weights
+from galore_trainer.run.bench.measure import Timing, copy_bandwidth, percentile, ratio, take_turns
+from galore_trainer.run.bench.refresh import USUAL, refresh_all
+from galore_trainer.run.bench.weights import Bench, galore_plus, linear_weights
+
+TINY = Bench(shape="tiny", layers=1, model_layers=1, rank=4, lora_rank=2, dtype="float32", batch_size=1, length=8,
+             gap=10, rounds=1, steps=2, device="cpu")  # fmt: skip
+
+
+def taking(*ms: float) -> Timing:
+    return Timing(ms, ms)
+
+
+def test_a_ratio_is_that_of_rounds_that_ran_together() -> None:
+    found = ratio(taking(2.0, 4.0, 9.0), taking(1.0, 4.0, 3.0))
+    assert found == {"ratio": 2.0, "low": 1.5, "high": 2.5}
+    assert ratio(taking(1.0, 3.0), 2.0, plus=1.0) == {"ratio": 1.5, "low": 1.25, "high": 1.75}
+    assert ratio(taking(6.0), taking(1.0), other_plus=2.0)["ratio"] == 2.0
+    assert percentile(range(1, 101), 0.99) == 99
+
+
+def test_the_rows_follow_from_what_the_parts_found() -> None:
+    found: dict[str, Any] = {
+        "step": {"timings": {"GaLore+": taking(8.0), "GaLore+, residual": taking(12.0), "AdamW fused": taking(16.0)},
+                 "floor": 5.0},
+        "refresh": {"timings": {USUAL: taking(30.0)}, "svd": 60000.0},
+        "e2e": {"timings": {"forward and backward": taking(100.0), "GaLore+": taking(109.0),
+                            "AdamW fused": taking(110.0), "galore-torch": taking(120.0), "LoRA": taking(180.0),
+                            "GaLore+, layer-wise": taking(121.0)},
+                "refresh": taking(200.0), "svd": 50000.0, "staggered": [100.0] * 99 + [150.0]},
+    }  # fmt: skip
+    told = rows.rows_of(found, Bench(gap=200), device="d", commit="c")
+    assert [row["ratio"] and round(row["ratio"], 4) for row in told] == [
+        1.6, 0.5, 0.75, 0.0005, 0.01, 1.0, round(110 / 370, 4), 1.0, round(110 / 180, 4), None, 1.1,
+    ]  # fmt: skip
+    assert told[9]["note"] == "DoRA was not timed"
+    assert [row["bound"] for row in told] == [
+        1.35, 0.5, 0.85, 1 / 500, 0.01, 1.1, 1 / 3.6, 1.0, 0.75, 0.42, 1.05
+    ]  # fmt: skip
+    assert rows.rows_of({"refresh": found["refresh"]}, Bench())[0]["name"] == "refresh: GaLore+ / galore-torch"
+
+
+def test_methods_take_turns() -> None:
+    calls: list[str] = []
+    found = take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, torch.device("cpu"))
+    assert calls == [*"aaabbb", *"ababab"]
+    assert {name: len(timing.ms) for name, timing in found.items()} == {"a": 3, "b": 3}
+    assert copy_bandwidth(torch.device("cpu")) > 0.0
+
+
+def test_a_refresh_that_is_asked_for_changes_every_basis_and_no_weight() -> None:
+    model = linear_weights(TINY)
+    optimizer = galore_plus(TINY, model)
+    optimizer.step()
+    before = {name: p.clone() for name, p in optimizer.projected_weights()}
+    for p in model.parameters():
+        p.grad = None if p.grad is None else torch.randn_like(p)
+    bases = {name: optimizer.state_of(name)["basis"].clone() for name in before}
+    refresh_all(optimizer)
+    for name, p in optimizer.projected_weights():
+        assert torch.equal(p, before[name])
+        assert not torch.allclose(optimizer.state_of(name)["basis"], bases[name])
+
+
+def test_an_svd_that_is_handed_out_again_is_computed_once_for_each_shape() -> None:
+    original, A, B = torch.linalg.svd, torch.randn(4, 3), torch.randn(4, 3)
+    with weights.CopiedSvd():
+        first, second = torch.linalg.svd(A, full_matrices=False), torch.linalg.svd(B, full_matrices=False)
+    assert torch.linalg.svd is original
+    assert first is second
+    torch.testing.assert_close(first[0] * first[1] @ first[2], A)
+
+
+def test_the_command_writes_a_row_for_each_line_and_names_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, details = tmp_path / "speed.json", tmp_path / "details.json"
+    words = ["--layers", "1", "--model-layers", "1", "--rounds", "1", "--steps", "2", "--device", "cpu"]
+    assert main(["bench", "all", "--json", str(file), "--details", str(details), *words]) == 0
+    written = json.loads(file.read_text())
+    assert [row["name"] for row in written] == [name for _, name, _, _ in rows.ROWS]
+    assert all(set(row) >= {"name", "ratio", "bound", "low", "high", "unit", "device", "commit"} for row in written)
+    assert json.loads(details.read_text())["bench"]["layers"] == 1
+    told = capsys.readouterr().out
+    assert "adamw_8bit: left out, bitsandbytes' 8-bit AdamW needs a GPU" in told
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["bench", "speed"], "one of step, refresh, e2e, all"), (["bench", "--shape", "huge"], "one of tiny"),
+    (["bench", "--device", "tpu"], "cuda where there is a GPU"),
+])  # fmt: skip
+def test_what_cannot_be_timed_is_refused(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert says in capsys.readouterr().err
