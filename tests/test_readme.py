@@ -33,9 +33,13 @@ def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypat
 
     name, rest = words[1], words[2:]
     if name not in ("train", "data", "estimate"):
-        assert name in ("config", "eval", "doctor", "ablate", "report", "score", "inspect", "state")
+        assert name in ("config", "eval", "doctor", "ablate", "bench", "report", "score", "inspect", "state")
         if name == "state":
             understood_state_command(*rest)
+        if name == "bench":
+            from galore_trainer.cli.bench import CHOICES
+
+            assert rest[0] in CHOICES
         if name == "inspect":
             load_run_config(None, [f"model_name_or_path={rest[0]}", *rest[1:]])
         if name == "ablate":

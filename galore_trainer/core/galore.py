@@ -70,23 +70,19 @@ def decay_sum(beta: float, t: Tensor) -> Tensor:
 def finite_parts(R: Tensor, parts: int) -> Tensor:
     """[parts]: 1.0 where a part of the blocks of R holds finite numbers alone, else 0.0.
 
-    A non-finite entry of G makes its row or column of R non-finite, so looking at R is enough.
+    A non-finite entry of G makes its row or column of R non-finite, so looking at R is enough. Zero times a number is
+    not zero only where the number is infinite or none.
     """
-    return torch.isfinite(R).view(parts, -1).all(dim=1).to(torch.float32)
-
-
-def step_moments(
-    state: MatrixState, R: Tensor, ok: Tensor, *, betas: tuple[float, float], eps: float
-) -> tuple[MatrixState, Tensor]:
-    """Take R into the moments and normalise: (new state, N). Where ``ok`` is 0 the state stays and N is 0."""
-    M, V, t, N = adam(state.M, state.V, state.t, R, ok, betas=betas, eps=eps)
-    return MatrixState(state.P, M, V, t), N
+    return ((R * 0.0).view(parts, -1).sum(dim=1) == 0.0).to(torch.float32)
 
 
 def adam(
     M: Tensor, V: Tensor, t: Tensor, R: Tensor, ok: Tensor, *, betas: tuple[float, float], eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Adam's moments and normalised update: (M, V, t, N); the residual's entries go through it too."""
+    """Take R into the moments and normalise: (M, V, t, N). Where ``ok`` is 0 moments stay and N is 0.
+
+    The residual's entries go through it too.
+    """
     b1, b2 = betas
     R = torch.where(ok > 0.0, R, 0.0)
     M = torch.lerp(M, R, ok * (1.0 - b1))
@@ -152,7 +148,7 @@ def apply_update_(
 
     Args:
         W: [blocks, m, n]. float32 takes the product in place; other dtypes go through float32.
-        N, P, side: as returned by ``step_moments`` and kept in the state.
+        N, P, side: as returned by ``adam`` and kept in the state.
         ok: [blocks, 1, 1], 1.0 or 0.0.
         sparse: S and N_S, the residual's support and update (``core/residual.py``).
         generator: rounds a bfloat16 weight stochastically; None rounds to nearest.

@@ -16,6 +16,9 @@ steps their moving average is kept, then the best k are S. A dense accumulator e
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -54,6 +57,8 @@ def lifted_at(R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
     """lift(R)[S] in float32, in the positions' shape, from rows of R and P alone."""
     left, right = (R, P) if side == "right" else (P, R.mT)  # lift = left right^T; [m, r] and [n, r]
     (blocks, m, r), n = left.shape, right.shape[-2]
+    if samples(R.device) and support.by_row(m) and type(R) is Tensor:
+        return _sampled(left, right, support.positions)
     start = torch.arange(blocks, device=R.device)[:, None, None]  # blocks one after the other: one index does for all
     row, column = support.coordinates(m)
     left_rows, right_rows = left.reshape(-1, r), right.reshape(-1, r)
@@ -64,3 +69,30 @@ def lifted_at(R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
         for a, b in zip(i.split(width), j.split(width), strict=True)
     ]
     return torch.cat(lifted).view(support.positions.shape)
+
+
+def samples(device: torch.device) -> bool:
+    """Whether torch samples products there faster than rows can be gathered."""
+    return device.type == "cpu"
+
+
+def _sampled(left: Tensor, right: Tensor, positions: Tensor) -> Tensor:
+    """Entries of left right^T [blocks, m, n] at ``positions`` [blocks, m, k], by torch's sampled product."""
+    (_, m, k), n = positions.shape, right.shape[-2]
+    ends = torch.arange(0, m * k + 1, k, dtype=positions.dtype)
+    nothing = left.new_zeros(m * k)
+    found = []
+    _quieten()
+    for a, b, columns in zip(left, right, positions, strict=True):
+        pattern = torch.sparse_csr_tensor(ends, columns.reshape(-1), nothing, (m, n), check_invariants=False)
+        found.append(torch.sparse.sampled_addmm(pattern, a, b.mT, beta=0.0).values())
+    return torch.stack(found).view(positions.shape)
+
+
+@functools.cache
+def _quieten() -> None:
+    """Let torch say once, unheard, that sparse tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ends = torch.tensor([0, 1])
+        torch.sparse_csr_tensor(ends, ends[:1], torch.ones(1), (1, 1), check_invariants=False)

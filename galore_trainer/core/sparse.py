@@ -46,7 +46,10 @@ def read_at(X: Tensor, support: Support) -> Tensor:
 def add_at_(W: Tensor, support: Support, values: Tensor, alpha: float) -> None:
     """W[S] += alpha values, in place, whatever the strides of W [blocks, m, n]; values in the dtype of W."""
     lines, index = support.lines_of(W), support.positions.long()
-    lines.scatter_(-1, index, lines.gather(-1, index).add_(values, alpha=alpha))
+    if W.device.type == "cpu":
+        lines.scatter_add_(-1, index, alpha * values)
+    else:  # elsewhere torch adds in no fixed order, and can be told to refuse that
+        lines.scatter_(-1, index, lines.gather(-1, index).add_(values, alpha=alpha))
     if lines.untyped_storage()._cdata != W.untyped_storage()._cdata:
         W.copy_(lines.view(W.shape))
 

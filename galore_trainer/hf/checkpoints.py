@@ -87,8 +87,10 @@ def export_state(checkpoint: str | Path, output_dir: str | Path) -> Path:
     target = Path(output_dir).expanduser() / f"checkpoint-{step}"
     if target.exists():
         raise OptionError("output_dir", str(output_dir), f"a folder without {target.name}", "Give another one.")
-    with _explained(source):
-        state, weights = {"deepspeed": _read_zero, "fsdp": _read_fsdp, "ddp": _read_whole}[written_by(source)](source)
+    read = {"deepspeed": _read_zero, "fsdp": _read_fsdp, "ddp": _read_whole}[written_by(source)]
+    there = next(folder for folder in target.absolute().parents if folder.is_dir())  # large files may go there
+    with _explained(source), tempfile.TemporaryDirectory(dir=there) as scratch:
+        state, weights = read(source, Path(scratch))
     check_state(source, state)
     unfinished = target.with_name(f".{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -153,18 +155,17 @@ Read = tuple[dict[str, Any], dict[str, Tensor] | None]
 """A state dict of one process, and the weights by the model's names; None where whole files of them are there."""
 
 
-def _read_whole(checkpoint: Path) -> Read:
+def _read_whole(checkpoint: Path, scratch: Path) -> Read:
     if not any(WHOLE_WEIGHTS.fullmatch(path.name) for path in checkpoint.iterdir()):
         raise FileNotFoundError(f"no {WEIGHTS}")
     return _load(checkpoint / OPTIMIZER), None
 
 
-def _read_fsdp(checkpoint: Path) -> Read:
-    with tempfile.TemporaryDirectory(dir=checkpoint) as scratch:
-        state = _read_either(checkpoint, "optimizer", Path(scratch))
-        weights = _read_either(checkpoint, "pytorch_model_fsdp", Path(scratch))
-        check_state(checkpoint, state)
-        return whole_of_names(state), weights
+def _read_fsdp(checkpoint: Path, scratch: Path) -> Read:
+    state = _read_either(checkpoint, "optimizer", scratch)
+    weights = _read_either(checkpoint, "pytorch_model_fsdp", scratch)
+    check_state(checkpoint, state)
+    return whole_of_names(state), weights
 
 
 def _read_either(checkpoint: Path, name: str, scratch: Path) -> Any:
@@ -178,7 +179,7 @@ def _read_either(checkpoint: Path, name: str, scratch: Path) -> Any:
     return inner
 
 
-def _read_zero(checkpoint: Path) -> Read:
+def _read_zero(checkpoint: Path, scratch: Path) -> Read:
     folders = list(checkpoint.glob("global_step*"))
     latest = checkpoint / "latest"
     folder = checkpoint / latest.read_text().strip() if latest.is_file() else folders[0]

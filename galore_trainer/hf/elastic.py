@@ -81,9 +81,10 @@ class _Import(TrainerCallback):
         trainer, source = self.trainer, self.source
         saved = torch.load(source / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         check_state(source, saved)
-        weights = Weights(source)
+        weights, model = Weights(source), trainer.accelerator.unwrap_model(trainer.model)
+        check_shapes(model, weights)
         put_whole(unwrap_optimizer(trainer.optimizer), saved, weights)  # before the weights, which it is checked by
-        put_weights(trainer.accelerator.unwrap_model(trainer.model), weights)
+        put_weights(model, weights)
         assert trainer.lr_scheduler is not None
         trainer.lr_scheduler.load_state_dict(torch.load(source / SCHEDULER, weights_only=True))
         trainer.state = TrainerState.load_from_json(str(source / TRAINER))
@@ -101,6 +102,9 @@ class _Import(TrainerCallback):
 class Weights(Mapping[str, Tensor]):
     """The weights in a checkpoint by logical name; each is read when it is asked for.
 
+    Attributes:
+        shapes: of all of them.
+
     Raises:
         OptionError: there are none, or (at ``[name]``) one of this name is missing.
     """
@@ -109,16 +113,20 @@ class Weights(Mapping[str, Tensor]):
         from safetensors import safe_open
 
         self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._read: dict[str, Any] = {}
         for path in sorted(folder.iterdir()):
             if not WHOLE_WEIGHTS.fullmatch(path.name) or path.suffix == ".json":
                 continue
             if path.suffix == ".safetensors":
                 file: Any = safe_open(path, framework="pt")
-                self._read |= {logical_name(name): (file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    self._read[logical_name(name)] = (file.get_tensor, name)
+                    self.shapes[logical_name(name)] = tuple(file.get_slice(name).get_shape())
             else:
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 self._read |= {logical_name(name): (loaded.__getitem__, name) for name in loaded}
+                self.shapes |= {logical_name(name): tuple(w.shape) for name, w in loaded.items()}
         if not self._read:
             raise OptionError(OPTION, str(folder), "a checkpoint with the model's weights")
 
@@ -136,6 +144,17 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._read)
+
+
+def check_shapes(model: nn.Module, weights: Weights) -> None:
+    """Raise ``OptionError`` where a weight of a wrapped model has another shape, or none, in a checkpoint."""
+    parameters: Any = model.named_parameters()
+    for full_name, p in parameters:
+        name = logical_name(full_name)
+        wanted, got = tuple(getattr(p, "ds_shape", p.shape)), weights.shapes.get(name)
+        if got != wanted:
+            says = f"{name} of shape {list(got)}" if got else f"no weight {name}"
+            raise OptionError(OPTION, f"{weights.folder}, {says}", f"shape {list(wanted)}", "Is it of the same model?")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from galore_trainer.core import galore
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual_state
+from galore_trainer.optim.native import take_in
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.skips import Flag
 from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack
@@ -89,8 +90,9 @@ def _update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
         ok = ok * torch.stack([job.grad_ok for job in jobs if job.grad_ok is not None])
     W = places["weights"]
     N = _moments(stack, places, MOMENTS, AGE, R, ok, W.dtype)
-    movement: dict[str, Any] = {"step": group["lr"] * config.scale, "keys": places.keys}
-    decay = group["lr"] * group["weight_decay"]
+    lr = float(group["lr"])  # torch takes tensors, too
+    movement: dict[str, Any] = {"step": lr * config.scale, "keys": places.keys}
+    decay = lr * group["weight_decay"]
     apply_update_(W, layout, N, places.bases(W.dtype), side, ok, blocks, decay=decay, **movement)
     if places.has_residual:
         D = _lost(stack, places, R)
@@ -103,23 +105,16 @@ def _update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
 def _moments(
     stack: Stack, places: Places, keys: Sequence[tuple[str, bool]], age: str, R: Tensor, ok: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Take R into a pair of moments; the normalised update N. Moments in fewer bits go through ``core``."""
+    """Take R into a pair of moments; the normalised update N. Moments in fewer bits do not go through a kernel."""
     from galore_trainer.kernels.adam import adam_
 
     group = stack.group
-    before = stack.get_ages(age)
-    options: dict[str, Any] = {"betas": group["betas"], "eps": group["eps"]}
-    t = before + ok
+    if group["galore"]["state_bits"] < 32:
+        return take_in(stack, keys, age, R, stack.spread(ok)).to(dtype)
+    t = stack.get_ages(age) + ok
     stack.put_ages(age, t)
-    if group["galore"]["state_bits"] == 32:
-        M, V = (places[key] for key, _ in keys)
-        return adam_(M, V, t, R, ok, dtype=dtype, **options)
-    spread = stack.spread(ok)
-    M_, V_ = (stack.get_moment(key, signed=signed) for key, signed in keys)
-    M_, V_, _, N = galore.adam(M_, V_, stack.spread(before), R, spread, **options)
-    for (key, signed), value in zip(keys, (M_, V_), strict=True):
-        stack.put_moment(key, value, signed=signed, ok=spread)
-    return N.to(dtype)
+    M, V = (places[key] for key, _ in keys)
+    return adam_(M, V, t, R, ok, dtype=dtype, betas=group["betas"], eps=group["eps"])
 
 
 def _lost(stack: Stack, places: Places, R: Tensor) -> Tensor:
@@ -232,7 +227,7 @@ def _plain_update(jobs: list[PlainJob], config: GaLoreConfig, seed: int) -> list
     ok = torch.stack([job.ok for job in jobs])
     t = torch.stack([job.state["step"] for job in jobs]) + ok
     adamw_(
-        W, G, M, V, t, ok, first.p.numel(), lr=group["lr"], betas=group["betas"], eps=group["eps"],
+        W, G, M, V, t, ok, first.p.numel(), lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
         weight_decay=group["weight_decay"], keys=uploaded_keys,
     )  # fmt: skip
     for job, age in zip(jobs, t.unbind(), strict=True):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import residual
-from galore_trainer.core.galore import adam
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support, read_at
+from galore_trainer.optim.native import take_in
 from galore_trainer.optim.stack import Job, Stack
 
 MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))  # key, and whether it has a sign
@@ -55,12 +55,8 @@ def residual_step(
             return None  # the support's moments begin with the step after the warm-up
     support = Support(stack.get("residual_index"), stack.matrix.columns).wide()
     D = _loss_at(stack, G, R, P, support)
-    m, v = (stack.get_moment(key, signed=signed) for key, signed in MOMENTS)
-    m, v, age, N = adam(m, v, stack.get_count(AGE), D, ok, betas=stack.group["betas"], eps=stack.group["eps"])
-    for (key, signed), value in zip(MOMENTS, (m, v), strict=True):
-        stack.put_moment(key, value, signed=signed, ok=ok)
-    stack.put_count(AGE, age)
-    return support, config.residual_scale * N
+    N = take_in(stack, MOMENTS, AGE, D, ok)
+    return support, N if config.residual_scale == 1.0 else config.residual_scale * N
 
 
 def reset_residual(stack: Stack) -> None:
@@ -80,8 +76,10 @@ def _loss_at(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, support: Supp
 def _warm_up(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig) -> None:
     state = stack.jobs[0].state
     _, lines, entries = support_shape(stack.matrix, config)
-    # for four times the entries one product is cheaper than reading rows
-    dense = None if G is None else residual.dense_loss(G, R, P, stack.matrix.side)
+    dense = None
+    if G is not None and (not stack.has("candidate_index") or not residual.samples(G.device)):
+        # where entries are gathered one product is cheaper than four times as many of them
+        dense = residual.dense_loss(G, R, P, stack.matrix.side)
     if not stack.has("candidate_index"):
         assert dense is not None  # this step's basis came from it
         wide = entries if config.residual_warmup_steps == 0 else entries * residual.CANDIDATES
@@ -89,7 +87,7 @@ def _warm_up(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, c
         stack.put("candidate_index", index)
         stack.put("candidate_mean", torch.zeros(index.shape, device=R.device))
     support = Support(stack.get("candidate_index"), stack.matrix.columns)
-    D = _loss_at(stack, None, R, P, support) if dense is None else read_at(dense, support)
+    D = _loss_at(stack, G, R, P, support) if dense is None else read_at(dense, support)
     D = torch.where(ok > 0.0, D, 0.0)
     stack.put("candidate_mean", torch.lerp(stack.get("candidate_mean"), D, ok * (1.0 - stack.group["betas"][0])))
     if state["calls"] - state["born"] + 1 >= config.residual_warmup_steps:

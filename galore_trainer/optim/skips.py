@@ -27,7 +27,11 @@ def no_skips(device: torch.device) -> Tensor:
 def finite_flags(grads: Sequence[Tensor]) -> list[Tensor]:
     """1.0 for each gradient that holds finite numbers alone, else 0.0: scalar tensors, in a few launches a device."""
     flags: list[Tensor] = [torch.ones(())] * len(grads)
-    for members in _by_device(grads).values():
+    for device, members in _by_device(grads).items():
+        if device.type == "cpu" and all(type(grads[i]) is Tensor for i in members):
+            for i in members:
+                flags[i] = torch.tensor(float(_all_finite(grads[i])))
+            continue
         # the largest magnitude is finite if all are; an empty gradient has none
         tops = [grads[i] if grads[i].numel() else grads[i].new_zeros(1) for i in members]
         wide = any(top.dtype == torch.float64 for top in tops)
@@ -36,6 +40,11 @@ def finite_flags(grads: Sequence[Tensor]) -> list[Tensor]:
         for i, flag in zip(members, torch.isfinite(largest).float().unbind(), strict=True):
             flags[i] = flag
     return flags
+
+
+def _all_finite(x: Tensor) -> bool:
+    """A finite sum shows it; only where that is none each entry is looked at, as large ones overflow together."""
+    return bool(torch.isfinite(x.sum()) or torch.isfinite(x).all())
 
 
 def count_skips(flags: Sequence[Flag]) -> None:

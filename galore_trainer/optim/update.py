@@ -12,10 +12,11 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.sparse import part_of
 from galore_trainer.optim import fused
+from galore_trainer.optim.native import take_in
 from galore_trainer.optim.plain import PlainJob, plain_state, plain_step
 from galore_trainer.optim.residual_state import residual_lives, residual_step
 from galore_trainer.optim.skips import Flag, no_skips
-from galore_trainer.optim.stack import Job, Stack, make_stacks
+from galore_trainer.optim.stack import AGE, MOMENTS, Job, Stack, make_stacks
 from galore_trainer.optim.streams import stream
 
 STACK_ELEMENTS = 1 << 26  # gradient entries of equal matrices that are joined in one go on an accelerator
@@ -54,18 +55,17 @@ def by_core(jobs: Sequence[Job], config: GaLoreConfig, seed: int, asked: int | N
 def update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
     """One step of a stack by ``core/``."""
     side, group = stack.matrix.side, stack.group
-    old, G = stack.read(), stack.gradients()
-    R = stack.kept("projected") if G is None else galore.project(G, old.P, side)
+    P, G = stack.get_basis(), stack.gradients()
+    R = stack.kept("projected") if G is None else galore.project(G, P, side)
     by_job = galore.finite_parts(R, len(stack.jobs))  # [jobs]
     if stack.jobs[0].grad_ok is not None:
         by_job = by_job * torch.stack([job.grad_ok for job in stack.jobs if job.grad_ok is not None])
     ok = stack.spread(by_job)
-    new, N = galore.step_moments(old, R, ok, betas=group["betas"], eps=group["eps"])
+    N = take_in(stack, MOMENTS, AGE, R, ok)
     sparse = None
     if residual_lives(stack.jobs[0], config):
-        sparse = residual_step(stack, G, R, old.P, ok, config)
-    stack.write_moments(new, ok)
-    parts = zip(stack.jobs, *(stack.split(x) for x in (N, new.P, ok)), strict=True)
+        sparse = residual_step(stack, G, R, P, ok, config)
+    parts = zip(stack.jobs, *(stack.split(x) for x in (N, P, ok)), strict=True)
     for i, (job, N_job, P_job, ok_job) in enumerate(parts):
         W = job.matrix.take(job.parameter)
         galore.apply_update_(

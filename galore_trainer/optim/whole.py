@@ -19,7 +19,7 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.layouts.shard import Ranks, Shard
-from galore_trainer.optim.locate import BAR, Locator, OneOf
+from galore_trainer.optim.locate import BAR, Locator, OneOf, check_shardable
 from galore_trainer.optim.pieces import ROW_KEYS, stored_rows
 from galore_trainer.optim.plain import plain_state
 from galore_trainer.optim.sharded_state import living
@@ -208,6 +208,9 @@ def put_whole(optimizer: GaLoreAdamW, saved: Mapping[str, Any], weights: Mapping
     Raises:
         OptionError: it was made by another method, or a weight is missing.
     """
+    for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=False):
+        if group["projected"] and before["projected"]:
+            _check_cuttable(group, before)
     check_same_method(saved["param_groups"], optimizer.param_groups)
     states = {
         name: saved["state"].get(number, {})
@@ -232,6 +235,21 @@ def put_whole(optimizer: GaLoreAdamW, saved: Mapping[str, Any], weights: Mapping
                 keys = [key for key, _ in MOMENTS]
                 own = {k: v.reshape(-1)[shard.start : shard.stop].clone() if k in keys else v for k, v in own.items()}
             optimizer.state[p] = _on(own, p.device)
+
+
+def _check_cuttable(group: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raise ``OptionError`` where projected weights cannot be cut into rows, or were trained as only whole ones are."""
+    for own, name in zip(group["matrices"], group["names"], strict=True):
+        for matrix in own:
+            check_shardable(matrix, name)
+    for field, why in (
+        ("proj_type", "Its bases lie across the rows that FSDP2 and ZeRO cut, unless it began with proj_type right."),
+        ("layerwise", "Layer-wise mode runs alone and under DDP."),
+    ):
+        got, wanted = before["galore"].get(field), group["galore"].get(field)
+        if got != wanted:
+            way_out = f"{why} Stay on one process or DDP, or begin a new run with its weights."
+            raise OptionError("checkpoint", f"{field} {got}", f"{field} {wanted}", way_out)
 
 
 def _fill_flats(optimizer: GaLoreAdamW, group: dict[str, Any], states: Mapping[str, State], weights: Any) -> None:

@@ -72,6 +72,7 @@ def _allowed(method: str, layout: Layout) -> bool:
 
 def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout | None = None) -> StepMemory:
     """Count one training step; see ``estimate``."""
+    from galore_trainer.optim.galore_adamw import GaLoreAdamW
     from galore_trainer.run.arguments import training_arguments
 
     arguments = training_arguments(config)
@@ -84,7 +85,6 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
 
     def make_model() -> Any:
         model = _build(text, config)
-        sizes.append(sizes_of(model))
         model.train()
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs or {"use_reentrant": False})
@@ -98,23 +98,25 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
         return model
 
     def make_optimizer(model: Any) -> Any:
+        optimizer = make_own(model)  # which may freeze weights
+        sizes.append(sizes_of(model))
         averaged.append(sum(p.nbytes for p in model.parameters() if p.requires_grad))
+        if isinstance(optimizer, GaLoreAdamW) and optimizer.config.layerwise:
+            averaged[-1] -= sum(p.nbytes for _, p in optimizer.projected_weights())
+        return optimizer
+
+    def make_own(model: Any) -> Any:
         if not method.startswith("galore"):
             return _adam_state(model, eight_bit=method == "adamw_8bit"), 0
-        galore = method_settings(config.galore, method, rank)
+        galore = dataclasses.replace(method_settings(config.galore, method, rank), kernels="torch")  # fake tensors
         if method == "galore_torch":
             return _galore_torch_memory(model, galore)
         from galore_trainer.hf.build import for_shards, galore_groups
-        from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
         if layout is not None and layout.backend != "ddp":
             galore = for_shards(galore, layout.backend)
-        optimizer = GaLoreAdamW(
-            galore_groups(model, galore, lr=1.0, weight_decay=arguments.weight_decay), galore, lr=1.0
-        )
-        if galore.layerwise:
-            averaged.append(averaged[-1] - sum(p.nbytes for _, p in optimizer.projected_weights()))
-        return optimizer
+        groups = galore_groups(model, galore, lr=1.0, weight_decay=arguments.weight_decay)
+        return GaLoreAdamW(groups, galore, lr=1.0)
 
     memory = simulate_step(
         make_model, make_optimizer, batch_size=arguments.per_device_train_batch_size, length=config.max_length,

@@ -55,16 +55,19 @@ def layout_of(name: str, processes: int) -> Layout:
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """Count a model; its layers are the modules that it wants to be kept on one device."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [
-        sum(p.numel() for p in module.parameters())
-        for module in model.modules()
-        if type(module).__name__ in names
-    ]  # fmt: skip
+    """Count a model; its layers are the outermost modules that it wants to be kept on one device."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    layers: list[int] = []
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if type(module).__name__ in kinds:
+            layers.append(sum(p.numel() for p in module.parameters()))
+        else:
+            pending += module.children()
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Sizes(trained=trained, layer=max(layers, default=total), outside=total - sum(layers))
+    return Sizes(trained=trained, layer=max(layers, default=0), outside=total - sum(layers))
 
 
 def share_out(
@@ -86,7 +89,7 @@ def share_out(
     state = {kind: size if kind == "basis" else size // n for kind, size in memory.state.items()}
     if layout.backend == "fsdp":
         # the root's weights stay gathered; of layers two are, with the gradient of one, twice on its way
-        gathered = element * (sizes.outside + 4 * sizes.layer)
+        gathered = element * (sizes.outside + 4 * sizes.layer if sizes.layer else 3 * sizes.outside)
         return _replace(memory, memory.weights // n, state, memory.gradients // n, gathered, memory.step)
     stage = int(layout.name[-1])
     master = MASTER * sizes.trained // n

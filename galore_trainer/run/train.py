@@ -162,7 +162,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     from transformers.utils.logging import disable_progress_bar
 
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.model import load_model
+    from galore_trainer.run.model import leave_files, load_model
 
     data = load_data(config.data)
     say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
@@ -173,6 +173,8 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
     if not cuts_weights(arguments):  # else each process gets its part from the backend
         model.to(arguments.device)  # type: ignore[arg-type]
+        if arguments.device.type == "cpu":
+            leave_files(model)
     trainer, timing, interrupt = _make_trainer(config, arguments, model, tokenizer, data, output, say)
     check_trainer(trainer)
     return Prepared(trainer, model, tokenizer, data, checkpoint, timing, interrupt, say)

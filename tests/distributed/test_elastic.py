@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from galore_trainer import GaLoreConfig, OptionError, export_state, galore_plugin, import_state
+from galore_trainer import GaLoreAdamW, GaLoreConfig, OptionError, export_state, galore_plugin, import_state
 from galore_trainer.hf.checkpoints import check_layout
+from galore_trainer.hf.elastic import Weights, check_shapes
+from galore_trainer.optim.whole import put_whole
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed not installed")
 SCRIPT = Path(__file__).with_name("script.py")
@@ -146,6 +148,30 @@ def test_an_import_asks_for_a_whole_checkpoint_and_a_backend_that_cuts(
     (tmp_path / "checkpoint-1").mkdir()
     with pytest.raises(OptionError, match="a folder without checkpoints"):
         import_state(trainer, checkpoint)
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_taken(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    check_shapes(torch.nn.Linear(2, 3), Weights(tmp_path))
+    with pytest.raises(OptionError, match=r"weight of shape \[3, 2\].*wanted shape \[4, 2\].*same model"):
+        check_shapes(torch.nn.Linear(2, 4), Weights(tmp_path))
+    with pytest.raises(OptionError, match=r"no weight 0\.weight"):
+        check_shapes(torch.nn.Sequential(torch.nn.Linear(2, 3)), Weights(tmp_path))
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"proj_type": "std"}, "proj_type std.*wanted proj_type right.*cut, unless it began with proj_type right"),
+    ({"layerwise": True}, "layerwise True.*Layer-wise mode runs alone and under DDP"),
+])  # fmt: skip
+def test_what_only_whole_weights_can_go_on_with_is_told(settings: dict[str, Any], says: str) -> None:
+    model = torch.nn.Linear(8, 8, bias=False)
+    groups = [{"params": [model.weight], "names": ["w"], "projected": True}]
+    whole = GaLoreAdamW([dict(group) for group in groups], GaLoreConfig(rank=2, **settings))
+    cut = GaLoreAdamW([dict(group) for group in groups], GaLoreConfig(rank=2, proj_type="right"))
+    if "layerwise" in settings:
+        whole.param_groups[0]["galore"]["proj_type"] = "right"
+    with pytest.raises(OptionError, match=says):
+        put_whole(cut, whole.state_dict(), {})
 
 
 def damaged(checkpoint: Path, tmp_path: Path, *patterns: str) -> Path:

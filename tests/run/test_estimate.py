@@ -14,7 +14,7 @@ from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
 from galore_trainer.run.config import load_run_config
 from galore_trainer.run.estimate import CHOICES, LAYERWISE, as_table, estimate, estimate_one
-from galore_trainer.run.per_process import BUCKET, Layout, layout_of
+from galore_trainer.run.per_process import BUCKET, Layout, layout_of, sizes_of
 from galore_trainer.run.simulate import LiveBytes
 
 HIDDEN, LAYERS, VOCABULARY = 128, 3, 512
@@ -219,3 +219,35 @@ def test_what_a_launch_refuses_is_not_counted(folder: Path) -> None:
         layout_of("megatron", 2)
     with pytest.raises(OptionError, match="at least 1"):
         layout_of("ddp", 0)
+
+
+def test_frozen_embeddings_have_no_gradients_on_several_processes_either(folder: Path) -> None:
+    config = configure(folder, "galore.embeddings=frozen", "galore.kernels=triton")  # kernels are not counted
+    embeddings = 2 * VOCABULARY * HIDDEN
+    one, two = estimate_one(config, "galore_plus", 8), estimate_one(config, "galore_plus", 8, Layout("ddp", 2))
+    assert two.gradients - one.gradients == 4 * (count(config) - embeddings)
+    zero = estimate_one(configure(folder, "galore.embeddings=frozen", "dtype=bfloat16"), "galore_plus", 8,
+                        Layout("zero2", 2))  # fmt: skip
+    assert zero.weights == pytest.approx(2 * count(config) + 2 * (count(config) - embeddings), rel=0.002)
+
+
+def test_layers_are_counted_once() -> None:
+    class Inner(torch.nn.Linear):
+        pass
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = Inner(3, 3, bias=False), torch.nn.Linear(1, 2, bias=False)
+
+    class Model(torch.nn.Module):
+        _no_split_modules = ("Outer", "Inner")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.layers = torch.nn.Linear(5, 1, bias=False), torch.nn.ModuleList([Outer(), Outer()])
+
+    sizes = sizes_of(Model())
+    assert (sizes.trained, sizes.layer, sizes.outside) == (27, 11, 5)
+    alone = sizes_of(torch.nn.Linear(4, 4, bias=False))
+    assert (alone.trained, alone.layer, alone.outside) == (16, 0, 16)
