@@ -17,15 +17,15 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+from galore_trainer.run.bench.weights import SHAPES as WIDTHS
+
 GIB = 1 << 30
 SHORT = 16
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False},
-    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                 "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
-    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
+    **{name: {**WIDTHS[name], "num_hidden_layers": 32, "tie_word_embeddings": False}
+       for name in ("llama-7b", "llama3-8b")},
 }  # fmt: skip
 LAYERWISE = {"method": "galore_plus, layer-wise"}
 EIGHT_BIT_ENDS = {"plain_state_bits": 8}

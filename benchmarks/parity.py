@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,18 +27,28 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def folder_of(folder: Path, case: tuple[str, str, str, int]) -> Path:
+    """Where a case's training writes."""
+    return folder / "-".join(map(str, case)).replace(" ", "-")
+
+
+def weights_of(folder: Path, case: tuple[str, str, str, int]) -> dict[str, Any]:
+    """What a case ended with, by name; the run that was resumed comes second."""
+    import torch
+
+    whole, _ = torch.load(folder_of(folder, case) / "found.pt", weights_only=True)
+    return whole["weights"]
+
+
 def launch(case: tuple[str, str, str, int], gpus: list[str], model: Path, folder: Path) -> str | None:
     """Train one case; its error's last line where it fails."""
     backend, dtype, method, world = case
     settings = {**METHODS[method], "bf16": dtype == "bfloat16"}
     if backend == "ddp layer-wise":
         settings["layerwise"] = True
-    output = folder / "-".join(map(str, case)).replace(" ", "-")
+    output = folder_of(folder, case)
     output.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(port), str(SCRIPT)]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(SCRIPT)]
     where = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     run = subprocess.run(
         [sys.executable, *words, backend.split()[0], str(model), str(output), json.dumps(settings)],
@@ -92,12 +101,7 @@ def main() -> None:
                 rows.append({**row, "error": wrong})
                 print(f"{kind[0]:<16}{kind[1]:<10}{kind[2]:<20}{wrong}")
                 continue
-            one, two = (
-                torch.load(folder / "-".join(map(str, (*kind, world))).replace(" ", "-") / "found.pt")["whole"][
-                    "weights"
-                ]
-                for world in (1, 2)
-            )
+            one, two = (weights_of(folder, (*kind, world)) for world in (1, 2))
             apart = torch.cat([(two[name].float() - w.float()).abs().flatten().cpu() for name, w in one.items()])
             moved = torch.cat([(w.float().cpu() - start[name]).abs().flatten() for name, w in one.items()])
             row |= {"max": apart.max().item(), "mean": apart.mean().item(), "moved": moved.mean().item()}

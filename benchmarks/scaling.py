@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,12 +24,12 @@ from typing import Any
 from scaling_table import GAP, Key, plot, read, table, weights_file
 from scaling_worker import WARM_UP
 
+from galore_trainer.run.bench.weights import SHAPES as WIDTHS
+
 BACKENDS = ("ddp", "ddp layer-wise", "fsdp2", "zero2", "zero3")
-LLAMA = {"num_key_value_heads": 32, "num_attention_heads": 32, "hidden_size": 4096, "intermediate_size": 11008,
-         "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
+LLAMA = {**WIDTHS["llama-7b"], "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 64,
-             "intermediate_size": 112, "vocab_size": 512, "tie_word_embeddings": False},
+    "tiny": {**WIDTHS["tiny"], "num_hidden_layers": 2, "tie_word_embeddings": False},
     "llama-7b-8-layers": {**LLAMA, "num_hidden_layers": 8},
     "llama-7b": {**LLAMA, "num_hidden_layers": 32},
     "llama-13b": {**LLAMA, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40,
@@ -82,10 +81,7 @@ class Launch:
             "results": str(self.arguments.output / "cells.jsonl"), "timeout": self.arguments.timeout,
         }  # fmt: skip
         plan.write_text(json.dumps(told))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        words = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.world), "--master-port", str(port)]
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.world)]
         worker = str(Path(__file__).with_name("scaling_worker.py"))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
         devices = (

@@ -63,6 +63,8 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cuda", "cpu") or (device == "cuda" and not torch.cuda.is_available()):
         raise OptionError("--device", device, "cuda where there is a GPU, or cpu")
+    if profile and device != "cuda":
+        raise OptionError("--profile", f"with --device {device}", "a GPU, whose kernels it lists", "Leave it out.")
     if shape is not None and shape not in SHAPES:
         raise OptionError("--shape", shape, f"one of {', '.join(SHAPES)}")
     given: dict[str, Any] = {

@@ -140,8 +140,9 @@ class GaLoreConfig:
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
     kernels: Kernels = knob(
         "torch",
-        "What computes an ordinary step: torch, triton (an error where it cannot), or auto (Triton on CUDA for float32 "
-        "and bfloat16 weights, else torch).",
+        "What computes a step between refreshes: torch, triton (an error for projected weights of other devices or "
+        "types), or auto (triton where it can). Warm-ups and global supports of the residual, and scattered rows, are "
+        "torch's.",
     )
 
     def __post_init__(self) -> None:

@@ -173,10 +173,10 @@ class Stack:
         M, V = (self.get_moment(key, signed=signed) for key, signed in MOMENTS)
         return MatrixState(self.get_basis(), M, V, self.get_count(AGE))
 
-    def write_moments(self, new: MatrixState, ok: Tensor | None = None, purpose: str = "") -> None:
-        """Undo ``read`` but for the basis, which an ordinary step leaves as it is; see ``put_moment``."""
+    def write_moments(self, new: MatrixState, purpose: str = "") -> None:
+        """Undo ``read`` but for the basis; see ``put_moment``."""
         for (key, signed), value in zip(MOMENTS, (new.M, new.V), strict=True):
-            self.put_moment(key, value, signed=signed, ok=ok, purpose=purpose)
+            self.put_moment(key, value, signed=signed, purpose=purpose)
         self.put_count(AGE, new.t)
 
     def create(self) -> None:

@@ -100,6 +100,7 @@ def test_the_command_writes_a_row_for_each_line_and_names_what_is_missing(
 @pytest.mark.parametrize(("words", "says"), [
     (["bench", "speed"], "one of step, refresh, e2e, all"), (["bench", "--shape", "huge"], "one of tiny"),
     (["bench", "--device", "tpu"], "cuda where there is a GPU"),
+    (["bench", "step", "--profile", "--device", "cpu"], "a GPU, whose kernels it lists"),
 ])  # fmt: skip
 def test_what_cannot_be_timed_is_refused(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2

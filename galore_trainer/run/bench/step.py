@@ -53,8 +53,7 @@ def bench_step(bench: Bench) -> dict[str, Any]:
     state = ours.state_bytes()
     weights = sum(3 * p.numel() * p.element_size() for _, p in ours.projected_weights())
     bandwidth = copy_bandwidth(bench.torch_device)
-    wanted = bench.profile and bench.device == "cuda"
-    profiles = {name: _profile(methods[name]) for name in ("GaLore+", "GaLore+, residual")} if wanted else {}
+    profiles = {name: _profile(methods[name]) for name in ("GaLore+", "GaLore+, residual")} if bench.profile else {}
     return {
         "profiles": profiles,
         "timings": timings, "bandwidth": bandwidth, "missing": missing,
