@@ -12,7 +12,7 @@ from torch import Tensor
 from galore_trainer.kernels.tables import Layout, Scattered, multiply, pointer_at, rounded, row_starts
 
 ACCUMULATORS = 1 << 15  # float32 entries of R that one program holds
-WIDEST = 256  # lines of R in a program, where there are enough programs
+WIDEST = 128  # lines of R in a program, where there are enough programs
 ENOUGH = 264  # programs: two for each multiprocessor of an H100
 
 
@@ -63,7 +63,7 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
     kernel[(total * triton.cdiv(lines, tall),)](
         G.addresses, P, R, bad, rows, lines, inner, blocks, **layout.strides, **G.pointer, RIGHT=right,
         RANK=rank, LINES=tall, DEPTH=deep, WIDTH=width, PRECISION="tf32x3" if single else "tf32",
-        num_warps=8 if tall * width >= 16384 else 4, num_stages=3,
+        num_warps=8 if single or tall * width > 16384 else 4, num_stages=3,
     )  # fmt: skip
     return R, 1.0 - bad.float()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from galore_trainer.kernels.tables import Layout, Scattered, pointer_at, row_starts
 
-ENTRIES = 1 << 12  # products of a program in flight
+ENTRIES = 1 << 11  # products of a program in flight
 
 
 def loss_at(
@@ -41,7 +41,7 @@ def loss_at(
     kernel[(total * rows,)](
         G.addresses, positions.addresses, left, right, D, rows, columns, blocks, count, **layout.strides, **G.pointer,
         INDEX_ALIGNED=positions.alignment, SAMPLED=sampled, RANK=rank, WIDTH=width,
-        ENTRIES=max(1, min(32, ENTRIES // width)), num_warps=4,
+        ENTRIES=max(1, min(32, ENTRIES // width)), num_warps=2,
     )  # fmt: skip
     return D
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from galore_trainer.kernels.tables import Layout, Scattered, mixed, multiply, pointer_at, rounded, row_keys, row_starts
 
-ROWS, COLUMNS, WARPS = 128, 128, 8  # of a program's tile, and who moves it
-REGISTERS = 128  # of a thread: two programs on a multiprocessor, one loads while the other multiplies
+ROWS, COLUMNS, WARPS = 64, 128, 4  # of a program's tile, and who moves it
+TILES = 8  # beside each other, of one program: it loads one while it multiplies for another
 SPARSE_KEY = 0x5851F42D4C957F2D  # tells the noise of the sparse entries from that of the whole weight
 
 
@@ -35,13 +35,13 @@ def apply_update_(
     total, rank = len(P), P.shape[-1]
     rows, columns, single = layout.rows // blocks, layout.columns, W.dtype == torch.float32
     width, wide = max(16, triton.next_power_of_2(rank)), COLUMNS // 2 if single else COLUMNS
-    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, wide)
+    per = min(TILES, triton.cdiv(columns, wide))
+    programs = triton.cdiv(rows, ROWS) * triton.cdiv(columns, wide * per)
     kernel: Any = _apply_update
-    kernel[(total * tiles,)](
+    kernel[(total * programs,)](
         W.addresses, N, P, ok, ok if keys is None else keys, rows, columns, blocks, step, decay,
-        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=ROWS, COLUMNS=wide,
-        DEPTH=min(width, wide), STOCHASTIC=keys is not None, PRECISION="tf32x3" if single else "tf32",
-        num_warps=WARPS, num_stages=2, maxnreg=255 if single or rank > 128 else REGISTERS,
+        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=ROWS, COLUMNS=wide, TILES=per,
+        DEPTH=min(width, wide), STOCHASTIC=keys is not None, PRECISION="tf32x3" if single else "tf32", num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -50,42 +50,49 @@ def _apply_update(
     weights, N, P, ok, keys, rows, columns, blocks, step, decay,
     length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr,
     STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program moves one tile of one block; columns run fastest, so that neighbours share rows of N."""
-    tile, across = tl.program_id(0), tl.cdiv(columns, COLUMNS)
-    tiles = tl.cdiv(rows, ROWS) * across
-    block = tile // tiles
+    """A program moves some tiles beside each other of one block; the next program those on their right."""
+    program, across = tl.program_id(0), tl.cdiv(columns, COLUMNS * TILES)
+    programs = tl.cdiv(rows, ROWS) * across
+    block = program // programs
     job = block // blocks
     if tl.load(ok + job) > 0.0:
-        i = tile % tiles // across * ROWS + tl.arange(0, ROWS)
-        j = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+        i = program % programs // across * ROWS + tl.arange(0, ROWS)
         k = tl.arange(0, DEPTH)
-        here = (i[:, None] < rows) & (j[None, :] < columns)
         row = block % blocks * rows + i
-        start = row_starts(row, length, outer_stride, row_stride, EVEN)
-        at = (pointer_at(weights, job, TYPE, ALIGNED) + start)[:, None] + (j.to(tl.int64) * column_stride)[None, :]
-        w = tl.load(at, mask=here, other=0.0)
+        start = pointer_at(weights, job, TYPE, ALIGNED) + row_starts(row, length, outer_stride, row_stride, EVEN)
         if RIGHT:
             left, right = N + block.to(tl.int64) * rows * RANK, P + block.to(tl.int64) * columns * RANK
         else:
             left, right = P + block.to(tl.int64) * rows * RANK, N + block.to(tl.int64) * columns * RANK
-        lifted = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first in tl.static_range(0, RANK, DEPTH):
-            a_at = left + (i.to(tl.int64) * RANK)[:, None] + (first + k)[None, :]
-            a = tl.load(a_at, mask=(i[:, None] < rows) & (k[None, :] < RANK - first), other=0.0)
-            if RIGHT:
-                b_at = right + (j.to(tl.int64) * RANK)[None, :] + (first + k)[:, None]
-            else:
-                b_at = right + ((first + k).to(tl.int64) * columns)[:, None] + j[None, :]
-            b = tl.load(b_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
-            lifted = multiply(a, b, lifted, PRECISION)
-        new = w.to(tl.float32) * (1.0 - decay) - step * lifted
-        noise = 0
+        a_at = left + (i.to(tl.int64) * RANK)[:, None] + k[None, :]
+        a = tl.load(a_at, mask=(i[:, None] < rows) & (k[None, :] < RANK), other=0.0)
         if STOCHASTIC:
-            noise = mixed(row_keys(tl.load(keys + job), row)[:, None] ^ (j.to(tl.uint32) * 0x9E3779B1)[None, :])
-        tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=here)
+            row_key = row_keys(tl.load(keys + job), row)
+        for tile in tl.range(0, TILES, num_stages=2):
+            j = (program % across * TILES + tile) * COLUMNS + tl.arange(0, COLUMNS)
+            here = (i[:, None] < rows) & (j[None, :] < columns)
+            at = start[:, None] + (j.to(tl.int64) * column_stride)[None, :]
+            w = tl.load(at, mask=here, other=0.0)
+            lifted = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for first in tl.static_range(0, RANK, DEPTH):
+                if RIGHT:
+                    b_at = right + (j.to(tl.int64) * RANK)[None, :] + (first + k)[:, None]
+                else:
+                    b_at = right + ((first + k).to(tl.int64) * columns)[:, None] + j[None, :]
+                b = tl.load(b_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
+                if first == 0:
+                    lifted = multiply(a, b, lifted, PRECISION)
+                else:
+                    more = tl.load(a_at + first, mask=(i[:, None] < rows) & (k[None, :] < RANK - first), other=0.0)
+                    lifted = multiply(more, b, lifted, PRECISION)
+            new = w.to(tl.float32) * (1.0 - decay) - step * lifted
+            noise = 0
+            if STOCHASTIC:
+                noise = mixed(row_key[:, None] ^ (j.to(tl.uint32) * 0x9E3779B1)[None, :])
+            tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=here)
 
 
 def add_at_(
