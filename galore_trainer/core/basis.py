@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from galore_trainer.core.linalg import Reduce, subspace_iteration, thin_singular_vectors
+from galore_trainer.core.linalg import Reduce, factor, product, subspace_iteration, thin_singular_vectors
 
 BasisFunction = Callable[..., Tensor]
 BASES: dict[str, BasisFunction] = {}
@@ -45,7 +45,7 @@ def exact(
     """The leading singular vectors of ``G``.
 
     Args:
-        G: [..., m, n] float32.
+        G: [blocks, m, n], float32 or bfloat16.
         rank: r, at most min(m, n).
         side: ``right`` or ``left``.
         omega: not used; every basis function takes the same arguments.
@@ -57,7 +57,7 @@ def exact(
     Returns:
         P [..., n, r] for the right side, [..., m, r] for the left.
     """
-    m, n = G.shape[-2:]
+    G, (m, n) = G.float(), G.shape[-2:]
     if not raw_signs and 2 * min(m, n) <= max(m, n):
         thin, wide = thin_singular_vectors(G if m <= n else G.mT, rank)
         return wide if (side == "right") == (m <= n) else thin
@@ -80,7 +80,7 @@ def randomized(
     """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 
     Args:
-        G: [..., m, n] float32.
+        G: [blocks, m, n], float32 or bfloat16.
         rank: r, at most k.
         side: ``right`` or ``left``.
         omega: Gaussian test matrix [..., n, k]; k = min(m, n) takes the exact path, since nothing would be saved.
@@ -99,11 +99,12 @@ def randomized(
         return exact(G, rank, side, raw_signs=raw_signs)
     if previous is not None and side == "right":
         omega = torch.cat([previous, omega[..., rank:]], dim=-1)
-    Y = G @ omega  # [..., m, k]
+    G = factor(G)
+    Y = product(G, omega)  # [blocks, m, k]
     if previous is not None and side == "left":
         Y = torch.cat([previous, Y[..., rank:]], dim=-1)
-    Q = subspace_iteration(G, Y, iterations, reduce)  # [..., m, k]
-    B = Q.mT @ G  # [..., k, n]
+    Q = subspace_iteration(G, Y, iterations, reduce)  # [blocks, m, k]
+    B = product(G.mT, Q).mT.contiguous()  # Q^T G, [blocks, k, n]
     U, V = thin_singular_vectors(B if reduce is None else reduce(B), rank)
     return V if side == "right" else Q @ U
 

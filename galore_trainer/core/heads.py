@@ -69,6 +69,11 @@ class LogicalMatrix:
         """What this matrix's keys in its parameter's state begin with."""
         return f"{self.label}." if self.label else ""
 
+    @functools.cached_property
+    def form(self) -> tuple[object, ...]:
+        """Equal for matrices whose arrays have equal shapes and lie equally in theirs."""
+        return (self.outer, self.length, self.columns, self.transposed, self.side, self.rank, self.blocks)
+
     def logical(self, name: str) -> str:
         """Its own name, from that of its parameter."""
         return f"{name}.{self.label}" if self.label else name

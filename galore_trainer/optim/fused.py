@@ -5,7 +5,8 @@ Not for every step: a refresh, the warm-up of a residual, and what ``why_not`` n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from galore_trainer.optim import residual_state
 from galore_trainer.optim.native import take_in
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.skips import Flag
-from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack
+from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack, make_stacks
 from galore_trainer.optim.streams import rounding_key
 
-STACK_ELEMENTS = 1 << 29  # entries of equal weights that move in one go: their projections alone are held meanwhile
+STACK_ELEMENTS = 1 << 30  # entries of equal weights that move in one go: their projections alone are held meanwhile
 INDEX = "residual_index"
 
 
@@ -34,36 +35,39 @@ def why_not(job: Job, config: GaLoreConfig) -> str | None:
     return obstacle(job.parameter.device, *dtypes)
 
 
-def divide(jobs: Sequence[Job], config: GaLoreConfig) -> tuple[list[Job], list[Job]]:
-    """The jobs that the kernels do, and the rest.
+def divide(jobs: Iterable[Job], config: GaLoreConfig, most: int | None = None) -> tuple[list[Stack], list[Job]]:
+    """Stacks that the kernels move, of at most so many entries of weights, and the jobs that they do not.
 
     Raises:
         OptionError: ``kernels: triton`` was asked for, and there is an obstacle.
     """
-    fast: list[Job] = []
-    rest: list[Job] = []
-    reasons: dict[Any, str | None] = {}  # a handful for all weights
     if config.kernels == "torch":
-        return fast, list(jobs)
-    for job in jobs:
-        kind = (job.parameter.device, job.parameter.dtype, job.grad.dtype, job.part is None)
-        if kind not in reasons:
-            reasons[kind] = why_not(job, config)
-        if reasons[kind] is not None and config.kernels == "triton":
-            way_out = f"{job.name}: {reasons[kind]}. Use auto, which takes torch there."
+        return [], list(jobs)
+    fast: list[Stack] = []
+    rest: list[Job] = []
+    key = functools.partial(key_of, config=config)
+    for stack in make_stacks(jobs, STACK_ELEMENTS if most is None else most, key):
+        first = stack.jobs[0]
+        reason = why_not(first, config)
+        if reason is not None and config.kernels == "triton":
+            way_out = f"{first.name}: {reason}. Use auto, which takes torch there."
             raise OptionError("galore.kernels", "triton", "weights that the kernels can move", way_out)
-        by_row = config.residual_selection == "row" and job.prefix + INDEX in job.state
-        settled = by_row or not residual_state.residual_lives(job, config)
-        (fast if reasons[kind] is None and settled else rest).append(job)
+        by_row = config.residual_selection == "row" and stack.has(INDEX)
+        if reason is None and (by_row or not residual_state.residual_lives(first, config)):
+            fast.append(stack)
+        else:
+            rest += stack.jobs
     return fast, rest
 
 
-def key_of(job: Job) -> tuple[Any, ...]:
+def key_of(job: Job, config: GaLoreConfig) -> tuple[Any, ...]:
     """Equal for jobs that the kernels take in one go: the age of their bases does not matter to them."""
-    m, p, g = job.matrix, job.parameter, job.grad
-    shape = (m.blocks, m.outer, m.length, m.columns, m.side, m.rank, m.transposed)
-    kept = (job.part is None, job.grad_ok is None, job.prefix + INDEX in job.state)
-    return (id(job.group), *shape, *kept, p.shape, p.stride(), g.stride(), p.dtype, g.dtype, p.device)
+    p, g, m = job.parameter, job.grad, job.matrix
+    residual = None
+    if config.residual_percent > 0.0:
+        residual = (residual_state.residual_lives(job, config), m.prefix + INDEX in job.state)
+    kept = (job.part is None, job.grad_ok is None, residual)
+    return (id(job.group), m.form, kept, p.shape, p.stride(), g.stride(), p.dtype, g.dtype, p.device)
 
 
 def update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:

@@ -13,6 +13,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
+from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.averaging import Averager, check_bases
 from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero, norms_of
@@ -118,13 +119,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         flags: list[Flag] = []
         plain: list[tuple[Tensor, Tensor, str, dict[str, Any]]] = []
         for group in self.param_groups:
+            projected, flat = group["projected"], self._locator.is_flat(group)
             for i, p in enumerate(group["params"]):
                 grad = p.grad
-                if grad is None or self._locator.is_held(group, p):
-                    continue
+                if grad is None or flat or is_dtensor(p):
+                    continue  # held in part: further below
                 if grad.is_sparse:
                     raise OptionError(group["names"][i], "a sparse gradient", "a dense one", "Use sparse=False.")
-                if group["projected"]:
+                if projected:
                     jobs += self._jobs(p, grad, group["names"][i], group["matrices"][i], group)
                 else:
                     plain.append((p, grad, group["names"][i], group))

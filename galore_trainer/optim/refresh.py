@@ -56,7 +56,7 @@ def find_bases(stack: Stack, rows: Tensor, config: GaLoreConfig, seed: int, redu
 
     Args:
         stack: matrices that are due.
-        rows: float32; with ``reduce`` this process's alone, see ``core.basis.randomized``.
+        rows: of gradients, float32 or bfloat16; with ``reduce`` this process's alone, see ``core.basis.randomized``.
         config: how.
         seed: of the run.
         reduce: sums over the processes that hold the rows.
@@ -96,11 +96,11 @@ def first_basis(stack: Stack, G: Tensor | None, config: GaLoreConfig, seed: int)
 
 
 def lending_rows(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> Tensor:
-    """The rows that give each block its basis, float32, [jobs x blocks, lending rows, n]."""
+    """The rows that give each block its basis, [jobs x blocks, lending rows, n]."""
     matrix = stack.matrix
     if not matrix.lends_heads:
-        return G.float()
-    return matrix.lend(G, draw_heads(stack.jobs, config, seed, lambda: matrix.energy(G))).float()
+        return G
+    return matrix.lend(G, draw_heads(stack.jobs, config, seed, lambda: matrix.energy(G)))
 
 
 def draw_heads(jobs: Sequence[Job], config: GaLoreConfig, seed: int, energy: Callable[[], Tensor]) -> Tensor:

@@ -6,10 +6,8 @@ stack; the core sees their blocks as one leading dimension. State stays with eac
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +24,7 @@ BASIS, AGE, SCALE = "basis", "step", "_scale"
 MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # key, and whether it has a sign
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One logical matrix in one step.
 
     Attributes:
@@ -51,7 +48,7 @@ class Job:
     last: bool = True
     grad_ok: Tensor | None = None
 
-    @functools.cached_property
+    @property
     def prefix(self) -> str:
         """What this matrix's keys in the state begin with."""
         return self.matrix.prefix
@@ -105,10 +102,12 @@ class Stack:
 
     def tensors(self, key: str) -> list[Tensor]:
         """A state tensor of every job, contiguous, as it lies in the state: what is written there stays."""
-        found = [job.state[job.prefix + key] for job in self.jobs]
-        for i, (job, value) in enumerate(zip(self.jobs, found, strict=True)):
+        found = []
+        for job in self.jobs:
+            value = job.state[job.matrix.prefix + key]
             if not value.is_contiguous():
-                found[i] = job.state[job.prefix + key] = value.contiguous()
+                value = job.state[job.matrix.prefix + key] = value.contiguous()
+            found.append(value)
         return found
 
     def get_ages(self, key: str) -> Tensor:

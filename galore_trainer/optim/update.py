@@ -37,10 +37,8 @@ def move(jobs: Sequence[Job], config: GaLoreConfig, seed: int, asked: int | None
         config, seed: of the optimizer.
         asked: gradient entries joined at a time, in place of what suits the device.
     """
-    fast, rest = fused.divide(jobs, config)
-    flags: list[Flag] = []
-    for stack in make_stacks(fast, fused.STACK_ELEMENTS if asked is None else asked, fused.key_of):
-        flags += fused.update(stack, config, seed)
+    stacks, rest = fused.divide(jobs, config, asked)
+    flags = [flag for stack in stacks for flag in fused.update(stack, config, seed)]
     return flags + by_core(rest, config, seed, asked)
 
 
