@@ -78,15 +78,15 @@ def row(model: Any, rank: int, changes: dict[str, Any], device: str) -> dict[str
         start = time.perf_counter()
         for stack in found:
             if galore.sketches_first:
-                first_basis(stack, stack.gradients(), galore, 0)
+                first_basis(stack, stack.each_gradient(), galore, 0)
             else:
-                refresh_stack(stack, stack.gradients(), galore, 0)
+                refresh_stack(stack, stack.each_gradient(), galore, 0)
         _wait(device)
         seconds.append(time.perf_counter() - start)
     errors: dict[str, list[tuple[float, float, float]]] = {"all": [], "qkv": []}
     for stack in found:
         G, P, matrix, parts = stack.gradients(), stack.read().P, stack.matrix, len(stack.jobs)
-        lent = lending_rows(stack, G, galore, 0)
+        lent = torch.cat(list(lending_rows(stack, stack.each_gradient(), galore, 0)))
         whole = G.reshape(parts, matrix.rows, matrix.columns) if matrix.head_dim else G
         error, excess = lost_share(G, P, matrix.side, parts), lost_share(lent, P, matrix.side, parts)
         best, joint = least_error(lent, matrix.rank, parts), least_error(whole, matrix.rank, parts)

@@ -5,12 +5,20 @@ The right basis is [..., n, r] (top right singular vectors of ``G``), the left o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from galore_trainer.core.linalg import Reduce, factor, product, subspace_iteration, thin_singular_vectors
+from galore_trainer.core.linalg import (
+    Eigenvectors,
+    Reduce,
+    by_eigh,
+    factor,
+    product,
+    subspace_iteration,
+    thin_singular_vectors,
+)
 
 BasisFunction = Callable[..., Tensor]
 BASES: dict[str, BasisFunction] = {}
@@ -33,7 +41,7 @@ def sketch_width(rank: int, oversampling: int, m: int, n: int) -> int:
 
 @register("exact")
 def exact(
-    G: Tensor,
+    G: Sequence[Tensor],
     rank: int,
     side: str,
     *,
@@ -41,11 +49,12 @@ def exact(
     previous: Tensor | None = None,
     iterations: int = 0,
     raw_signs: bool = False,
+    eigenvectors: Eigenvectors = by_eigh,
 ) -> Tensor:
-    """The leading singular vectors of ``G``.
+    """The leading singular vectors of the blocks of ``G``.
 
     Args:
-        G: [blocks, m, n], float32 or bfloat16.
+        G: parts of [blocks, m, n], float32 or bfloat16.
         rank: r, at most min(m, n).
         side: ``right`` or ``left``.
         omega: not used; every basis function takes the same arguments.
@@ -53,21 +62,23 @@ def exact(
         iterations: not used.
         raw_signs: keep the signs of ``torch.linalg.svd``, as GaLore does. Where signs do not matter, a matrix with
             one side at most half the other goes through its small Gram matrix, which is faster.
+        eigenvectors: of that matrix.
 
     Returns:
         P [..., n, r] for the right side, [..., m, r] for the left.
     """
-    G, (m, n) = G.float(), G.shape[-2:]
+    whole = G[0].float() if len(G) == 1 else torch.cat([part.float() for part in G])
+    m, n = whole.shape[-2:]
     if not raw_signs and 2 * min(m, n) <= max(m, n):
-        thin, wide = thin_singular_vectors(G if m <= n else G.mT, rank)
+        thin, wide = thin_singular_vectors(whole if m <= n else whole.mT, rank, eigenvectors)
         return wide if (side == "right") == (m <= n) else thin
-    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    U, _, Vh = torch.linalg.svd(whole, full_matrices=False)
     return Vh[..., :rank, :].mT.contiguous() if side == "right" else U[..., :rank].contiguous()
 
 
 @register("randomized")
 def randomized(
-    G: Tensor,
+    G: Sequence[Tensor],
     rank: int,
     side: str,
     *,
@@ -75,12 +86,13 @@ def randomized(
     previous: Tensor | None = None,
     iterations: int = 2,
     raw_signs: bool = False,
+    eigenvectors: Eigenvectors = by_eigh,
     reduce: Reduce | None = None,
 ) -> Tensor:
     """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 
     Args:
-        G: [blocks, m, n], float32 or bfloat16.
+        G: parts of [blocks, m, n], float32 or bfloat16.
         rank: r, at most k.
         side: ``right`` or ``left``.
         omega: Gaussian test matrix [..., n, k]; k = min(m, n) takes the exact path, since nothing would be saved.
@@ -88,6 +100,7 @@ def randomized(
             the first r directions of the range (left).
         iterations: power iterations q.
         raw_signs: passed on to the exact path.
+        eigenvectors: of the Gram matrices of Q^T G.
         reduce: G holds this process's rows alone, and this sums over the processes; right side, k below min(m, n).
 
     Returns:
@@ -95,21 +108,21 @@ def randomized(
     """
     if reduce is not None:
         assert side == "right"
-    elif omega.shape[-1] >= min(G.shape[-2:]):
-        return exact(G, rank, side, raw_signs=raw_signs)
+    elif omega.shape[-1] >= min(G[0].shape[-2:]):
+        return exact(G, rank, side, raw_signs=raw_signs, eigenvectors=eigenvectors)
     if previous is not None and side == "right":
         omega = torch.cat([previous, omega[..., rank:]], dim=-1)
-    G = factor(G)
+    G = [factor(part) for part in G]
     Y = product(G, omega)  # [blocks, m, k]
     if previous is not None and side == "left":
         Y = torch.cat([previous, Y[..., rank:]], dim=-1)
     Q = subspace_iteration(G, Y, iterations, reduce)  # [blocks, m, k]
-    B = product(G.mT, Q).mT.contiguous()  # Q^T G, [blocks, k, n]
-    U, V = thin_singular_vectors(B if reduce is None else reduce(B), rank)
+    B = product([part.mT for part in G], Q).mT.contiguous()  # Q^T G, [blocks, k, n]
+    U, V = thin_singular_vectors(B if reduce is None else reduce(B), rank, eigenvectors)
     return V if side == "right" else Q @ U
 
 
-def from_sketch(S: Tensor, rank: int, side: str) -> Tensor:
+def from_sketch(S: Tensor, rank: int, side: str, eigenvectors: Eigenvectors = by_eigh) -> Tensor:
     """A basis from one random sketch of the gradient (no second look at it, so q = 0).
 
     Halko, Martinsson, Tropp 2011, section 5.5: the sketch's leading singular vectors on the side that was kept whole.
@@ -118,8 +131,9 @@ def from_sketch(S: Tensor, rank: int, side: str) -> Tensor:
         S: T^T G [..., k, n] (right) or G T [..., m, k] (left) for a Gaussian T, float32.
         rank: r, at most k.
         side: ``right`` or ``left``.
+        eigenvectors: of the Gram matrices of the sketch.
 
     Returns:
         P as ``exact`` does.
     """
-    return thin_singular_vectors(S if side == "right" else S.mT, rank)[1]
+    return thin_singular_vectors(S if side == "right" else S.mT, rank, eigenvectors)[1]

@@ -9,7 +9,7 @@ processes. Only n x k and k x k tensors are summed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from galore_trainer.core.galore import MULTIPLIES_BF16, matmul_fp32
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the processes that hold a matrix's rows; each gets the sum."""
+
+Eigenvectors = Callable[[Tensor], Tensor]
+"""Eigenvectors of symmetric matrices [..., k, k], float64: columns by falling eigenvalue, float32, of any sign."""
 
 NEARLY = 1e-3  # of one: how far columns may be from orthonormal before the last Cholesky factor
 LEAST_SHARE = 1e-12  # of the largest eigenvalue of a Gram matrix: directions below it are noise of float32
@@ -28,17 +31,21 @@ def factor(G: Tensor) -> Tensor:
     return G if G.dtype == torch.bfloat16 and G.device.type in MULTIPLIES_BF16 else G.float()
 
 
-def product(G: Tensor, X: Tensor) -> Tensor:
-    """G X in float32.
+def product(G: Sequence[Tensor], X: Tensor) -> Tensor:
+    """G X in float32, [blocks, m, k].
 
     Where the device multiplies bfloat16, a bfloat16 ``G`` stays what it is, and the 24 bits of ``X`` become three
     bfloat16 numbers beside each other: tensor cores, and nothing rounded away.
 
     Args:
-        G: [blocks, m, n], float32 or bfloat16.
+        G: parts of one stack, each [its blocks, m, n] as ``factor`` gives them; they are not joined.
         X: [blocks, n, k], float32.
     """
-    G = factor(G)
+    found = [_product(part, x) for part, x in zip(G, X.split([len(part) for part in G]), strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _product(G: Tensor, X: Tensor) -> Tensor:
     if G.dtype != torch.bfloat16:
         return G @ X
     high = X.bfloat16()
@@ -95,7 +102,12 @@ def _by_whitening(A: Tensor, reduce: Reduce) -> Tensor:
     return A
 
 
-def thin_singular_vectors(B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def by_eigh(C: Tensor) -> Tensor:
+    """``Eigenvectors`` by the library, one matrix after the other."""
+    return torch.linalg.eigh(C).eigenvectors.flip(-1).float()  # it sorts them rising
+
+
+def thin_singular_vectors(B: Tensor, rank: int, eigenvectors: Eigenvectors = by_eigh) -> tuple[Tensor, Tensor]:
     """The first ``rank`` left and right singular vectors of a wide matrix, through its k x k Gram matrix.
 
     The Gram matrix squares the condition number, so it is formed and decomposed in float64. Signs are arbitrary.
@@ -103,13 +115,13 @@ def thin_singular_vectors(B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Args:
         B: [..., k, n] with k <= n, float32.
         rank: at most k.
+        eigenvectors: of the Gram matrices.
 
     Returns:
         U [..., k, rank] and V [..., n, rank], in float32.
     """
     wide = B.double()
-    eigenvectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors  # ascending eigenvalues
-    U = eigenvectors.flip(-1)[..., :rank].to(B.dtype)  # [..., k, rank]
+    U = eigenvectors(wide @ wide.mT)[..., :rank]  # [..., k, rank]
     return U, orthonormalize(B.mT @ U)  # columns of B^T U are orthogonal already: QR scales them to length one
 
 
@@ -132,13 +144,13 @@ def least_error(G: Tensor, rank: int, parts: int = 1) -> Tensor:
     return (lost / energies.reshape(parts, -1).sum(dim=1)).sqrt().float()
 
 
-def subspace_iteration(G: Tensor, Y: Tensor, iterations: int, reduce: Reduce | None = None) -> Tensor:
+def subspace_iteration(G: Sequence[Tensor], Y: Tensor, iterations: int, reduce: Reduce | None = None) -> Tensor:
     """An orthonormal basis of the dominant column space of ``G``.
 
     Halko, Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4: each product is orthonormalised.
 
     Args:
-        G: [blocks, m, n], as ``product`` takes it.
+        G: parts of [blocks, m, n], as ``product`` takes them.
         Y: samples of its columns [blocks, m, k], as a rule G times a Gaussian test matrix.
         iterations: power iterations q; 0 is the plain range finder.
         reduce: G and Y are this process's rows; None where they are all.
@@ -147,9 +159,10 @@ def subspace_iteration(G: Tensor, Y: Tensor, iterations: int, reduce: Reduce | N
         Q [blocks, m, k], of the rows that were passed.
     """
     total = reduce or _whole
+    across = [part.mT for part in G]
     Q = orthonormalize(Y, reduce)  # [..., m, k]
     for _ in range(iterations):
-        Z = orthonormalize(total(product(G.mT, Q)))  # [..., n, k]
+        Z = orthonormalize(total(product(across, Q)))  # [..., n, k]
         Q = orthonormalize(product(G, Z), reduce)  # [..., m, k]
     return Q
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
+from galore_trainer.core.linalg import Eigenvectors, by_eigh
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual_state
@@ -25,6 +26,7 @@ from galore_trainer.optim.streams import rounding_key
 
 STACK_ELEMENTS = 1 << 30  # entries of equal weights that move in one go: their projections alone are held meanwhile
 INDEX = "residual_index"
+MANY = 4  # small symmetric matrices from which the kernel is faster than the library, which takes one at a time
 
 
 def why_not(job: Job, config: GaLoreConfig) -> str | None:
@@ -57,6 +59,7 @@ def divide(jobs: Iterable[Job], config: GaLoreConfig, most: int | None = None) -
             fast.append(stack)
         else:
             rest += stack.jobs
+    fast.sort(key=lambda stack: len(stack.jobs))  # the host prepares the larger ones while the device moves others
     return fast, rest
 
 
@@ -238,6 +241,23 @@ def _plain_update(jobs: list[PlainJob], config: GaLoreConfig, seed: int) -> list
         job.state["step"] = age
         job.state["calls"] += 1
     return [(job.state, job.ok) for job in jobs]
+
+
+def eigenvectors_by(config: GaLoreConfig, device: torch.device) -> Eigenvectors:
+    """Who finds the eigenvectors of a refresh on a device."""
+    wanted = config.kernels == "triton" or (config.kernels == "auto" and device.type == "cuda")
+    return _eigenvectors if wanted and obstacle(device) is None else by_eigh
+
+
+def _eigenvectors(C: Tensor) -> Tensor:
+    """``core.linalg.Eigenvectors``: many at once by the kernel, unless one is too close to singular for it."""
+    from galore_trainer.kernels.jacobi import eigenvectors
+
+    found = None
+    if len(C) >= MANY and C.shape[-1] > 1:
+        with torch.cuda.device_of(C):
+            found = eigenvectors(C)
+    return by_eigh(C) if found is None else found
 
 
 def rounds(p: Tensor, config: GaLoreConfig) -> bool:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core import galore
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
@@ -20,7 +19,7 @@ from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_proje
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Part, Whole
 from galore_trainer.optim.plain import PlainJob
-from galore_trainer.optim.refresh import count_refresh, diagnose, first_basis, refresh_stack
+from galore_trainer.optim.refresh import count_refresh, diagnose, errors_of, first_basis, refresh_stack
 from galore_trainer.optim.sharded import step_sharded
 from galore_trainer.optim.sharded_state import pack_shards
 from galore_trainer.optim.sides import project_whole
@@ -28,7 +27,7 @@ from galore_trainer.optim.skips import ROW_LIMIT, Flag, count_skips, finite_flag
 from galore_trainer.optim.stack import Job, Stack, make_stacks
 from galore_trainer.optim.state import SLICES, bytes_by_kind, check_same_layout, check_same_method, restore_dtypes
 from galore_trainer.optim.timing import Stopwatch
-from galore_trainer.optim.update import make_plain_state, move, move_plain, stack_elements
+from galore_trainer.optim.update import REFRESH_ELEMENTS, make_plain_state, move, move_plain, stack_elements
 from galore_trainer.optim.whole import describe, slices_for_saving
 
 
@@ -245,15 +244,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
         waiting = [job for job in due if self.config.sketches_first and job.state["refreshes"] == 0]
         norms = torch.stack([n.to(due[0].parameter.device) for n in norms_of([job.grad for job in due])]).tolist()
         good = [job for job, norm in zip(due, norms, strict=True) if 0.0 < norm < float("inf")]
-        for stack in make_stacks(good, stack_elements(jobs[0].parameter.device, self.max_stack_elements)):
+        most = stack_elements(jobs[0].parameter.device, self.max_stack_elements, REFRESH_ELEMENTS)
+        for stack in make_stacks(good, most):
             with self.stopwatch.measure("refresh", stack.device):
-                G, first = stack.gradients(), stack.jobs[0].state["refreshes"] == 0
-                if G is None or (first and self.config.sketches_first):
+                G, first = stack.each_gradient(), stack.jobs[0].state["refreshes"] == 0
+                if not G or (first and self.config.sketches_first):
                     first_basis(stack, G, self.config, self.seed)
                     continue
                 new = refresh_stack(stack, G, self.config, self.seed)
-                errors = galore.projection_error(G, new.P, stack.matrix.side, len(stack.jobs))
-            self.projection_errors.update(zip((job.name for job in stack.jobs), errors.unbind(), strict=True))
+                errors = errors_of(stack, G, new.P)
+            self.projection_errors.update(zip((job.name for job in stack.jobs), errors, strict=True))
             if stack.jobs[0].state["refreshes"] < self.config.diagnose_refreshes + self.config.sketches_first:
                 with self.stopwatch.measure("diagnosis", stack.device):
                     found = diagnose(stack, G, new.P, self.config, self.seed)

@@ -12,6 +12,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.basis import BASES, from_sketch, sketch_width
 from galore_trainer.core.linalg import Reduce, least_error
+from galore_trainer.optim.fused import eigenvectors_by
 from galore_trainer.optim.parts import sketch, sketch_matrices
 from galore_trainer.optim.residual_state import reset_residual
 from galore_trainer.optim.stack import Job, Stack
@@ -23,12 +24,12 @@ def next_due(calls: int, gap: int, phase: int) -> int:
     return calls + gap - (calls - phase) % gap
 
 
-def refresh_stack(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> galore.MatrixState:
+def refresh_stack(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> galore.MatrixState:
     """Find bases from the gradients, carry the moments over, write the state.
 
     Args:
         stack: matrices that are due; their gradients are finite and not all zero.
-        G: their gradients, [jobs x blocks, rows, n].
+        G: the gradient of each, [blocks, rows, n].
         config: how.
         seed: of the run.
 
@@ -51,12 +52,14 @@ def refresh_stack(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> g
     return new
 
 
-def find_bases(stack: Stack, rows: Tensor, config: GaLoreConfig, seed: int, reduce: Reduce | None = None) -> Tensor:
+def find_bases(
+    stack: Stack, rows: Sequence[Tensor], config: GaLoreConfig, seed: int, reduce: Reduce | None = None
+) -> Tensor:
     """Bases from the rows that give them, [jobs x blocks, lending rows, n]; the state is read, not written.
 
     Args:
         stack: matrices that are due.
-        rows: of gradients, float32 or bfloat16; with ``reduce`` this process's alone, see ``core.basis.randomized``.
+        rows: of each job's gradient, float32 or bfloat16; with ``reduce`` this process's alone (``core.basis``).
         config: how.
         seed: of the run.
         reduce: sums over the processes that hold the rows.
@@ -69,7 +72,8 @@ def find_bases(stack: Stack, rows: Tensor, config: GaLoreConfig, seed: int, redu
     sharded = {} if reduce is None else {"reduce": reduce}
     return BASES[config.svd](
         rows, stack.matrix.rank, stack.matrix.side, omega=omega, previous=previous,
-        iterations=config.subspace_iterations, raw_signs=config.momentum_transfer == "keep", **sharded,
+        iterations=config.subspace_iterations, raw_signs=config.momentum_transfer == "keep",
+        eigenvectors=eigenvectors_by(config, stack.device), **sharded,
     )  # fmt: skip
 
 
@@ -81,26 +85,34 @@ def count_refresh(state: MutableMapping[str, Any], config: GaLoreConfig) -> None
     state["due"] = next_due(state["calls"], config.update_proj_gap, state["phase"])
 
 
-def first_basis(stack: Stack, G: Tensor | None, config: GaLoreConfig, seed: int) -> None:
+def first_basis(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> None:
     """Give matrices their first basis from a sketch of their gradients: of whole ones, or the one that was kept.
 
     A sketch sees all rows of a block, whoever lends later: it is the same for every split into micro-batches.
     """
     side = stack.matrix.side
-    if G is None:
+    if not G:
         S = stack.kept("sketch")
     else:
-        T = [sketch_matrices(job.matrix, config, seed, job.name, stack.device) for job in stack.jobs]
-        S = sketch(G, torch.cat(T), side)
-    stack.put_basis(from_sketch(S, stack.matrix.rank, side))
+        S = torch.cat([
+            sketch(part, sketch_matrices(job.matrix, config, seed, job.name, stack.device), side)
+            for part, job in zip(G, stack.jobs, strict=True)
+        ])  # fmt: skip
+    stack.put_basis(from_sketch(S, stack.matrix.rank, side, eigenvectors_by(config, stack.device)))
 
 
-def lending_rows(stack: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> Tensor:
-    """The rows that give each block its basis, [jobs x blocks, lending rows, n]."""
+def lending_rows(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> Sequence[Tensor]:
+    """The rows that give each block its basis, [blocks, lending rows, n] of every job."""
     matrix = stack.matrix
     if not matrix.lends_heads:
         return G
-    return matrix.lend(G, draw_heads(stack.jobs, config, seed, lambda: matrix.energy(G)))
+    heads = draw_heads(stack.jobs, config, seed, lambda: torch.cat([matrix.energy(part) for part in G]))
+    return [matrix.lend(part, own) for part, own in zip(G, stack.split(heads), strict=True)]
+
+
+def errors_of(stack: Stack, G: Sequence[Tensor], P: Tensor) -> list[Tensor]:
+    """The projection error of every job, [1] each."""
+    return [galore.projection_error(part, own, stack.matrix.side) for part, own in zip(G, stack.split(P), strict=True)]
 
 
 def draw_heads(jobs: Sequence[Job], config: GaLoreConfig, seed: int, energy: Callable[[], Tensor]) -> Tensor:
@@ -120,21 +132,22 @@ def draw_heads(jobs: Sequence[Job], config: GaLoreConfig, seed: int, energy: Cal
     return torch.arange(matrix.lenders, device=device).expand(len(jobs) * matrix.blocks, -1)
 
 
-def diagnose(stack: Stack, G: Tensor, P: Tensor, config: GaLoreConfig, seed: int) -> tuple[Tensor, Tensor]:
+def diagnose(stack: Stack, each: Sequence[Tensor], P: Tensor, config: GaLoreConfig, seed: int) -> tuple[Tensor, Tensor]:
     """What randomization and sharing cost, against the best that any basis could do: two tensors [jobs].
 
     ``excess`` is e(P) / e(exact) - 1 on the rows that were decomposed, ``sharing_excess`` e(P) / e(joint exact) on the
     whole matrix, with one basis of the same rank and side; e is the projection error. Where the best basis loses
     nothing there is nothing to compare with: 0 and 1.
     """
-    matrix, parts = stack.matrix, len(stack.jobs)
-    lent = lending_rows(stack, G, config, seed)
-    best = least_error(lent, matrix.rank, parts)  # 0 where the lending rows have no more directions than the rank
-    excess = torch.where(best > 1e-6, galore.lost_share(lent, P, matrix.side, parts) / best, 1.0)
-    whole = G.reshape(parts, matrix.rows, matrix.columns) if matrix.head_dim else G
-    least = least_error(whole, matrix.rank, parts)
-    sharing = torch.where(least > 1e-6, galore.lost_share(G, P, matrix.side, parts) / least, 1.0)
-    return excess - 1.0, sharing
+    matrix = stack.matrix
+    excess, sharing = [], []
+    for G, lent, own in zip(each, lending_rows(stack, each, config, seed), stack.split(P), strict=True):
+        best = least_error(lent, matrix.rank)  # 0 where the lending rows have no more directions than the rank
+        excess.append(torch.where(best > 1e-6, galore.lost_share(lent, own, matrix.side) / best, 1.0))
+        whole = G.reshape(1, matrix.rows, matrix.columns) if matrix.head_dim else G
+        least = least_error(whole, matrix.rank)
+        sharing.append(torch.where(least > 1e-6, galore.lost_share(G, own, matrix.side) / least, 1.0))
+    return torch.cat(excess) - 1.0, torch.cat(sharing)
 
 
 def _random_heads(job: Job, seed: int) -> Tensor:

@@ -239,8 +239,8 @@ def _basis(w: Held, whole: Stack, G: Tensor, config: GaLoreConfig, seed: int) ->
     thin = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), smaller, smaller) < smaller
     if config.svd == "randomized" and matrix.blocks == 1 and thin and not matrix.lends_heads:
         own = G[_owned(w, rows)[1]].unsqueeze(0)
-        return find_bases(whole, own, config, seed, reduce=w.shard.ranks.sum)
-    return find_bases(whole, _gather(w, rows, G), config, seed)
+        return find_bases(whole, [own], config, seed, reduce=w.shard.ranks.sum)
+    return find_bases(whole, [_gather(w, rows, G)], config, seed)
 
 
 def _owned(w: Held, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,11 +70,14 @@ class Stack:
         self.matrix, self.group = jobs[0].matrix, jobs[0].group
         self.device = jobs[0].parameter.device
 
+    def each_gradient(self) -> list[Tensor]:
+        """[blocks, rows, n] of every job, where they lie; none where they were not kept whole."""
+        return [job.matrix.take(job.grad) for job in self.jobs if job.part is None]
+
     def gradients(self) -> Tensor | None:
         """[jobs x blocks, rows, n]: a view for a single job, else a copy; None where they were not kept whole."""
-        if self.jobs[0].part is not None:
-            return None
-        return _join([job.matrix.take(job.grad) for job in self.jobs])
+        each = self.each_gradient()
+        return _join(each) if each else None
 
     def kept(self, what: str) -> Tensor:
         """What layer-wise mode kept of the gradients: an attribute of ``Part`` of every job, joined."""

@@ -20,13 +20,14 @@ from galore_trainer.optim.stack import AGE, MOMENTS, Job, Stack, make_stacks
 from galore_trainer.optim.streams import stream
 
 STACK_ELEMENTS = 1 << 26  # gradient entries of equal matrices that are joined in one go on an accelerator
+REFRESH_ELEMENTS = 1 << 28  # that get new bases in one go there: nothing of their size is made
 
 
-def stack_elements(device: torch.device, asked: int | None = None) -> int:
-    """Gradient entries joined at a time: many where launches cost, none on a CPU, where copies do."""
+def stack_elements(device: torch.device, asked: int | None = None, most: int = STACK_ELEMENTS) -> int:
+    """Gradient entries that are treated at a time: many where launches cost, none on a CPU, where copies do."""
     if asked is not None:
         return asked
-    return 0 if device.type == "cpu" else STACK_ELEMENTS
+    return 0 if device.type == "cpu" else most
 
 
 def move(jobs: Sequence[Job], config: GaLoreConfig, seed: int, asked: int | None = None) -> list[Flag]:

@@ -27,7 +27,7 @@ from galore_trainer.optim.refresh import refresh_stack
 from galore_trainer.optim.residual_state import AGE, MOMENTS, has_residual, support_shape
 from galore_trainer.optim.skips import no_skips
 from galore_trainer.optim.stack import Job, Stack, make_stacks
-from galore_trainer.optim.update import STACK_ELEMENTS
+from galore_trainer.optim.update import REFRESH_ELEMENTS, STACK_ELEMENTS
 
 NEVER = 1 << 60
 
@@ -210,14 +210,11 @@ def _step(optimizer: GaLoreAdamW, live: LiveBytes) -> int:
     """The peak of the step above what is alive before it: of the update, and of the largest refresh."""
     before = live.now
     jobs = [job for group in optimizer.param_groups if group["projected"] for job in _dense_jobs(optimizer, group)]
-    together = 0 if optimizer.config.staggers else STACK_ELEMENTS
+    together = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
     peaks = []
     for stack in sorted(make_stacks(jobs, together), key=lambda s: -len(s.jobs) * s.jobs[0].parameter.numel())[:3]:
         with live.watching() as found:
-            G = stack.gradients()
-            if G is not None:
-                refresh_stack(stack, G, optimizer.config, optimizer.seed)
-                del G
+            refresh_stack(stack, stack.each_gradient(), optimizer.config, optimizer.seed)
         peaks += found
     for _, state in _projected(optimizer):
         state["due"] = NEVER

@@ -288,12 +288,12 @@ def test_excess_error_falls_with_iterations(rank: int, iterations: int) -> None:
     left = torch.linalg.qr(torch.randn(160, 96, generator=generator)).Q
     right = torch.linalg.qr(torch.randn(96, 96, generator=generator)).Q
     G = ((left * spectrum) @ right.T)[None]
-    best = projection_error(G, exact(G, rank, "right"), "right")
+    best = projection_error(G, exact([G], rank, "right"), "right")
     excess = []
     for q in (iterations, iterations + 1):
         omega = torch.randn(1, 96, rank + 8, generator=torch.Generator().manual_seed(11))
         excess.append(
-            (projection_error(G, randomized(G, rank, "right", omega=omega, iterations=q), "right") / best - 1).item()
+            (projection_error(G, randomized([G], rank, "right", omega=omega, iterations=q), "right") / best - 1).item()
         )
     assert excess[1] <= excess[0] + 1e-6
     assert excess[0] <= {0: 0.10, 1: 0.02, 2: 0.01, 3: 0.005}[iterations]

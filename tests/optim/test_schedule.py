@@ -142,14 +142,14 @@ def test_a_warm_start_is_better_than_a_cold_one_where_the_subspace_barely_moves(
     old = ((left * spectrum) @ right.T)[None]
     new = old + 0.02 * torch.randn(1, 80, 60, generator=generator) * old.std()
     omega = torch.randn(1, 60, 18, generator=generator)
-    previous = exact(old, 10, side)
+    previous = exact([old], 10, side)
     errors = []
     for warm in (previous, None):
-        P = randomized(new, 10, side, omega=omega, previous=warm, iterations=0)
+        P = randomized([new], 10, side, omega=omega, previous=warm, iterations=0)
         torch.testing.assert_close(P.mT @ P, torch.eye(10)[None], rtol=0, atol=1e-5)
         errors.append(projection_error(new, P, side).item())
     assert errors[0] < errors[1]
-    best = projection_error(new, exact(new, 10, side), side).item()
+    best = projection_error(new, exact([new], 10, side), side).item()
     assert best - 1e-6 <= errors[0] <= best * 1.02
 
 
