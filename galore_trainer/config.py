@@ -139,10 +139,10 @@ class GaLoreConfig:
     )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
     kernels: Kernels = knob(
-        "torch",
-        "What computes a step between refreshes: torch, triton (an error for projected weights of other devices or "
-        "types), or auto (triton where it can). Warm-ups and global supports of the residual, and scattered rows, are "
-        "torch's.",
+        "auto",
+        "What computes a step between refreshes, and small eigenvectors at one: torch, triton (an error for projected "
+        "weights of other devices or types), or auto (triton where it can). Warm-ups and global supports of the "
+        "residual, and scattered rows, are torch's.",
     )
 
     def __post_init__(self) -> None:

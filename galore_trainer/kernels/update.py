@@ -11,8 +11,9 @@ from torch import Tensor
 
 from galore_trainer.kernels.tables import Layout, Scattered, mixed, multiply, pointer_at, rounded, row_keys, row_starts
 
-ROWS, COLUMNS, WARPS = 64, 128, 4  # of a program's tile, and who moves it
-TILES = 8  # beside each other, of one program: it loads one while it multiplies for another
+ROWS, COLUMNS, WARPS = 32, 128, 4  # of a program's tile, and who moves it
+TILES = 16  # one below the other, of one program: it loads two while it multiplies for a third
+SHARED = 200 << 10  # bytes that the loads of a program may take, of the 227 KiB of a multiprocessor
 SPARSE_KEY = 0x5851F42D4C957F2D  # tells the noise of the sparse entries from that of the whole weight
 
 
@@ -35,13 +36,16 @@ def apply_update_(
     total, rank = len(P), P.shape[-1]
     rows, columns, single = layout.rows // blocks, layout.columns, W.dtype == torch.float32
     width, wide = max(16, triton.next_power_of_2(rank)), COLUMNS // 2 if single else COLUMNS
-    per = min(TILES, triton.cdiv(columns, wide))
-    programs = triton.cdiv(rows, ROWS) * triton.cdiv(columns, wide * per)
+    depth, entry = min(width, wide), 4 if single else 2
+    loaded = entry * (ROWS * width + (width - depth) * wide + ROWS * wide)  # for one tile
+    tiles = min(TILES, triton.cdiv(rows, ROWS))
+    programs = triton.cdiv(rows, ROWS * tiles) * triton.cdiv(columns, wide)
     kernel: Any = _apply_update
     kernel[(total * programs,)](
         W.addresses, N, P, ok, ok if keys is None else keys, rows, columns, blocks, step, decay,
-        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=ROWS, COLUMNS=wide, TILES=per,
-        DEPTH=min(width, wide), STOCHASTIC=keys is not None, PRECISION="tf32x3" if single else "tf32", num_warps=WARPS,
+        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=ROWS, COLUMNS=wide, TILES=tiles,
+        DEPTH=depth, STAGES=max(1, min(3, SHARED // loaded)), STOCHASTIC=keys is not None, PRECISION="tf32x3" if single else "tf32",
+        num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -51,47 +55,51 @@ def _apply_update(
     length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr,
-    STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program moves some tiles beside each other of one block; the next program those on their right."""
-    program, across = tl.program_id(0), tl.cdiv(columns, COLUMNS * TILES)
-    programs = tl.cdiv(rows, ROWS) * across
+    """A program moves some tiles below each other of one block; the next program those on their right."""
+    program, across = tl.program_id(0), tl.cdiv(columns, COLUMNS)
+    programs = tl.cdiv(rows, ROWS * TILES) * across
     block = program // programs
     job = block // blocks
     if tl.load(ok + job) > 0.0:
-        i = program % programs // across * ROWS + tl.arange(0, ROWS)
+        j = program % across * COLUMNS + tl.arange(0, COLUMNS)
         k = tl.arange(0, DEPTH)
-        row = block % blocks * rows + i
-        start = pointer_at(weights, job, TYPE, ALIGNED) + row_starts(row, length, outer_stride, row_stride, EVEN)
+        W = pointer_at(weights, job, TYPE, ALIGNED)
         if RIGHT:
             left, right = N + block.to(tl.int64) * rows * RANK, P + block.to(tl.int64) * columns * RANK
+            b_at = right + (j.to(tl.int64) * RANK)[None, :] + k[:, None]
+            further = DEPTH
         else:
             left, right = P + block.to(tl.int64) * rows * RANK, N + block.to(tl.int64) * columns * RANK
-        a_at = left + (i.to(tl.int64) * RANK)[:, None] + k[None, :]
-        a = tl.load(a_at, mask=(i[:, None] < rows) & (k[None, :] < RANK), other=0.0)
+            b_at = right + (k.to(tl.int64) * columns)[:, None] + j[None, :]
+            further = DEPTH * columns
+        b = tl.load(b_at, mask=(j[None, :] < columns) & (k[:, None] < RANK), other=0.0)
         if STOCHASTIC:
-            row_key = row_keys(tl.load(keys + job), row)
-        for tile in tl.range(0, TILES, num_stages=2):
-            j = (program % across * TILES + tile) * COLUMNS + tl.arange(0, COLUMNS)
+            key = tl.load(keys + job)
+            pair = (program % across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)).to(tl.uint32) * 0x9E3779B1
+        for tile in tl.range(0, TILES, num_stages=STAGES):
+            i = (program % programs // across * TILES + tile) * ROWS + tl.arange(0, ROWS)
+            row = block % blocks * rows + i
             here = (i[:, None] < rows) & (j[None, :] < columns)
+            start = W + row_starts(row, length, outer_stride, row_stride, EVEN)
             at = start[:, None] + (j.to(tl.int64) * column_stride)[None, :]
             w = tl.load(at, mask=here, other=0.0)
             lifted = tl.zeros((ROWS, COLUMNS), tl.float32)
             for first in tl.static_range(0, RANK, DEPTH):
-                if RIGHT:
-                    b_at = right + (j.to(tl.int64) * RANK)[None, :] + (first + k)[:, None]
-                else:
-                    b_at = right + ((first + k).to(tl.int64) * columns)[:, None] + j[None, :]
-                b = tl.load(b_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
+                a_at = left + (i.to(tl.int64) * RANK)[:, None] + (first + k)[None, :]
+                a = tl.load(a_at, mask=(i[:, None] < rows) & (k[None, :] < RANK - first), other=0.0)
                 if first == 0:
                     lifted = multiply(a, b, lifted, PRECISION)
                 else:
-                    more = tl.load(a_at + first, mask=(i[:, None] < rows) & (k[None, :] < RANK - first), other=0.0)
-                    lifted = multiply(more, b, lifted, PRECISION)
+                    more_at = b_at + (first // DEPTH) * further
+                    more = tl.load(more_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
+                    lifted = multiply(a, more, lifted, PRECISION)
             new = w.to(tl.float32) * (1.0 - decay) - step * lifted
             noise = 0
-            if STOCHASTIC:
-                noise = mixed(row_key[:, None] ^ (j.to(tl.uint32) * 0x9E3779B1)[None, :])
+            if STOCHASTIC:  # 16 bits for each of two neighbours
+                drawn = mixed(row_keys(key, row)[:, None] ^ pair[None, :])
+                noise = tl.interleave(drawn, drawn << 16)
             tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=here)
 
 

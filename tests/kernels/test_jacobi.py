@@ -1,0 +1,75 @@
+"""Eigenvectors of many matrices at once against float64's, and a refresh that uses them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.linalg import by_eigh, thin_singular_vectors
+from galore_trainer.kernels.jacobi import eigenvectors
+from galore_trainer.optim import fused
+
+
+def factors(k: int, n: int, smallest: float, device: torch.device, count: int = 3) -> torch.Tensor:
+    """Random matrices [count, k, n] with singular values from 1 down to the smallest, evenly in the logarithm."""
+    generator = torch.Generator().manual_seed(k)
+    left = torch.linalg.qr(torch.randn(count, k, k, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(count, n, k, generator=generator, dtype=torch.float64)).Q
+    spectrum = torch.logspace(0, torch.tensor(smallest).log10().item(), k, dtype=torch.float64)
+    return ((left * spectrum) @ right.mT).to(device)
+
+
+@pytest.mark.parametrize(("k", "smallest"), [(2, 0.5), (3, 1e-3), (16, 1e-4), (17, 1e-2), (34, 0.1)])
+def test_eigenvectors_are_float64s(k: int, smallest: float, device: torch.device) -> None:
+    """Even and odd sizes; float32's error over the gap between neighbouring eigenvalues, columns orthonormal."""
+    B = factors(k, k + 5, smallest, device)
+    C = B @ B.mT
+    found, right = eigenvectors(C), torch.linalg.eigh(C).eigenvectors.flip(-1)
+    assert found is not None
+    overlap = (found.double() * right).sum(dim=1).abs()
+    assert (overlap - 1.0).abs().max() < 1e-5
+    assert (found.double().mT @ found.double() - torch.eye(k, device=device)).abs().max() < 1e-4
+
+
+def test_a_cluster_of_eigenvalues_is_spanned(device: torch.device) -> None:
+    """Equal eigenvalues have no vectors of their own; the space that they share is found."""
+    k = 12
+    turn = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+    values = torch.tensor([4.0] * 5 + [1.0] * 7, dtype=torch.float64)
+    C = ((turn * values) @ turn.mT)[None].to(device)
+    found = eigenvectors(C)
+    assert found is not None
+    spanned = found[0, :, :5].double() @ found[0, :, :5].double().mT
+    assert (spanned - (turn[:, :5] @ turn[:, :5].mT).to(device)).abs().max() < 1e-6
+
+
+def test_a_singular_matrix_is_left_to_the_library(device: torch.device) -> None:
+    """One of the stack is enough; the singular vectors come out all the same."""
+    B = factors(8, 20, 0.1, device, count=4)
+    B[2, 5] = 0.0
+    assert eigenvectors(B @ B.mT) is None
+    config = GaLoreConfig(kernels="triton", rank=4)
+    one, other = (
+        thin_singular_vectors(B.float(), 4, each) for each in (fused.eigenvectors_by(config, device), by_eigh)
+    )
+    for found, right in zip(one, other, strict=True):
+        assert torch.equal(found, right)
+
+
+def test_few_matrices_are_left_to_the_library(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is slower than the library on one matrix; from ``MANY`` on it is asked, and finds the same vectors."""
+    asked = []
+
+    def counted(C: torch.Tensor) -> torch.Tensor | None:
+        asked.append(len(C))
+        return eigenvectors(C)
+
+    monkeypatch.setattr("galore_trainer.kernels.jacobi.eigenvectors", counted)
+    find = fused.eigenvectors_by(GaLoreConfig(kernels="triton", rank=4), device)
+    for count in (1, fused.MANY - 1, fused.MANY):
+        B = factors(6, 20, 0.05, device, count).float()
+        (U, V), (U_right, V_right) = thin_singular_vectors(B, 6, find), thin_singular_vectors(B, 6)
+        for found, right in ((U, U_right), (V, V_right)):
+            assert ((found * right).sum(dim=1).abs() - 1.0).abs().max() < 1e-5
+    assert asked == [fused.MANY]
