@@ -44,8 +44,8 @@ def apply_update_(
     kernel[(total * programs,)](
         W.addresses, N, P, ok, ok if keys is None else keys, rows, columns, blocks, step, decay,
         **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=ROWS, COLUMNS=wide, TILES=tiles,
-        DEPTH=depth, STAGES=max(1, min(3, SHARED // loaded)), STOCHASTIC=keys is not None, PRECISION="tf32x3" if single else "tf32",
-        num_warps=WARPS,
+        DEPTH=depth, STAGES=max(1, min(3, SHARED // loaded)), STOCHASTIC=keys is not None,
+        PRECISION="tf32x3" if single else "tf32", num_warps=WARPS,
     )  # fmt: skip
 
 
