@@ -78,7 +78,8 @@ def _orthogonalize(
                 yy += y * y
                 xy += x * y
             a, b, c = tl.sum(xx, axis=1), tl.sum(yy, axis=1), tl.sum(xy, axis=1)
-            cosine = tl.abs(c) / tl.sqrt(tl.maximum(a, 1e-38)) / tl.sqrt(tl.maximum(b, 1e-38))
+            lengths = tl.sqrt(tl.maximum(a, 1.1754943508222875e-38)) * tl.sqrt(tl.maximum(b, 1.1754943508222875e-38))
+            cosine = tl.abs(c) / lengths
             slope = (b - a) / (2.0 * tl.where(c == 0.0, 1.0, c))
             tangent = tl.where(slope < 0.0, -1.0, 1.0) / (tl.abs(slope) + tl.sqrt(1.0 + slope * slope))
             tangent = tl.where(c == 0.0, 0.0, tangent)
