@@ -53,7 +53,7 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
     right, single = side == "right", P.dtype == torch.float32
     lines = rows if right else layout.columns
     R = torch.empty((total, lines, rank) if right else (total, rank, lines), dtype=torch.float32, device=P.device)
-    bad = torch.zeros(len(G.addresses), dtype=torch.int32, device=P.device)
+    ok = torch.ones(len(G.addresses), device=P.device)
     width = max(16, triton.next_power_of_2(rank))
     tall = max(16, min(WIDEST, ACCUMULATORS // (2 if single else 1) // width))
     while tall > 64 and total * triton.cdiv(lines, tall) < ENOUGH:
@@ -61,16 +61,16 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
     deep = max(16, min(64, (8192 if single else 16384) // width, 32 if single else 64))
     kernel: Any = _project
     kernel[(total * triton.cdiv(lines, tall),)](
-        G.addresses, P, R, bad, rows, lines, inner, blocks, **layout.strides, **G.pointer, RIGHT=right,
+        G.addresses, P, R, ok, rows, lines, inner, blocks, **layout.strides, **G.pointer, RIGHT=right,
         RANK=rank, LINES=tall, DEPTH=deep, WIDTH=width, PRECISION="tf32x3" if single else "tf32",
         num_warps=8 if single or tall * width > 16384 else 4, num_stages=3,
     )  # fmt: skip
-    return R, 1.0 - bad.float()
+    return R, ok
 
 
 @triton.jit
 def _project(
-    gradients, P, R, bad, rows, lines, inner, blocks,
+    gradients, P, R, ok, rows, lines, inner, blocks,
     length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr,
     LINES: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -110,4 +110,4 @@ def _project(
         out = R + column.to(tl.int64)[None, :] * lines + line[:, None]
     tl.store(out, total, mask=here)
     finite = tl.min(tl.min((tl.abs(total) < float("inf")).to(tl.int32), axis=1), axis=0)
-    tl.store(bad + job, 1, mask=finite == 0)
+    tl.store(ok + job, 0.0, mask=finite == 0)

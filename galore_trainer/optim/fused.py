@@ -5,8 +5,7 @@ Not for every step: a refresh, the warm-up of a residual, and what ``why_not`` n
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from galore_trainer.optim import residual_state
 from galore_trainer.optim.native import take_in
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.skips import Flag
-from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack, make_stacks
+from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack
 from galore_trainer.optim.streams import rounding_key
 
-STACK_ELEMENTS = 1 << 30  # entries of equal weights that move in one go: their projections alone are held meanwhile
+FIRST_ELEMENTS = 1 << 28  # entries of equal weights that move in one go at first,
+STACK_ELEMENTS = 1 << 30  # and at most: their projections alone are held meanwhile
 INDEX = "residual_index"
 MANY = 4  # small symmetric matrices from which the kernel is faster than the library, which takes one at a time
 
@@ -37,40 +37,60 @@ def why_not(job: Job, config: GaLoreConfig) -> str | None:
     return obstacle(job.parameter.device, *dtypes)
 
 
-def divide(jobs: Iterable[Job], config: GaLoreConfig, most: int | None = None) -> tuple[list[Stack], list[Job]]:
-    """Stacks that the kernels move, of at most so many entries of weights, and the jobs that they do not.
+def divide(jobs: Iterable[Job], config: GaLoreConfig, rest: list[Job], most: int | None = None) -> Iterator[Stack]:
+    """Stacks that the kernels move, each as soon as its jobs are there: the device works while the host goes on.
+
+    Args:
+        jobs: of one device.
+        config: of the optimizer.
+        rest: takes the jobs that are left to ``core/``.
+        most: entries of weights in a stack; by itself the first stack is small, and later ones are larger.
 
     Raises:
         OptionError: ``kernels: triton`` was asked for, and there is an obstacle.
     """
     if config.kernels == "torch":
-        return [], list(jobs)
-    fast: list[Stack] = []
-    rest: list[Job] = []
-    key = functools.partial(key_of, config=config)
-    for stack in make_stacks(jobs, STACK_ELEMENTS if most is None else most, key):
-        first = stack.jobs[0]
-        reason = why_not(first, config)
-        if reason is not None and config.kernels == "triton":
-            way_out = f"{first.name}: {reason}. Use auto, which takes torch there."
-            raise OptionError("galore.kernels", "triton", "weights that the kernels can move", way_out)
-        by_row = config.residual_selection == "row" and stack.has(INDEX)
-        if reason is None and (by_row or not residual_state.residual_lives(first, config)):
-            fast.append(stack)
-        else:
-            rest += stack.jobs
-    fast.sort(key=lambda stack: len(stack.jobs))  # the host prepares the larger ones while the device moves others
-    return fast, rest
+        rest.extend(jobs)
+        return
+    size = FIRST_ELEMENTS if most is None else most
+    gathered: dict[tuple[Any, ...], list[Job]] = {}
+    for job in jobs:
+        key, entries = key_of(job, config), job.matrix.rows * job.matrix.columns
+        members = gathered.setdefault(key, [])
+        members.append(job)
+        if (len(members) + 1) * entries > size:
+            if _moves(members, config, rest):
+                yield Stack(members)
+                size = size if most is not None else min(2 * size, STACK_ELEMENTS)
+            del gathered[key]
+    for members in gathered.values():
+        if _moves(members, config, rest):
+            yield Stack(members)
+
+
+def _moves(members: list[Job], config: GaLoreConfig, rest: list[Job]) -> bool:
+    """Whether the kernels move equal jobs; else the rest takes them."""
+    first = members[0]
+    reason = why_not(first, config)
+    if reason is not None and config.kernels == "triton":
+        way_out = f"{first.name}: {reason}. Use auto, which takes torch there."
+        raise OptionError("galore.kernels", "triton", "weights that the kernels can move", way_out)
+    by_row = config.residual_selection == "row" and first.prefix + INDEX in first.state
+    moves = reason is None and (by_row or not residual_state.residual_lives(first, config))
+    if not moves:
+        rest += members
+    return moves
 
 
 def key_of(job: Job, config: GaLoreConfig) -> tuple[Any, ...]:
     """Equal for jobs that the kernels take in one go: the age of their bases does not matter to them."""
-    p, g, m = job.parameter, job.grad, job.matrix
+    p, g, matrix, part = job.parameter, job.grad, job.matrix, job.part
     residual = None
     if config.residual_percent > 0.0:
-        residual = (residual_state.residual_lives(job, config), m.prefix + INDEX in job.state)
-    kept = (job.part is None, job.grad_ok is None, residual)
-    return (id(job.group), m.form, kept, p.shape, p.stride(), g.stride(), p.dtype, g.dtype, p.device)
+        residual = (residual_state.residual_lives(job, config), matrix.prefix + INDEX in job.state)
+    strides = None if part is None and p.is_contiguous() and g.is_contiguous() else (p.stride(), g.stride())
+    kept = (part is None, job.grad_ok is None, residual)
+    return (id(job.group), matrix.form, kept, p.shape, strides, p.dtype, g.dtype, p.get_device())
 
 
 def update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,22 +115,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self.averager is not None:
             self.averager.settle()
-        jobs: list[Job] = []
-        flags: list[Flag] = []
         plain: list[tuple[Tensor, Tensor, str, dict[str, Any]]] = []
         for group in self.param_groups:
-            projected, flat = group["projected"], self._locator.is_flat(group)
             for i, p in enumerate(group["params"]):
-                grad = p.grad
-                if grad is None or flat or is_dtensor(p):
-                    continue  # held in part: further below
-                if grad.is_sparse:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
                     raise OptionError(group["names"][i], "a sparse gradient", "a dense one", "Use sparse=False.")
-                if projected:
-                    jobs += self._jobs(p, grad, group["names"][i], group["matrices"][i], group)
-                else:
-                    plain.append((p, grad, group["names"][i], group))
-        flags += step_sharded(self, self._locator.held())
+                if not (group["projected"] or self._locator.is_held(group, p)):
+                    plain.append((p, p.grad, group["names"][i], group))
+        flags = step_sharded(self, self._locator.held())
         if plain:
             with self.stopwatch.measure("plain", plain[0][0].device):
                 finite = finite_flags([grad for _, grad, _, _ in plain])
@@ -138,33 +133,64 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     for each, ok in zip(plain, finite, strict=True) if self._wakes(*each)
                 ]  # fmt: skip
                 flags += move_plain(moving_plain, self.config, self.seed)
-        if jobs:
-            waiting = self._refresh(jobs)
-            flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
-            still = {id(job) for job in waiting}
-            moving = [job for job in jobs if id(job) not in still]
-            with self.stopwatch.measure("update", jobs[0].parameter.device):
-                flags += move(moving, self.config, self.seed, self.max_stack_elements)
-            for job in jobs:
-                job.state["calls"] += job.last
+        flags += self._move_projected()
         count_skips(flags)
-        drop_projected(job.parameter for job in jobs)
         self._steps += 1
         if self._steps % ROW_LIMIT == 0:
             self.check_finite()
         return loss
 
+    def _move_projected(self) -> list[Flag]:
+        """Weights that keep their bases move before the refresh of the others, which waits for the device."""
+        jobs: list[Job] = []
+        due: list[Job] = []
+
+        def ready() -> Iterator[Job]:
+            for job in self._every_job():
+                jobs.append(job)
+                if job.state["calls"] < job.state["due"]:
+                    yield job
+                else:
+                    due.append(job)
+
+        flags = self._update(ready())
+        if due:
+            waiting = self._refresh(due)
+            flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
+            still = {id(job) for job in waiting}
+            flags += self._update(job for job in due if id(job) not in still)
+        for job in jobs:
+            job.state["calls"] += job.last
+        drop_projected(job.parameter for job in jobs)
+        return flags
+
+    def _update(self, jobs: Iterator[Job]) -> list[Flag]:
+        first = next(jobs, None)
+        if first is None:
+            return []
+        with self.stopwatch.measure("update", first.parameter.device):
+            return move(itertools.chain([first], jobs), self.config, self.seed, self.max_stack_elements)
+
+    def _every_job(self) -> Iterator[Job]:
+        """The logical matrices of whole projected weights that have gradients."""
+        for group in self.param_groups:
+            if group["projected"] and not self._locator.is_flat(group):
+                for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
+                    if p.grad is not None and not is_dtensor(p):
+                        yield from self._jobs(p, p.grad, name, matrices, group)
+
     def _jobs(
         self, p: Tensor, grad: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
     ) -> list[Job]:
-        state = self._projected_state(p, name, matrices, group)
+        state = self.state[p] or self._projected_state(p, name, matrices, group)
         if state["calls"] == state["refreshes"] == 0 and group["lr"] == 0.0 and is_zero(grad):
             return []  # how checkpoint tools create state: nothing else may change
-        parts: Sequence[Any] = [None] * len(matrices)
+        parts: Sequence[Any] | None = None
         if isinstance(grad, ProjectedGradient):
-            grad, parts = (grad, grad.parts) if grad.whole is None else (grad.whole, parts)
+            grad, parts = (grad, grad.parts) if grad.whole is None else (grad.whole, None)
         if len(matrices) == 1:
-            return [Job(p, grad, name, matrices[0], state, group, parts[0])]
+            return [Job(p, grad, name, matrices[0], state, group, parts[0] if parts else None)]
+        parts = parts or [None] * len(matrices)
         ok, last = is_finite(grad), matrices[-1]
         pairs = zip(matrices, parts, strict=True)
         return [Job(p, grad, m.logical(name), m, state, group, part, m is last, ok) for m, part in pairs]
@@ -232,19 +258,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
         make_plain_state(p, state, self.config)
         return group["lr"] != 0.0 or bool(grad.any())
 
-    def _refresh(self, jobs: list[Job]) -> list[Job]:
-        """New bases where they are due; an all-zero or non-finite gradient leaves its refresh due.
+    def _refresh(self, due: list[Job]) -> list[Job]:
+        """New bases for weights that are due; an all-zero or non-finite gradient leaves its refresh due.
 
         Returns:
             The jobs that do not move in this step, as they had no basis when it began and a sketch gives the first.
         """
-        due = [job for job in jobs if job.state["calls"] >= job.state["due"]]
-        if not due:
-            return []
         waiting = [job for job in due if self.config.sketches_first and job.state["refreshes"] == 0]
         norms = torch.stack([n.to(due[0].parameter.device) for n in norms_of([job.grad for job in due])]).tolist()
         good = [job for job, norm in zip(due, norms, strict=True) if 0.0 < norm < float("inf")]
-        most = stack_elements(jobs[0].parameter.device, self.max_stack_elements, REFRESH_ELEMENTS)
+        most = stack_elements(due[0].parameter.device, self.max_stack_elements, REFRESH_ELEMENTS)
         for stack in make_stacks(good, most):
             with self.stopwatch.measure("refresh", stack.device):
                 G, first = stack.each_gradient(), stack.jobs[0].state["refreshes"] == 0

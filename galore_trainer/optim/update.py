@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def stack_elements(device: torch.device, asked: int | None = None, most: int = S
     return 0 if device.type == "cpu" else most
 
 
-def move(jobs: Sequence[Job], config: GaLoreConfig, seed: int, asked: int | None = None) -> list[Flag]:
+def move(jobs: Iterable[Job], config: GaLoreConfig, seed: int, asked: int | None = None) -> list[Flag]:
     """One step of matrices with the bases they have; whose gradients were finite.
 
     Args:
@@ -38,7 +38,8 @@ def move(jobs: Sequence[Job], config: GaLoreConfig, seed: int, asked: int | None
         config, seed: of the optimizer.
         asked: gradient entries joined at a time, in place of what suits the device.
     """
-    stacks, rest = fused.divide(jobs, config, asked)
+    rest: list[Job] = []
+    stacks = fused.divide(jobs, config, rest, asked)
     flags = [flag for stack in stacks for flag in fused.update(stack, config, seed)]
     return flags + by_core(rest, config, seed, asked)
 
