@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core.linalg import (
-    Eigenvectors,
+    CERTAIN,
     Reduce,
-    by_eigh,
+    Tools,
     factor,
     product,
     subspace_iteration,
@@ -49,7 +49,7 @@ def exact(
     previous: Tensor | None = None,
     iterations: int = 0,
     raw_signs: bool = False,
-    eigenvectors: Eigenvectors = by_eigh,
+    tools: Tools = CERTAIN,
 ) -> Tensor:
     """The leading singular vectors of the blocks of ``G``.
 
@@ -62,7 +62,7 @@ def exact(
         iterations: not used.
         raw_signs: keep the signs of ``torch.linalg.svd``, as GaLore does. Where signs do not matter, a matrix with
             one side at most half the other goes through its small Gram matrix, which is faster.
-        eigenvectors: of that matrix.
+        tools: for that matrix.
 
     Returns:
         P [..., n, r] for the right side, [..., m, r] for the left.
@@ -70,7 +70,7 @@ def exact(
     whole = G[0].float() if len(G) == 1 else torch.cat([part.float() for part in G])
     m, n = whole.shape[-2:]
     if not raw_signs and 2 * min(m, n) <= max(m, n):
-        thin, wide = thin_singular_vectors(whole if m <= n else whole.mT, rank, eigenvectors)
+        thin, wide = thin_singular_vectors(whole if m <= n else whole.mT, rank, tools)
         return wide if (side == "right") == (m <= n) else thin
     U, _, Vh = torch.linalg.svd(whole, full_matrices=False)
     return Vh[..., :rank, :].mT.contiguous() if side == "right" else U[..., :rank].contiguous()
@@ -86,7 +86,7 @@ def randomized(
     previous: Tensor | None = None,
     iterations: int = 2,
     raw_signs: bool = False,
-    eigenvectors: Eigenvectors = by_eigh,
+    tools: Tools = CERTAIN,
     reduce: Reduce | None = None,
 ) -> Tensor:
     """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
@@ -100,7 +100,7 @@ def randomized(
             the first r directions of the range (left).
         iterations: power iterations q.
         raw_signs: passed on to the exact path.
-        eigenvectors: of the Gram matrices of Q^T G.
+        tools: for small factorizations; P is NaN where they fail.
         reduce: G holds this process's rows alone, and this sums over the processes; right side, k below min(m, n).
 
     Returns:
@@ -109,20 +109,20 @@ def randomized(
     if reduce is not None:
         assert side == "right"
     elif omega.shape[-1] >= min(G[0].shape[-2:]):
-        return exact(G, rank, side, raw_signs=raw_signs, eigenvectors=eigenvectors)
+        return exact(G, rank, side, raw_signs=raw_signs, tools=tools)
     if previous is not None and side == "right":
         omega = torch.cat([previous, omega[..., rank:]], dim=-1)
     G = [factor(part) for part in G]
     Y = product(G, omega)  # [blocks, m, k]
     if previous is not None and side == "left":
         Y = torch.cat([previous, Y[..., rank:]], dim=-1)
-    Q = subspace_iteration(G, Y, iterations, reduce)  # [blocks, m, k]
+    Q = subspace_iteration(G, Y, iterations, tools, reduce)  # [blocks, m, k]
     B = product([part.mT for part in G], Q).mT.contiguous()  # Q^T G, [blocks, k, n]
-    U, V = thin_singular_vectors(B if reduce is None else reduce(B), rank, eigenvectors)
+    U, V = thin_singular_vectors(B if reduce is None else reduce(B), rank, tools)
     return V if side == "right" else Q @ U
 
 
-def from_sketch(S: Tensor, rank: int, side: str, eigenvectors: Eigenvectors = by_eigh) -> Tensor:
+def from_sketch(S: Tensor, rank: int, side: str, tools: Tools = CERTAIN) -> Tensor:
     """A basis from one random sketch of the gradient (no second look at it, so q = 0).
 
     Halko, Martinsson, Tropp 2011, section 5.5: the sketch's leading singular vectors on the side that was kept whole.
@@ -131,9 +131,9 @@ def from_sketch(S: Tensor, rank: int, side: str, eigenvectors: Eigenvectors = by
         S: T^T G [..., k, n] (right) or G T [..., m, k] (left) for a Gaussian T, float32.
         rank: r, at most k.
         side: ``right`` or ``left``.
-        eigenvectors: of the Gram matrices of the sketch.
+        tools: for small factorizations.
 
     Returns:
         P as ``exact`` does.
     """
-    return thin_singular_vectors(S if side == "right" else S.mT, rank, eigenvectors)[1]
+    return thin_singular_vectors(S if side == "right" else S.mT, rank, tools)[1]

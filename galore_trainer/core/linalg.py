@@ -10,6 +10,7 @@ processes. Only n x k and k x k tensors are summed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from galore_trainer.core.galore import MULTIPLIES_BF16, matmul_fp32
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the processes that hold a matrix's rows; each gets the sum."""
+
+Orthonormalize = Callable[[Tensor, Reduce | None], Tensor]
+"""Orthonormal columns [..., rows, k] that span the columns of a matrix of this shape, rows >= k, float32; with a
+``Reduce`` both are this process's rows."""
 
 Eigenvectors = Callable[[Tensor], Tensor]
 """Eigenvectors of symmetric matrices [..., k, k], float64: columns by falling eigenvalue, float32, of any sign."""
@@ -49,50 +54,41 @@ def _product(G: Tensor, X: Tensor) -> Tensor:
     if G.dtype != torch.bfloat16:
         return G @ X
     high = X.bfloat16()
-    middle = (X - high.float()).bfloat16()
-    low = (X - high.float() - middle.float()).bfloat16()
+    rest = X - high
+    middle = rest.bfloat16()
+    low = (rest - middle).bfloat16()
     parts: Tensor = matmul_fp32(G, torch.cat([high, middle, low], dim=-1))
     return parts.unflatten(-1, (3, -1)).sum(dim=-2)
 
 
-def orthonormalize(A: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """Orthonormal columns that span the columns of ``A``.
-
-    Householder QR on a CPU; on a GPU, where that is slow, by Cholesky factors of the Gram matrix, unless the columns
-    are too close to dependent for them. Across processes QR would need all rows; there eigenvectors of the Gram matrix
-    whiten the columns.
-
-    Args:
-        A: [..., rows, k] with rows >= k, float32.
-        reduce: the rows of A are this process's; None where they are all.
-
-    Returns:
-        Q [..., rows, k]; with ``reduce``, a direction that A does not span is a column of zeros.
-    """
-    if reduce is not None:
-        return _by_whitening(A, reduce)
-    Q = by_cholesky(A) if A.is_cuda else None
-    return torch.linalg.qr(A, mode="reduced").Q if Q is None else Q
+def by_householder(A: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """``Orthonormalize`` for every A; across processes, where QR would need all rows, by whitening."""
+    return torch.linalg.qr(A, mode="reduced").Q if reduce is None else by_whitening(A, reduce)
 
 
-def by_cholesky(A: Tensor) -> Tensor | None:
-    """Orthonormal columns from two Cholesky factors in float64; None where one of the stack needs Householder QR.
+def by_cholesky(A: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """``Orthonormalize`` for a GPU, where Householder's is slow; NaN where columns are too close to dependent for it.
 
-    The first factor leaves an error of about 2^-53 times the square of the condition number, the second one none; it is
-    there where the first left less than ``NEARLY`` (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2
-    algorithm"). Waits for the device once.
+    Two Cholesky factors in float64: the first leaves an error of about 2^-53 times the square of the condition number,
+    the second none where the first left less than ``NEARLY`` (Yamamoto et al. 2015, "Roundoff error analysis of the
+    CholeskyQR2 algorithm").
     """
     Q = A.double()
     identity = torch.eye(A.shape[-1], dtype=Q.dtype, device=Q.device)
     for _ in range(2):
-        gram = Q.mT @ Q
+        gram = Q.mT @ Q if reduce is None else reduce(Q.mT @ Q)
         L = torch.linalg.cholesky_ex(gram).L
         Q = Q @ torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False).mT
-    return Q.to(A.dtype) if bool(((gram - identity).abs() < NEARLY).all()) else None
+    error = torch.linalg.matrix_norm(gram - identity, keepdim=True)
+    return torch.where(error < NEARLY, Q, torch.nan).to(A.dtype)
 
 
-def _by_whitening(A: Tensor, reduce: Reduce) -> Tensor:
-    """In float64 and twice, as once leaves the square of the condition number as an error."""
+def by_whitening(A: Tensor, reduce: Reduce) -> Tensor:
+    """Orthonormal columns where each process has some rows, by eigenvectors of the Gram matrix.
+
+    In float64 and twice, as once leaves the square of the condition number as an error. A direction that ``A`` does not
+    span is a column of zeros.
+    """
     for _ in range(2):
         wide = A.double()
         values, vectors = torch.linalg.eigh(reduce(wide.mT @ wide))  # [..., k], [..., k, k]
@@ -107,7 +103,17 @@ def by_eigh(C: Tensor) -> Tensor:
     return torch.linalg.eigh(C).eigenvectors.flip(-1).float()  # it sorts them rising
 
 
-def thin_singular_vectors(B: Tensor, rank: int, eigenvectors: Eigenvectors = by_eigh) -> tuple[Tensor, Tensor]:
+class Tools(NamedTuple):
+    """How small factorizations are made: for certain, or fast and perhaps NaN."""
+
+    orthonormalize: Orthonormalize = by_householder
+    eigenvectors: Eigenvectors = by_eigh
+
+
+CERTAIN = Tools()
+
+
+def thin_singular_vectors(B: Tensor, rank: int, tools: Tools = CERTAIN) -> tuple[Tensor, Tensor]:
     """The first ``rank`` left and right singular vectors of a wide matrix, through its k x k Gram matrix.
 
     The Gram matrix squares the condition number, so it is formed and decomposed in float64. Signs are arbitrary.
@@ -115,14 +121,14 @@ def thin_singular_vectors(B: Tensor, rank: int, eigenvectors: Eigenvectors = by_
     Args:
         B: [..., k, n] with k <= n, float32.
         rank: at most k.
-        eigenvectors: of the Gram matrices.
+        tools: for the Gram matrix, and for columns that are orthogonal but for rounding.
 
     Returns:
         U [..., k, rank] and V [..., n, rank], in float32.
     """
     wide = B.double()
-    U = eigenvectors(wide @ wide.mT)[..., :rank]  # [..., k, rank]
-    return U, orthonormalize(B.mT @ U)  # columns of B^T U are orthogonal already: QR scales them to length one
+    U = tools.eigenvectors(wide @ wide.mT)[..., :rank]  # [..., k, rank]
+    return U, tools.orthonormalize(B.mT @ U, None)  # orthogonal already but for rounding: scaled to length one
 
 
 def least_error(G: Tensor, rank: int, parts: int = 1) -> Tensor:
@@ -144,7 +150,9 @@ def least_error(G: Tensor, rank: int, parts: int = 1) -> Tensor:
     return (lost / energies.reshape(parts, -1).sum(dim=1)).sqrt().float()
 
 
-def subspace_iteration(G: Sequence[Tensor], Y: Tensor, iterations: int, reduce: Reduce | None = None) -> Tensor:
+def subspace_iteration(
+    G: Sequence[Tensor], Y: Tensor, iterations: int, tools: Tools = CERTAIN, reduce: Reduce | None = None
+) -> Tensor:
     """An orthonormal basis of the dominant column space of ``G``.
 
     Halko, Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4: each product is orthonormalised.
@@ -153,19 +161,16 @@ def subspace_iteration(G: Sequence[Tensor], Y: Tensor, iterations: int, reduce: 
         G: parts of [blocks, m, n], as ``product`` takes them.
         Y: samples of its columns [blocks, m, k], as a rule G times a Gaussian test matrix.
         iterations: power iterations q; 0 is the plain range finder.
+        tools: make columns orthonormal.
         reduce: G and Y are this process's rows; None where they are all.
 
     Returns:
         Q [blocks, m, k], of the rows that were passed.
     """
-    total = reduce or _whole
     across = [part.mT for part in G]
-    Q = orthonormalize(Y, reduce)  # [..., m, k]
+    Q = tools.orthonormalize(Y, reduce)  # [..., m, k]
     for _ in range(iterations):
-        Z = orthonormalize(total(product(across, Q)))  # [..., n, k]
-        Q = orthonormalize(product(G, Z), reduce)  # [..., m, k]
+        Z = product(across, Q)
+        Z = tools.orthonormalize(Z if reduce is None else reduce(Z), None)  # [..., n, k]
+        Q = tools.orthonormalize(product(G, Z), reduce)  # [..., m, k]
     return Q
-
-
-def _whole(x: Tensor) -> Tensor:
-    return x

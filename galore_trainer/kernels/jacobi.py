@@ -19,10 +19,8 @@ ORTHOGONAL = 1e-5  # a cosine that the last sweep may still have met; what it le
 WIDTH = 32  # columns of a tile
 
 
-def eigenvectors(C: Tensor) -> Tensor | None:
-    """Eigenvectors by falling eigenvalue; None where a matrix is too close to singular, or not done in 20 sweeps.
-
-    Waits for the device once.
+def eigenvectors(C: Tensor) -> Tensor:
+    """Eigenvectors by falling eigenvalue; NaN where a matrix is too close to singular, or not done in 20 sweeps.
 
     Args:
         C: [count, k, k], symmetric and positive definite, float64; k at least 2.
@@ -41,9 +39,7 @@ def eigenvectors(C: Tensor) -> Tensor | None:
         rows, cosines, K=k, STRIDE=rows.shape[-1], PAIRS=pairs, WIDTH=WIDTH, SWEEPS=SWEEPS, DONE=ORTHOGONAL,
         num_warps=16 if pairs >= 64 else 4, num_stages=1,
     )  # fmt: skip
-    if not bool(((info == 0) & (cosines < ORTHOGONAL)).all()):
-        return None
-    lengths = torch.linalg.vector_norm(rows, dim=-1)  # [count, k]
+    lengths = torch.where((info == 0) & (cosines < ORTHOGONAL), torch.linalg.vector_norm(rows, dim=-1).T, torch.nan).T
     falling = lengths.argsort(dim=-1, descending=True)
     found = (rows[..., :k] / lengths.unsqueeze(-1)).mT  # a column for each
     return found.gather(-1, falling.unsqueeze(1).expand(-1, k, -1))

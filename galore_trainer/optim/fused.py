@@ -13,7 +13,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.linalg import Eigenvectors, by_eigh
+from galore_trainer.core.linalg import Tools, by_cholesky, by_eigh, by_householder
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual_state
@@ -26,7 +26,7 @@ from galore_trainer.optim.streams import rounding_key
 FIRST_ELEMENTS = 1 << 28  # entries of equal weights that move in one go at first,
 STACK_ELEMENTS = 1 << 30  # and at most: their projections alone are held meanwhile
 INDEX = "residual_index"
-MANY = 4  # small symmetric matrices from which the kernel is faster than the library, which takes one at a time
+LIBRARY = 5000  # k^2 / this: so many symmetric k x k matrices the library decomposes while the kernel does them all
 
 
 def why_not(job: Job, config: GaLoreConfig) -> str | None:
@@ -263,21 +263,28 @@ def _plain_update(jobs: list[PlainJob], config: GaLoreConfig, seed: int) -> list
     return [(job.state, job.ok) for job in jobs]
 
 
-def eigenvectors_by(config: GaLoreConfig, device: torch.device) -> Eigenvectors:
-    """Who finds the eigenvectors of a refresh on a device."""
-    wanted = config.kernels == "triton" or (config.kernels == "auto" and device.type == "cuda")
-    return _eigenvectors if wanted and obstacle(device) is None else by_eigh
+def tools_for(config: GaLoreConfig, device: torch.device) -> Tools:
+    """What to try first at a refresh on a device; ``CERTAIN`` where nothing is faster."""
+    cuda = device.type == "cuda"
+    wanted = config.kernels == "triton" or (config.kernels == "auto" and cuda)
+    find = _eigenvectors if wanted and obstacle(device) is None else _by_library if cuda else by_eigh
+    return Tools(by_cholesky if cuda else by_householder, find)
 
 
 def _eigenvectors(C: Tensor) -> Tensor:
-    """``core.linalg.Eigenvectors``: many at once by the kernel, unless one is too close to singular for it."""
+    """``core.linalg.Eigenvectors``: many at once by the kernel; the library takes one after the other."""
     from galore_trainer.kernels.jacobi import eigenvectors
 
-    found = None
-    if len(C) >= MANY and C.shape[-1] > 1:
-        with torch.cuda.device_of(C):
-            found = eigenvectors(C)
-    return by_eigh(C) if found is None else found
+    count, k, _ = C.shape
+    if k == 1 or count * LIBRARY < k * k:
+        return _by_library(C)
+    with torch.cuda.device_of(C):
+        return eigenvectors(C)
+
+
+def _by_library(C: Tensor) -> Tensor:
+    """``by_eigh``, which raises an error at NaN; what these vectors multiply is NaN then, too."""
+    return by_eigh(C.nan_to_num())
 
 
 def rounds(p: Tensor, config: GaLoreConfig) -> bool:

@@ -16,11 +16,19 @@ from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.averaging import Averager, check_bases
-from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero, norms_of
+from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Part, Whole
 from galore_trainer.optim.plain import PlainJob
-from galore_trainer.optim.refresh import count_refresh, diagnose, errors_of, first_basis, refresh_stack
+from galore_trainer.optim.refresh import (
+    OnHost,
+    count_refresh,
+    diagnose,
+    errors_of,
+    first_basis,
+    norms_on_host,
+    refresh_stack,
+)
 from galore_trainer.optim.sharded import step_sharded
 from galore_trainer.optim.sharded_state import pack_shards
 from galore_trainer.optim.sides import project_whole
@@ -142,20 +150,18 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _move_projected(self) -> list[Flag]:
         """Weights that keep their bases move before the refresh of the others, which waits for the device."""
-        jobs: list[Job] = []
-        due: list[Job] = []
+        due = list(self._every_job(due=True))
+        jobs = list(due)
+        norms = norms_on_host(due) if due else None  # on their way while the others move
 
-        def ready() -> Iterator[Job]:
-            for job in self._every_job():
+        def others() -> Iterator[Job]:
+            for job in self._every_job(due=False):
                 jobs.append(job)
-                if job.state["calls"] < job.state["due"]:
-                    yield job
-                else:
-                    due.append(job)
+                yield job
 
-        flags = self._update(ready())
-        if due:
-            waiting = self._refresh(due)
+        flags = self._update(others())
+        if norms is not None:
+            waiting = self._refresh(due, norms)
             flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
             still = {id(job) for job in waiting}
             flags += self._update(job for job in due if id(job) not in still)
@@ -171,12 +177,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
         with self.stopwatch.measure("update", first.parameter.device):
             return move(itertools.chain([first], jobs), self.config, self.seed, self.max_stack_elements)
 
-    def _every_job(self) -> Iterator[Job]:
-        """The logical matrices of whole projected weights that have gradients."""
+    def _every_job(self, *, due: bool) -> Iterator[Job]:
+        """The logical matrices of whole projected weights with gradients, whose refresh is due or not."""
         for group in self.param_groups:
             if group["projected"] and not self._locator.is_flat(group):
                 for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
-                    if p.grad is not None and not is_dtensor(p):
+                    if p.grad is None or is_dtensor(p):
+                        continue
+                    state = self.state[p]
+                    if (not state or state["calls"] >= state["due"]) == due:
                         yield from self._jobs(p, p.grad, name, matrices, group)
 
     def _jobs(
@@ -258,15 +267,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         make_plain_state(p, state, self.config)
         return group["lr"] != 0.0 or bool(grad.any())
 
-    def _refresh(self, due: list[Job]) -> list[Job]:
-        """New bases for weights that are due; an all-zero or non-finite gradient leaves its refresh due.
+    def _refresh(self, due: list[Job], norms: OnHost) -> list[Job]:
+        """New bases for weights that are due; a gradient whose norm is zero or not finite leaves its refresh due.
 
         Returns:
             The jobs that do not move in this step, as they had no basis when it began and a sketch gives the first.
         """
         waiting = [job for job in due if self.config.sketches_first and job.state["refreshes"] == 0]
-        norms = torch.stack([n.to(due[0].parameter.device) for n in norms_of([job.grad for job in due])]).tolist()
-        good = [job for job, norm in zip(due, norms, strict=True) if 0.0 < norm < float("inf")]
+        good = [job for job, norm in zip(due, norms.tolist(), strict=True) if 0.0 < norm < float("inf")]
         most = stack_elements(due[0].parameter.device, self.max_stack_elements, REFRESH_ELEMENTS)
         for stack in make_stacks(good, most):
             with self.stopwatch.measure("refresh", stack.device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -11,12 +12,37 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.basis import BASES, from_sketch, sketch_width
-from galore_trainer.core.linalg import Reduce, least_error
-from galore_trainer.optim.fused import eigenvectors_by
+from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, least_error
+from galore_trainer.optim.fused import tools_for
+from galore_trainer.optim.layerwise import norms_of
 from galore_trainer.optim.parts import sketch, sketch_matrices
 from galore_trainer.optim.residual_state import reset_residual
 from galore_trainer.optim.stack import Job, Stack
 from galore_trainer.optim.streams import stream
+
+
+class OnHost:
+    """Numbers on their way to the host, behind nothing that the device is asked for later."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._there = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._there = torch.cuda.current_stream(numbers.device).record_event()
+
+    def tolist(self) -> list[float]:
+        """Wait until they are there."""
+        if self._there is not None:
+            self._there.synchronize()
+        found: list[float] = self._numbers.tolist()
+        return found
+
+
+def norms_on_host(jobs: Sequence[Job]) -> OnHost:
+    """The Frobenius norms of the gradients of some jobs."""
+    norms = norms_of([job.grad for job in jobs])
+    return OnHost(torch.stack([norm.to(jobs[0].parameter.device) for norm in norms]))
 
 
 def next_due(calls: int, gap: int, phase: int) -> int:
@@ -69,12 +95,19 @@ def find_bases(
         omega = torch.cat([draw_omega(job, config, seed) for job in stack.jobs])
         if config.warm_start and stack.jobs[0].state["refreshes"] > 0:
             previous = stack.get_basis()
-    sharded = {} if reduce is None else {"reduce": reduce}
-    return BASES[config.svd](
-        rows, stack.matrix.rank, stack.matrix.side, omega=omega, previous=previous,
+    find = functools.partial(
+        BASES[config.svd], rows, stack.matrix.rank, stack.matrix.side, omega=omega, previous=previous,
         iterations=config.subspace_iterations, raw_signs=config.momentum_transfer == "keep",
-        eigenvectors=eigenvectors_by(config, stack.device), **sharded,
     )  # fmt: skip
+    if reduce is not None:
+        find = functools.partial(find, reduce=reduce)
+    return certain(find, tools_for(config, stack.device))
+
+
+def certain(find: Callable[..., Tensor], tools: Tools) -> Tensor:
+    """Bases with tools that may fail; if they did, with those that do not. Waits for the device if they can fail."""
+    found = find(tools=tools)
+    return found if tools == CERTAIN or bool(torch.isfinite(found).all()) else find(tools=CERTAIN)
 
 
 def count_refresh(state: MutableMapping[str, Any], config: GaLoreConfig) -> None:
@@ -98,7 +131,8 @@ def first_basis(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: i
             sketch(part, sketch_matrices(job.matrix, config, seed, job.name, stack.device), side)
             for part, job in zip(G, stack.jobs, strict=True)
         ])  # fmt: skip
-    stack.put_basis(from_sketch(S, stack.matrix.rank, side, eigenvectors_by(config, stack.device)))
+    find = functools.partial(from_sketch, S, stack.matrix.rank, side)
+    stack.put_basis(certain(find, tools_for(config, stack.device)))
 
 
 def lending_rows(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> Sequence[Tensor]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.linalg import by_eigh, thin_singular_vectors
+from galore_trainer.core.basis import exact
+from galore_trainer.core.linalg import CERTAIN, thin_singular_vectors
 from galore_trainer.kernels.jacobi import eigenvectors
 from galore_trainer.optim import fused
+from galore_trainer.optim.refresh import certain
 
 
 def factors(k: int, n: int, smallest: float, device: torch.device, count: int = 3) -> torch.Tensor:
@@ -26,7 +30,6 @@ def test_eigenvectors_are_float64s(k: int, smallest: float, device: torch.device
     B = factors(k, k + 5, smallest, device)
     C = B @ B.mT
     found, right = eigenvectors(C), torch.linalg.eigh(C).eigenvectors.flip(-1)
-    assert found is not None
     overlap = (found.double() * right).sum(dim=1).abs()
     assert (overlap - 1.0).abs().max() < 1e-5
     assert (found.double().mT @ found.double() - torch.eye(k, device=device)).abs().max() < 1e-4
@@ -39,37 +42,36 @@ def test_a_cluster_of_eigenvalues_is_spanned(device: torch.device) -> None:
     values = torch.tensor([4.0] * 5 + [1.0] * 7, dtype=torch.float64)
     C = ((turn * values) @ turn.mT)[None].to(device)
     found = eigenvectors(C)
-    assert found is not None
     spanned = found[0, :, :5].double() @ found[0, :, :5].double().mT
     assert (spanned - (turn[:, :5] @ turn[:, :5].mT).to(device)).abs().max() < 1e-6
 
 
 def test_a_singular_matrix_is_left_to_the_library(device: torch.device) -> None:
-    """One of the stack is enough; the singular vectors come out all the same."""
-    B = factors(8, 20, 0.1, device, count=4)
+    """It alone is NaN; a refresh that meets one is made again, as without the kernel."""
+    B = factors(8, 20, 0.1, device, count=4).float()
     B[2, 5] = 0.0
-    assert eigenvectors(B @ B.mT) is None
-    config = GaLoreConfig(kernels="triton", rank=4)
-    one, other = (
-        thin_singular_vectors(B.float(), 4, each) for each in (fused.eigenvectors_by(config, device), by_eigh)
-    )
-    for found, right in zip(one, other, strict=True):
-        assert torch.equal(found, right)
+    C = (B @ B.mT).double()
+    assert torch.isnan(eigenvectors(C)).all(dim=(1, 2)).tolist() == [False, False, True, False]
+    tools = fused.tools_for(GaLoreConfig(kernels="triton", rank=4), device)
+    assert tools != CERTAIN
+    found = certain(functools.partial(exact, [B], 4, "right"), tools)
+    assert torch.equal(found, exact([B], 4, "right"))
 
 
 def test_few_matrices_are_left_to_the_library(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is slower than the library on one matrix; from ``MANY`` on it is asked, and finds the same vectors."""
+    """The kernel is slower than the library on one matrix; where it is asked it finds the same vectors."""
     asked = []
 
-    def counted(C: torch.Tensor) -> torch.Tensor | None:
+    def counted(C: torch.Tensor) -> torch.Tensor:
         asked.append(len(C))
         return eigenvectors(C)
 
     monkeypatch.setattr("galore_trainer.kernels.jacobi.eigenvectors", counted)
-    find = fused.eigenvectors_by(GaLoreConfig(kernels="triton", rank=4), device)
-    for count in (1, fused.MANY - 1, fused.MANY):
+    monkeypatch.setattr(fused, "LIBRARY", 10)
+    tools = fused.tools_for(GaLoreConfig(kernels="triton", rank=4), device)
+    for count in (1, 3, 4):
         B = factors(6, 20, 0.05, device, count).float()
-        (U, V), (U_right, V_right) = thin_singular_vectors(B, 6, find), thin_singular_vectors(B, 6)
+        (U, V), (U_right, V_right) = thin_singular_vectors(B, 6, tools), thin_singular_vectors(B, 6)
         for found, right in ((U, U_right), (V, V_right)):
             assert ((found * right).sum(dim=1).abs() - 1.0).abs().max() < 1e-5
-    assert asked == [fused.MANY]
+    assert asked == [4]

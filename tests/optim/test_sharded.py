@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.linalg import Tools, by_cholesky, by_eigh
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.build import build_optimizer
 from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
@@ -190,14 +191,32 @@ def test_any_sharding_equals_the_whole_weight(architecture: Any, settings: dict[
 @needs_triton
 @pytest.mark.parametrize("kind", ["rows", "anywhere"])
 def test_kernels_move_cut_weights_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    update, alone = fused.update, threading.Lock()
+    alone = threading.Lock()
 
-    def one_at_a_time(*args: Any) -> Any:
-        with alone:  # Triton's interpreter knows one thread
-            return update(*args)
+    def one_at_a_time(function: Any) -> Any:
+        def called(*args: Any) -> Any:
+            with alone:  # Triton's interpreter knows one thread
+                return function(*args)
 
-    monkeypatch.setattr(fused, "update", one_at_a_time)
+        return called
+
+    for name in ("update", "_eigenvectors"):
+        monkeypatch.setattr(fused, name, one_at_a_time(getattr(fused, name)))
     check_sharding(LLAMA, {"kernels": "triton"}, kind)
+
+
+def test_cut_weights_find_bases_by_cholesky_factors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; test-only: on a CPU a refresh takes Householder's way, and cut weights eigenvectors."""
+    asked = []
+
+    def counted(A: Tensor, reduce: Any = None) -> Tensor:
+        asked.append(reduce is not None)
+        return by_cholesky(A, reduce)
+
+    monkeypatch.setattr("galore_trainer.optim.refresh.tools_for", lambda *_: Tools(counted, by_eigh))
+    check_sharding(LLAMA, {"head_sharing": "joint"}, "anywhere")
+    assert any(asked)
+    assert not all(asked)
 
 
 def check_sharding(architecture: Any, settings: dict[str, Any], kind: str) -> None:

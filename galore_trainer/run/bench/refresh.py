@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.refresh import norms_on_host
 from galore_trainer.run.bench.measure import Step, Timing, take_turns, timed
 from galore_trainer.run.bench.weights import Bench, galore_plus, linear_weights
 
@@ -51,7 +52,7 @@ def refresh_all(optimizer: GaLoreAdamW) -> None:
     ]  # fmt: skip
     for job in jobs:
         job.state["due"] = job.state["calls"]
-    optimizer._refresh(jobs)
+    optimizer._refresh(jobs, norms_on_host(jobs))
 
 
 def svd_ms(grads: Iterable[Tensor]) -> float:
