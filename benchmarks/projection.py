@@ -51,7 +51,7 @@ def stacks(model: Any, galore: Any) -> list[Any]:
     from galore_trainer.hf.build import galore_groups
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
     from galore_trainer.optim.stack import make_stacks
-    from galore_trainer.optim.update import STACK_ELEMENTS
+    from galore_trainer.optim.update import REFRESH_ELEMENTS
 
     optimizer = GaLoreAdamW(galore_groups(model, galore, lr=0.0, weight_decay=0.0), galore, lr=0.0, seed=0)
     jobs = [
@@ -59,7 +59,7 @@ def stacks(model: Any, galore: Any) -> list[Any]:
         for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True)
         for job in optimizer._jobs(p, p.grad, name, matrices, group)
     ]  # fmt: skip
-    together = 0 if jobs[0].parameter.device.type == "cpu" else STACK_ELEMENTS
+    together = 0 if jobs[0].parameter.device.type == "cpu" else REFRESH_ELEMENTS
     return list(make_stacks(jobs, together))
 
 

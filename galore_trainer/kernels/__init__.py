@@ -1,4 +1,5 @@
-"""Triton kernels for the ordinary step: what ``core/`` spells out, on many equal matrices in one launch.
+"""Triton kernels for the ordinary step, and for small eigenvectors at a refresh: what ``core/`` spells out, on many
+equal matrices in one launch.
 
 Names and results are those of ``core/``, which stays the truth. What differs is where things lie: weights, gradients
 and moments are read and written at their addresses (``tables.py``), so nothing is joined or copied beforehand.
@@ -16,6 +17,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets kernels on the CPU, as the tests do where there is no GPU."""
 DTYPES = (torch.float32, torch.bfloat16)
+OLDEST = (8, 0)  # compute capability: tensor cores that multiply bfloat16 and TF32
 
 
 @functools.cache
@@ -30,5 +32,27 @@ def obstacle(device: torch.device, *dtypes: torch.dtype) -> str | None:
         return "Triton is not installed"
     if device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"it lies on {device.type}"
+    if device.type == "cuda" and (why := _hardware(device)) is not None:
+        return why
     other = [dtype for dtype in dtypes if dtype not in DTYPES]
     return f"{str(other[0]).removeprefix('torch.')} is neither float32 nor bfloat16" if other else None
+
+
+@functools.cache
+def _hardware(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "it lies on an AMD GPU"
+    found = torch.cuda.get_device_capability(device)
+    return f"its GPU has compute capability {found[0]}.{found[1]}, below 8.0" if found < OLDEST else None
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take there, but for what no kernel here counts."""
+    hopper, uncounted = 227 << 10, 16 << 10
+    if device.type != "cuda":
+        return hopper - uncounted
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"]) - uncounted

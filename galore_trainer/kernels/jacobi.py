@@ -30,16 +30,19 @@ def eigenvectors(C: Tensor) -> Tensor:
     """
     count, k, _ = C.shape
     R, info = torch.linalg.cholesky_ex(C, upper=True)
+    possible = (info == 0)[:, None, None]
+    size = C.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()[:, None, None]  # so that float32 holds all squares
     rows = torch.zeros(count, k, 4 * triton.cdiv(k, 4), dtype=torch.float32, device=C.device)  # aligned for wide loads
-    rows[..., :k] = R
+    rows[..., :k] = torch.where(possible, R / size, 0.0)  # rows of zeros are done at once
     cosines = torch.full((count,), float("nan"), device=C.device)
     pairs = triton.next_power_of_2(triton.cdiv(k, 2))
     kernel: Any = _orthogonalize
     kernel[(count,)](
         rows, cosines, K=k, STRIDE=rows.shape[-1], PAIRS=pairs, WIDTH=WIDTH, SWEEPS=SWEEPS, DONE=ORTHOGONAL,
-        num_warps=16 if pairs >= 64 else 4, num_stages=1,
+        num_warps=16 if pairs >= 64 else 4 if pairs >= 4 else 1, num_stages=1,
     )  # fmt: skip
-    lengths = torch.where((info == 0) & (cosines < ORTHOGONAL), torch.linalg.vector_norm(rows, dim=-1).T, torch.nan).T
+    done = possible[..., 0] & (cosines < ORTHOGONAL).unsqueeze(-1)
+    lengths = torch.where(done, torch.linalg.vector_norm(rows, dim=-1), torch.nan)  # [count, k]
     falling = lengths.argsort(dim=-1, descending=True)
     found = (rows[..., :k] / lengths.unsqueeze(-1)).mT  # a column for each
     return found.gather(-1, falling.unsqueeze(1).expand(-1, k, -1))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from galore_trainer.kernels import shared_memory
 from galore_trainer.kernels.tables import Layout, Scattered, multiply, pointer_at, rounded, row_starts
 
 ACCUMULATORS = 1 << 15  # float32 entries of R that one program holds
@@ -59,11 +60,12 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
     while tall > 64 and total * triton.cdiv(lines, tall) < ENOUGH:
         tall //= 2
     deep = max(16, min(64, (8192 if single else 16384) // width, 32 if single else 64))
+    stages = shared_memory(P.device) // (P.element_size() * deep * (tall + width))
     kernel: Any = _project
     kernel[(total * triton.cdiv(lines, tall),)](
         G.addresses, P, R, ok, rows, lines, inner, blocks, **layout.strides, **G.pointer, RIGHT=right,
         RANK=rank, LINES=tall, DEPTH=deep, WIDTH=width, PRECISION="tf32x3" if single else "tf32",
-        num_warps=8 if single or tall * width > 16384 else 4, num_stages=3,
+        num_warps=8 if single or tall * width > 16384 else 4, num_stages=max(1, min(3, stages)),
     )  # fmt: skip
     return R, ok
 

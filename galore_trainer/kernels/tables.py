@@ -67,7 +67,8 @@ class Layout(NamedTuple):
 
 def upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Columns of equally many 64-bit numbers as an int64 tensor [columns, count] on the device."""
-    return torch.tensor(columns, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    numbers = torch.tensor(columns, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True)
 
 
 def scatter(

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from galore_trainer.kernels import shared_memory
 from galore_trainer.kernels.tables import Layout, Scattered, mixed, multiply, pointer_at, rounded, row_keys, row_starts
 
 ROWS, COLUMNS, WARPS = 32, 128, 4  # of a program's tile, and who moves it
 TILES = 16  # one below the other, of one program: it loads two while it multiplies for a third
-SHARED = 200 << 10  # bytes that the loads of a program may take, of the 227 KiB of a multiprocessor
 SPARSE_KEY = 0x5851F42D4C957F2D  # tells the noise of the sparse entries from that of the whole weight
 
 
@@ -37,14 +37,15 @@ def apply_update_(
     rows, columns, single = layout.rows // blocks, layout.columns, W.dtype == torch.float32
     width, wide = max(16, triton.next_power_of_2(rank)), COLUMNS // 2 if single else COLUMNS
     depth, entry = min(width, wide), 4 if single else 2
-    loaded = entry * (ROWS * width + (width - depth) * wide + ROWS * wide)  # for one tile
+    kept, loaded = depth * wide, ROWS * width + (width - depth) * wide + ROWS * wide  # for all tiles, for each
+    stages = (shared_memory(N.device) // entry - kept) // loaded
     tiles = min(TILES, triton.cdiv(rows, ROWS))
     programs = triton.cdiv(rows, ROWS * tiles) * triton.cdiv(columns, wide)
     kernel: Any = _apply_update
     kernel[(total * programs,)](
         W.addresses, N, P, ok, ok if keys is None else keys, rows, columns, blocks, step, decay,
         **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=ROWS, COLUMNS=wide, TILES=tiles,
-        DEPTH=depth, STAGES=max(1, min(3, SHARED // loaded)), STOCHASTIC=keys is not None,
+        DEPTH=depth, STAGES=max(1, min(3, stages)), STOCHASTIC=keys is not None,
         PRECISION="tf32x3" if single else "tf32", num_warps=WARPS,
     )  # fmt: skip
 

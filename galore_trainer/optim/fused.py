@@ -1,6 +1,7 @@
 """The step of a stack by the kernels: the page of ``core/galore.py`` on weights, gradients and moments where they lie.
 
-Not for every step: a refresh, the warm-up of a residual, and what ``why_not`` names are left to ``core/``.
+Not for every step: a refresh (but for its small factorizations), the warm-up of a residual, and what ``why_not`` names
+are left to ``core/``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from galore_trainer.optim import residual_state
 from galore_trainer.optim.native import take_in
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.skips import Flag
-from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack
+from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack, entries
 from galore_trainer.optim.streams import rounding_key
 
-FIRST_ELEMENTS = 1 << 28  # entries of equal weights that move in one go at first,
-STACK_ELEMENTS = 1 << 30  # and at most: their projections alone are held meanwhile
+FIRST_ELEMENTS = 1 << 28  # ``stack.entries`` of equal weights that move in one go at first,
+STACK_ELEMENTS = (
+    1 << 30
+)  # and at most: their projections are held meanwhile, and what is lost at the residual's support
 INDEX = "residual_index"
 LIBRARY = 5000  # k^2 / this: so many symmetric k x k matrices the library decomposes while the kernel does them all
 
@@ -44,10 +47,7 @@ def divide(jobs: Iterable[Job], config: GaLoreConfig, rest: list[Job], most: int
         jobs: of one device.
         config: of the optimizer.
         rest: takes the jobs that are left to ``core/``.
-        most: entries of weights in a stack; by itself the first stack is small, and later ones are larger.
-
-    Raises:
-        OptionError: ``kernels: triton`` was asked for, and there is an obstacle.
+        most: ``stack.entries`` in a stack; by itself the first stack is small, and later ones are larger.
     """
     if config.kernels == "torch":
         rest.extend(jobs)
@@ -55,10 +55,10 @@ def divide(jobs: Iterable[Job], config: GaLoreConfig, rest: list[Job], most: int
     size = FIRST_ELEMENTS if most is None else most
     gathered: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
-        key, entries = key_of(job, config), job.matrix.rows * job.matrix.columns
+        key = key_of(job, config)
         members = gathered.setdefault(key, [])
         members.append(job)
-        if (len(members) + 1) * entries > size:
+        if (len(members) + 1) * entries(job.matrix) > size:
             if _moves(members, config, rest):
                 yield Stack(members)
                 size = size if most is not None else min(2 * size, STACK_ELEMENTS)
@@ -71,15 +71,25 @@ def divide(jobs: Iterable[Job], config: GaLoreConfig, rest: list[Job], most: int
 def _moves(members: list[Job], config: GaLoreConfig, rest: list[Job]) -> bool:
     """Whether the kernels move equal jobs; else the rest takes them."""
     first = members[0]
-    reason = why_not(first, config)
-    if reason is not None and config.kernels == "triton":
-        way_out = f"{first.name}: {reason}. Use auto, which takes torch there."
-        raise OptionError("galore.kernels", "triton", "weights that the kernels can move", way_out)
     by_row = config.residual_selection == "row" and first.prefix + INDEX in first.state
-    moves = reason is None and (by_row or not residual_state.residual_lives(first, config))
+    moves = why_not(first, config) is None and (by_row or not residual_state.residual_lives(first, config))
     if not moves:
         rest += members
     return moves
+
+
+def check_wanted(jobs: Iterable[Job], config: GaLoreConfig) -> None:
+    """Refuse weights that the kernels cannot move where ``kernels: triton`` asks for them.
+
+    Raises:
+        OptionError: there is an obstacle.
+    """
+    if config.kernels != "triton":
+        return
+    for job in jobs:
+        if (reason := why_not(job, config)) is not None:
+            way_out = f"{job.name}: {reason}. Use auto, which takes torch there."
+            raise OptionError("galore.kernels", "triton", "weights that the kernels can move", way_out)
 
 
 def key_of(job: Job, config: GaLoreConfig) -> tuple[Any, ...]:

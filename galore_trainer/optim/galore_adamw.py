@@ -16,6 +16,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.averaging import Averager, check_bases
+from galore_trainer.optim.fused import check_wanted
 from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Part, Whole
@@ -36,7 +37,14 @@ from galore_trainer.optim.skips import ROW_LIMIT, Flag, count_skips, finite_flag
 from galore_trainer.optim.stack import Job, Stack, make_stacks
 from galore_trainer.optim.state import SLICES, bytes_by_kind, check_same_layout, check_same_method, restore_dtypes
 from galore_trainer.optim.timing import Stopwatch
-from galore_trainer.optim.update import REFRESH_ELEMENTS, make_plain_state, move, move_plain, stack_elements
+from galore_trainer.optim.update import (
+    REFRESH_ELEMENTS,
+    STACK_ELEMENTS,
+    make_plain_state,
+    move,
+    move_plain,
+    stack_elements,
+)
 from galore_trainer.optim.whole import describe, slices_for_saving
 
 
@@ -150,32 +158,33 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _move_projected(self) -> list[Flag]:
         """Weights that keep their bases move before the refresh of the others, which waits for the device."""
+        check_wanted(itertools.chain(self._every_job(due=True), self._every_job(due=False)), self.config)
         due = list(self._every_job(due=True))
-        jobs = list(due)
         norms = norms_on_host(due) if due else None  # on their way while the others move
-
-        def others() -> Iterator[Job]:
-            for job in self._every_job(due=False):
-                jobs.append(job)
-                yield job
-
-        flags = self._update(others())
+        flags = self._update(self._every_job(due=False))
         if norms is not None:
             waiting = self._refresh(due, norms)
             flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
             still = {id(job) for job in waiting}
             flags += self._update(job for job in due if id(job) not in still)
-        for job in jobs:
-            job.state["calls"] += job.last
-        drop_projected(job.parameter for job in jobs)
+            _count(waiting)
         return flags
 
     def _update(self, jobs: Iterator[Job]) -> list[Flag]:
         first = next(jobs, None)
         if first is None:
             return []
+        moved: list[Job] = []
+
+        def each() -> Iterator[Job]:
+            for job in itertools.chain([first], jobs):
+                moved.append(job)
+                yield job
+
         with self.stopwatch.measure("update", first.parameter.device):
-            return move(itertools.chain([first], jobs), self.config, self.seed, self.max_stack_elements)
+            flags = move(each(), self.config, self.seed, self.max_stack_elements)
+        _count(moved)
+        return flags
 
     def _every_job(self, *, due: bool) -> Iterator[Job]:
         """The logical matrices of whole projected weights with gradients, whose refresh is due or not."""
@@ -275,7 +284,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """
         waiting = [job for job in due if self.config.sketches_first and job.state["refreshes"] == 0]
         good = [job for job, norm in zip(due, norms.tolist(), strict=True) if 0.0 < norm < float("inf")]
-        most = stack_elements(due[0].parameter.device, self.max_stack_elements, REFRESH_ELEMENTS)
+        copies = self.config.svd == "exact" or due[0].grad.dtype == torch.float16  # in float32, of whole gradients
+        most = STACK_ELEMENTS if copies else REFRESH_ELEMENTS
+        most = stack_elements(due[0].parameter.device, self.max_stack_elements, most)
         for stack in make_stacks(good, most):
             with self.stopwatch.measure("refresh", stack.device):
                 G, first = stack.each_gradient(), stack.jobs[0].state["refreshes"] == 0
@@ -379,3 +390,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
             group.update(kept)
             group["betas"] = tuple(group["betas"])
         restore_dtypes(self, state_dict)
+
+
+def _count(jobs: Sequence[Job]) -> None:
+    """Weights have had their step: their gradients, if projected, fit nothing any more."""
+    for job in jobs:
+        job.state["calls"] += job.last
+    drop_projected(job.parameter for job in jobs)

@@ -27,7 +27,7 @@ class OnHost:
     def __init__(self, numbers: Tensor) -> None:
         self._numbers, self._there = numbers, None
         if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._there = torch.cuda.current_stream(numbers.device).record_event()
 
@@ -101,13 +101,19 @@ def find_bases(
     )  # fmt: skip
     if reduce is not None:
         find = functools.partial(find, reduce=reduce)
-    return certain(find, tools_for(config, stack.device))
+    return certain(find, tools_for(config, stack.device), reduce)
 
 
-def certain(find: Callable[..., Tensor], tools: Tools) -> Tensor:
-    """Bases with tools that may fail; if they did, with those that do not. Waits for the device if they can fail."""
+def certain(find: Callable[..., Tensor], tools: Tools, reduce: Reduce | None = None) -> Tensor:
+    """Bases with tools that may fail; if they did, with those that do not. Waits for the device if they can fail.
+
+    With ``reduce`` the processes do so together: a failure of one is one of all.
+    """
     found = find(tools=tools)
-    return found if tools == CERTAIN or bool(torch.isfinite(found).all()) else find(tools=CERTAIN)
+    if tools == CERTAIN:
+        return found
+    failed = (~torch.isfinite(found)).any().float()
+    return find(tools=CERTAIN) if bool(failed if reduce is None else reduce(failed)) else found
 
 
 def count_refresh(state: MutableMapping[str, Any], config: GaLoreConfig) -> None:

@@ -20,6 +20,7 @@ from galore_trainer.optim.streams import stream
 
 Item = TypeVar("Item")
 
+PROJECTED = 16  # entries of a gradient that one of its projection counts for in a stack
 BASIS, AGE, SCALE = "basis", "step", "_scale"
 MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # key, and whether it has a sign
 
@@ -218,14 +219,20 @@ class Stack:
 def make_stacks(
     jobs: Iterable[Job], max_elements: int, key: Callable[[Job], tuple[Any, ...]] = Job.key
 ) -> Iterator[Stack]:
-    """Stacks of equal jobs, in the order of their first jobs, each of at most ``max_elements`` gradient entries."""
+    """Stacks of equal jobs, in the order of their first jobs, each of at most ``max_elements``, see ``entries``."""
     by_key: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         by_key.setdefault(key(job), []).append(job)
     for members in by_key.values():
-        size = max(1, max_elements // (members[0].matrix.rows * members[0].matrix.columns))
+        size = max(1, max_elements // entries(members[0].matrix))
         for start in range(0, len(members), size):
             yield Stack(members[start : start + size])
+
+
+def entries(matrix: LogicalMatrix) -> int:
+    """What a matrix counts for in a stack: its entries, or, at a high rank, what is made of its projection."""
+    blocks, lines, rank = matrix.moment_shape
+    return max(matrix.rows * matrix.columns, PROJECTED * blocks * lines * rank)
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from galore_trainer.optim.stack import AGE, MOMENTS, Job, Stack, make_stacks
 from galore_trainer.optim.streams import stream
 
 STACK_ELEMENTS = 1 << 26  # gradient entries of equal matrices that are joined in one go on an accelerator
-REFRESH_ELEMENTS = 1 << 28  # that get new bases in one go there: nothing of their size is made
+REFRESH_ELEMENTS = 1 << 28  # that get new bases in one go there, where whole gradients are not copied for it
 
 
 def stack_elements(device: torch.device, asked: int | None = None, most: int = STACK_ELEMENTS) -> int:
