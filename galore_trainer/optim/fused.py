@@ -25,11 +25,9 @@ from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack, entries
 from galore_trainer.optim.streams import rounding_key
 
 FIRST_ELEMENTS = 1 << 28  # ``stack.entries`` of equal weights that move in one go at first,
-STACK_ELEMENTS = (
-    1 << 30
-)  # and at most: their projections are held meanwhile, and what is lost at the residual's support
+STACK_ELEMENTS = 1 << 30  # and at most: what is made of their projections and residuals is held meanwhile
 INDEX = "residual_index"
-LIBRARY = 5000  # k^2 / this: so many symmetric k x k matrices the library decomposes while the kernel does them all
+LIBRARY = 3_000_000  # k^3 / this: so many k x k matrices the library decomposes while the kernel does them all
 
 
 def why_not(job: Job, config: GaLoreConfig) -> str | None:
@@ -286,7 +284,7 @@ def _eigenvectors(C: Tensor) -> Tensor:
     from galore_trainer.kernels.jacobi import eigenvectors
 
     count, k, _ = C.shape
-    if k == 1 or count * LIBRARY < k * k:
+    if k == 1 or count * LIBRARY < k**3:
         return _by_library(C)
     with torch.cuda.device_of(C):
         return eigenvectors(C)

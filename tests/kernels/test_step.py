@@ -22,6 +22,13 @@ SETTINGS: dict[str, Any] = {
 SHAPES = [(40, 24), (24, 40), (40, 24), (17, 33)]
 
 
+@pytest.fixture(autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotations of eigenvectors take most of an interpreted step: one case has them, the others the library's."""
+    if "[residual]" not in request.node.name:
+        monkeypatch.setattr(fused, "LIBRARY", 0)
+
+
 def weights(device: torch.device, dtype: torch.dtype) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(shape, generator=generator) for shape in [*SHAPES, (48, 20), (20, 36)]]
