@@ -24,7 +24,7 @@ import torch
 from galore_trainer.run.artifacts import environment
 from galore_trainer.run.bench.measure import copy_bandwidth, take_turns
 from galore_trainer.run.bench.refresh import refresh_all
-from galore_trainer.run.bench.weights import SHAPES, Bench, galore_plus, linear_weights
+from galore_trainer.run.bench.weights import SHAPES, Bench, galore_plus, least_bytes, linear_weights
 
 IN_A_ROW = 4
 GAPS = (10, 20, 50, 100, 200, 500, 1000)
@@ -63,12 +63,10 @@ def measure(bench: Bench) -> dict[str, float]:
     refresh = take_turns(
         {"refresh": functools.partial(refresh_all, optimizer)}, bench.rounds, bench.torch_device
     )["refresh"]  # fmt: skip
-    state = optimizer.state_bytes()
-    weights = sum(3 * p.numel() * p.element_size() for _, p in optimizer.projected_weights())
     low, high = step.quartiles
     return {
         "step": step.median / IN_A_ROW, "low": low / IN_A_ROW, "high": high / IN_A_ROW, "refresh": refresh.median,
-        "bytes": weights + 2 * state["moments"] + state["basis"],
+        "bytes": least_bytes(optimizer),
     }  # fmt: skip
 
 

@@ -54,11 +54,7 @@ def stacks(model: Any, galore: Any) -> list[Any]:
     from galore_trainer.optim.update import REFRESH_ELEMENTS
 
     optimizer = GaLoreAdamW(galore_groups(model, galore, lr=0.0, weight_decay=0.0), galore, lr=0.0, seed=0)
-    jobs = [
-        job for group in optimizer.param_groups if group["projected"]
-        for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True)
-        for job in optimizer._jobs(p, p.grad, name, matrices, group)
-    ]  # fmt: skip
+    jobs = list(optimizer._every_job())
     together = 0 if jobs[0].parameter.device.type == "cpu" else REFRESH_ELEMENTS
     return list(make_stacks(jobs, together))
 

@@ -30,9 +30,14 @@ INDEX = "residual_index"
 LIBRARY = 3_000_000  # k^3 / this: so many k x k matrices the library decomposes while the kernel does them all
 
 
+def wanted(config: GaLoreConfig, device: torch.device) -> bool:
+    """Whether kernels shall be used on a device, if they can be."""
+    return config.kernels == "triton" or (config.kernels == "auto" and device.type == "cuda")
+
+
 def why_not(job: Job, config: GaLoreConfig) -> str | None:
     """Why the kernels do not move a matrix; None where they do."""
-    if config.kernels == "auto" and job.parameter.device.type != "cuda":
+    if not wanted(config, job.parameter.device):
         return "it lies elsewhere than on a GPU"
     dtypes = {job.parameter.dtype} if job.part is not None else {job.parameter.dtype, job.grad.dtype}
     return obstacle(job.parameter.device, *dtypes)
@@ -232,9 +237,8 @@ def plain_update(jobs: Sequence[PlainJob], config: GaLoreConfig, seed: int) -> t
     alike: dict[tuple[Any, ...], list[PlainJob]] = {}
     for job in jobs:
         p, grad, moment = job.p, job.grad, job.state["exp_avg"]
-        wanted = config.kernels == "triton" or (config.kernels == "auto" and p.device.type == "cuda")
         dense = p.is_contiguous() and grad.is_contiguous() and p.numel() > 0 and moment.dtype == torch.float32
-        if wanted and dense and obstacle(p.device, p.dtype, grad.dtype) is None:
+        if wanted(config, p.device) and dense and obstacle(p.device, p.dtype, grad.dtype) is None:
             alike.setdefault((id(job.group), p.numel(), p.dtype, grad.dtype, p.device), []).append(job)
         else:
             rest.append(job)
@@ -274,8 +278,7 @@ def _plain_update(jobs: list[PlainJob], config: GaLoreConfig, seed: int) -> list
 def tools_for(config: GaLoreConfig, device: torch.device) -> Tools:
     """What to try first at a refresh on a device; ``CERTAIN`` where nothing is faster."""
     cuda = device.type == "cuda"
-    wanted = config.kernels == "triton" or (config.kernels == "auto" and cuda)
-    find = _eigenvectors if wanted and obstacle(device) is None else _by_library if cuda else by_eigh
+    find = _eigenvectors if wanted(config, device) and obstacle(device) is None else _by_library if cuda else by_eigh
     return Tools(by_cholesky if cuda else by_householder, find)
 
 

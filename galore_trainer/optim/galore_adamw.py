@@ -158,7 +158,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _move_projected(self) -> list[Flag]:
         """Weights that keep their bases move before the refresh of the others, which waits for the device."""
-        check_wanted(itertools.chain(self._every_job(due=True), self._every_job(due=False)), self.config)
+        check_wanted(self._every_job(), self.config)
         due = list(self._every_job(due=True))
         norms = norms_on_host(due) if due else None  # on their way while the others move
         flags = self._update(self._every_job(due=False))
@@ -186,15 +186,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
         _count(moved)
         return flags
 
-    def _every_job(self, *, due: bool) -> Iterator[Job]:
-        """The logical matrices of whole projected weights with gradients, whose refresh is due or not."""
+    def _every_job(self, *, due: bool | None = None) -> Iterator[Job]:
+        """The logical matrices of whole projected weights with gradients: all, or whose refresh is due, or is not."""
         for group in self.param_groups:
             if group["projected"] and not self._locator.is_flat(group):
                 for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
                     if p.grad is None or is_dtensor(p):
                         continue
                     state = self.state[p]
-                    if (not state or state["calls"] >= state["due"]) == due:
+                    if due is None or (not state or state["calls"] >= state["due"]) == due:
                         yield from self._jobs(p, p.grad, name, matrices, group)
 
     def _jobs(

@@ -209,7 +209,7 @@ def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
 def _step(optimizer: GaLoreAdamW, live: LiveBytes) -> int:
     """The peak of the step above what is alive before it: of the update, and of the largest refresh."""
     before = live.now
-    jobs = [job for group in optimizer.param_groups if group["projected"] for job in _dense_jobs(optimizer, group)]
+    jobs = [job for job in optimizer._every_job() if job.part is None]
     together = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
     peaks = []
     for stack in sorted(make_stacks(jobs, together), key=lambda s: -len(s.jobs) * s.jobs[0].parameter.numel())[:3]:
@@ -222,15 +222,6 @@ def _step(optimizer: GaLoreAdamW, live: LiveBytes) -> int:
     with live.watching() as found:
         optimizer.step()
     return max(*peaks, *found, before) - before
-
-
-def _dense_jobs(optimizer: GaLoreAdamW, group: dict[str, Any]) -> Iterator[Job]:
-    for i, p in enumerate(group["params"]):
-        if p.grad is not None:
-            yield from (
-                job for job in optimizer._jobs(p, p.grad, group["names"][i], group["matrices"][i], group)
-                if job.part is None
-            )  # fmt: skip
 
 
 def _projected(optimizer: GaLoreAdamW) -> list[tuple[Tensor, dict[str, Any]]]:

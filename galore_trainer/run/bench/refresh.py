@@ -44,12 +44,7 @@ def bench_refresh(bench: Bench) -> dict[str, Any]:
 @torch.no_grad()
 def refresh_all(optimizer: GaLoreAdamW) -> None:
     """Give every projected weight a new basis now."""
-    jobs = [
-        job
-        for group in optimizer.param_groups if group["projected"]
-        for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True)
-        for job in optimizer._jobs(p, p.grad, name, matrices, group)
-    ]  # fmt: skip
+    jobs = list(optimizer._every_job())
     for job in jobs:
         job.state["due"] = job.state["calls"]
     optimizer._refresh(jobs, norms_on_host(jobs))

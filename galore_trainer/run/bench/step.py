@@ -11,6 +11,7 @@ from galore_trainer.run.bench.weights import (
     Bench,
     CopiedSvd,
     galore_plus,
+    least_bytes,
     linear_weights,
     missing_peers,
     peer,
@@ -50,14 +51,12 @@ def bench_step(bench: Bench) -> dict[str, Any]:
         if method not in missing:
             methods[title] = _adapters(bench, dora=method == "dora")
     timings = take_turns(methods, bench.rounds, bench.torch_device)
-    state = ours.state_bytes()
-    weights = sum(3 * p.numel() * p.element_size() for _, p in ours.projected_weights())
     bandwidth = copy_bandwidth(bench.torch_device)
     profiles = {name: _profile(methods[name]) for name in ("GaLore+", "GaLore+, residual")} if bench.profile else {}
     return {
         "profiles": profiles,
         "timings": timings, "bandwidth": bandwidth, "missing": missing,
-        "floor": 1e3 * (weights + 2 * state["moments"] + state["basis"]) / bandwidth,
+        "floor": 1e3 * least_bytes(ours) / bandwidth,
     }  # fmt: skip
 
 

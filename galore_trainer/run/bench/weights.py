@@ -114,6 +114,13 @@ def galore_plus(bench: Bench, model: nn.Module, **settings: Any) -> GaLoreAdamW:
     return GaLoreAdamW(galore_groups(model, config, lr=LR, weight_decay=0.0), config, lr=LR)
 
 
+def least_bytes(optimizer: GaLoreAdamW) -> int:
+    """What a step cannot avoid: weights and moments read and written, gradients and bases read."""
+    state = optimizer.state_bytes()
+    weights = sum(3 * p.numel() * p.element_size() for _, p in optimizer.projected_weights())
+    return weights + 2 * state["moments"] + state["basis"]
+
+
 def peer(bench: Bench, method: str, model: nn.Module) -> torch.optim.Optimizer:
     """Another method's optimizer on the parameters of a model that want gradients."""
     params = [p for p in model.parameters() if p.requires_grad]
