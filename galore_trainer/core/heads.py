@@ -108,7 +108,7 @@ class LogicalMatrix:
         """Shape of P: [blocks, n, r] or [blocks, rows, r]."""
         return self.blocks, self.columns if self.side == "right" else self.block_rows, self.rank
 
-    @property
+    @functools.cached_property
     def moment_shape(self) -> tuple[int, int, int]:
         """Shape of R, M and V: [blocks, rows, r] or [blocks, r, n]."""
         if self.side == "right":

@@ -16,14 +16,14 @@ BLOCK = 2048
 
 
 def adam_(
-    M: Scattered, V: Scattered, t: Tensor, R: Tensor, ok: Tensor, *,
+    M: Scattered, V: Scattered, t: Scattered, R: Tensor, ok: Tensor, *,
     betas: tuple[float, float], eps: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Take R into the moments, in place; what ``core.galore.adam`` calls N.
 
     Args:
         M, V: float32, contiguous, each with its job's share of the entries of R.
-        t: age of the moments, this step included, float32 [jobs].
+        t: their ages before this step, scalars, float32; they stay (``count.py`` counts).
         R: float32 [jobs x ..., ...].
         ok: [jobs]; where it is 0.0 the moments stay, and nothing is written to N.
         betas, eps: of Adam.
@@ -34,7 +34,7 @@ def adam_(
     b1, b2 = betas
     kernel: Any = _adam
     kernel[(triton.cdiv(entries, BLOCK), len(ok))](
-        M.addresses, V.addresses, t, R, ok, N, entries, 1.0 - b1, 1.0 - b2, log_of(b1), log_of(b2), eps,
+        M.addresses, V.addresses, t.addresses, R, ok, N, entries, 1.0 - b1, 1.0 - b2, log_of(b1), log_of(b2), eps,
         ALIGNED=min(M.alignment, V.alignment), BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return N
@@ -64,7 +64,7 @@ def _adam(
 ):  # fmt: skip
     job = tl.program_id(1)
     if tl.load(ok + job) > 0.0:
-        age = tl.load(t + job)
+        age = tl.load(pointer_at(t, job, tl.float32, 4)) + 1.0
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         here = at < entries
         m_at = pointer_at(M, job, tl.float32, ALIGNED) + at

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -84,18 +86,17 @@ def scatter(
         device: where all of it lies.
     """
     columns = list(addresses.values())
-    uploaded = upload(columns if keys is None else [*columns, keys], device)
+    uploaded = upload(columns if keys is None else [*columns, keys], device).unbind()
     found = {
-        name: Scattered(uploaded[i], dtypes[name], alignment_of(addresses[name])) for i, name in enumerate(addresses)
+        name: Scattered(table, dtypes[name], alignment_of(column))
+        for (name, column), table in zip(addresses.items(), uploaded, strict=keys is None)
     }
     return found, None if keys is None else uploaded[-1]
 
 
 def alignment_of(addresses: Sequence[int]) -> int:
     """The largest power of two, at most ``ALIGNMENT``, that divides all of them."""
-    bits = ALIGNMENT
-    for address in addresses:
-        bits |= address
+    bits = functools.reduce(operator.or_, addresses, ALIGNMENT)
     return bits & -bits
 
 

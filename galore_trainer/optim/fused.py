@@ -24,9 +24,10 @@ from galore_trainer.optim.skips import Flag
 from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack, entries
 from galore_trainer.optim.streams import rounding_key
 
-FIRST_ELEMENTS = 1 << 28  # ``stack.entries`` of equal weights that move in one go at first,
-STACK_ELEMENTS = 1 << 30  # and at most: what is made of their projections and residuals is held meanwhile
-INDEX = "residual_index"
+FIRST_ELEMENTS = 1 << 28  # ``stack.entries`` of the equal weights that move first,
+STACK_ELEMENTS = 1 << 30  # and of those that move in one go later: what is made of their projections is held meanwhile
+INDEX, SKIPPED = "residual_index", "skipped"
+_LAYOUTS: dict[tuple[Any, ...], Any] = {}  # a few, by form, shape and strides
 LIBRARY = 3_000_000  # k^3 / this: so many k x k matrices the library decomposes while the kernel does them all
 
 
@@ -50,7 +51,7 @@ def divide(jobs: Iterable[Job], config: GaLoreConfig, rest: list[Job], most: int
         jobs: of one device.
         config: of the optimizer.
         rest: takes the jobs that are left to ``core/``.
-        most: ``stack.entries`` in a stack; by itself the first stack is small, and later ones are larger.
+        most: ``stack.entries`` in a stack; by itself the first stack is small, and later ones are large.
     """
     if config.kernels == "torch":
         rest.extend(jobs)
@@ -64,7 +65,7 @@ def divide(jobs: Iterable[Job], config: GaLoreConfig, rest: list[Job], most: int
         if (len(members) + 1) * entries(job.matrix) > size:
             if _moves(members, config, rest):
                 yield Stack(members)
-                size = size if most is not None else min(2 * size, STACK_ELEMENTS)
+                size = STACK_ELEMENTS if most is None else most
             del gathered[key]
     for members in gathered.values():
         if _moves(members, config, rest):
@@ -106,13 +107,14 @@ def key_of(job: Job, config: GaLoreConfig) -> tuple[Any, ...]:
     return (id(job.group), matrix.form, kept, p.shape, strides, p.dtype, g.dtype, p.get_device())
 
 
-def update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
-    """One step of equal matrices with the bases they have; whose gradients were finite."""
+def update(stack: Stack, config: GaLoreConfig, seed: int) -> None:
+    """One step of equal matrices with the bases they have; steps that are skipped are counted."""
     with torch.cuda.device_of(stack.jobs[0].parameter):  # kernels are launched on the current one
-        return _update(stack, config, seed)
+        _update(stack, config, seed)
 
 
-def _update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
+def _update(stack: Stack, config: GaLoreConfig, seed: int) -> None:
+    from galore_trainer.kernels.count import count_
     from galore_trainer.kernels.project import project
     from galore_trainer.kernels.update import add_at_, apply_update_
 
@@ -139,7 +141,7 @@ def _update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
         N = _moments(stack, places, residual_state.MOMENTS, residual_state.AGE, D, ok, torch.float32)
         movement["step"] *= config.residual_scale
         add_at_(W, layout, places[INDEX], N, ok, **movement)
-    return [(job.state, flag) for job, flag in zip(jobs, ok.unbind(), strict=True) if job.last]
+    count_([places[age] for age in places.ages], places[SKIPPED], ok)
 
 
 def _moments(
@@ -149,12 +151,10 @@ def _moments(
     from galore_trainer.kernels.adam import adam_
 
     group = stack.group
-    if group["galore"]["state_bits"] < 32:
+    if not places.ages:
         return take_in(stack, keys, age, R, stack.spread(ok)).to(dtype)
-    t = stack.get_ages(age) + ok
-    stack.put_ages(age, t)
     M, V = (places[key] for key, _ in keys)
-    return adam_(M, V, t, R, ok, dtype=dtype, betas=group["betas"], eps=group["eps"])
+    return adam_(M, V, places[age], R, ok, dtype=dtype, betas=group["betas"], eps=group["eps"])
 
 
 def _lost(stack: Stack, places: Places, R: Tensor) -> Tensor:
@@ -171,38 +171,46 @@ def _lost(stack: Stack, places: Places, R: Tensor) -> Tensor:
 
 
 class Places:
-    """Where everything of a stack lies; one upload for all of it.
+    """Where everything of a stack lies, by key of the state or name; one upload for all of it.
 
     Attributes:
         has_residual: whether the matrices have sparse moments.
+        ages: keys of what is counted where it lies: none where moments have fewer than 32 bits.
         keys: for the rounding of bfloat16 weights, int64 [jobs]; None rounds to nearest.
     """
 
     def __init__(self, stack: Stack, config: GaLoreConfig, seed: int) -> None:
         from galore_trainer.kernels.tables import scatter
 
-        self._stack, jobs, first = stack, stack.jobs, stack.jobs[0]
+        self._stack, first = stack, stack.jobs[0]
         self.has_residual = residual_state.residual_lives(first, config)
         self._bases: dict[torch.dtype, Tensor] = {}
-        self._layouts: dict[tuple[int, ...], Any] = {}
-        whole = {"weights": [job.parameter for job in jobs]}
+        self.ages: list[str] = []
+        keys = [BASIS, *([INDEX] if self.has_residual else [])]
+        if stack.group["galore"]["state_bits"] == 32:
+            self.ages = [AGE, *([residual_state.AGE] if self.has_residual else [])]
+            pairs = [*MOMENTS, *(residual_state.MOMENTS if self.has_residual else ())]
+            keys += [*self.ages, *(key for key, _ in pairs)]
+        columns = stack.addresses(keys)
+        dtypes = {key: first.state[first.prefix + key].dtype for key in keys} | {SKIPPED: torch.int32}
+        columns[SKIPPED] = [job.state[SKIPPED].data_ptr() if job.last else 0 for job in stack.jobs]
+        columns["weights"] = self._begin([job.parameter for job in stack.jobs])
+        dtypes["weights"] = first.parameter.dtype
         if first.part is None:
-            whole["gradients"] = [job.grad for job in jobs]
-        pairs = [*MOMENTS, *(residual_state.MOMENTS if self.has_residual else ())]
-        state = [key for key, _ in pairs] if stack.group["galore"]["state_bits"] == 32 else []
-        state += [BASIS, *([INDEX] if self.has_residual else [])]
-        tensors = {key: stack.tensors(key) for key in state}
-        if self.has_residual and first.part is not None:
-            tensors["sampled"] = [job.part.sampled for job in jobs]  # type: ignore[union-attr,misc]
-        numbers = {name: [x.data_ptr() for x in each] for name, each in tensors.items()}
-        for name, each in whole.items():  # logical matrices begin somewhere inside
-            row = each[0].element_size() * self.layout(each[0]).row_stride
-            numbers[name] = [x.data_ptr() + job.matrix.start * row for x, job in zip(each, jobs, strict=True)]
-        keys = None
+            columns["gradients"] = self._begin([job.grad for job in stack.jobs])
+            dtypes["gradients"] = first.grad.dtype
+        elif self.has_residual:
+            sampled: list[Any] = [job.part.sampled for job in stack.jobs if job.part is not None]
+            columns["sampled"], dtypes["sampled"] = [x.data_ptr() for x in sampled], sampled[0].dtype
+        noise = None
         if rounds(first.parameter, config):
-            keys = [rounding_key(seed, job.name, job.state["calls"]) for job in jobs]
-        dtypes = {name: each[0].dtype for name, each in (tensors | whole).items()}
-        self._found, self.keys = scatter(numbers, dtypes, keys, stack.device)
+            noise = [rounding_key(seed, job.name, job.state["calls"]) for job in stack.jobs]
+        self._found, self.keys = scatter(columns, dtypes, noise, stack.device)
+
+    def _begin(self, stored: Sequence[Tensor]) -> list[int]:
+        """Where the logical matrices begin in weights or gradients."""
+        row = stored[0].element_size() * self.layout(stored[0]).row_stride
+        return [x.data_ptr() + job.matrix.start * row for x, job in zip(stored, self._stack.jobs, strict=True)]
 
     def __getitem__(self, name: str) -> Any:
         """Weights, gradients, or tensors of the state by their key."""
@@ -210,11 +218,13 @@ class Places:
 
     def layout(self, stored: Tensor) -> Any:
         """How the logical matrices lie in tensors like this one."""
-        from galore_trainer.kernels.tables import Layout
+        matrix = self._stack.matrix
+        key = (matrix.form, stored.shape, stored.stride())
+        if key not in _LAYOUTS:
+            from galore_trainer.kernels.tables import Layout
 
-        if stored.stride() not in self._layouts:
-            self._layouts[stored.stride()] = Layout.of(self._stack.matrix.rows_of(stored))
-        return self._layouts[stored.stride()]
+            _LAYOUTS[key] = Layout.of(matrix.rows_of(stored))
+        return _LAYOUTS[key]
 
     def bases(self, dtype: torch.dtype) -> Tensor:
         """The bases of all jobs in a dtype, [jobs x blocks, ...]."""

@@ -17,11 +17,13 @@ from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.averaging import Averager, check_bases
 from galore_trainer.optim.fused import check_wanted
-from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite, is_zero
+from galore_trainer.optim.jobs import jobs_of
+from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Part, Whole
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.refresh import (
+    Doubts,
     OnHost,
     count_refresh,
     diagnose,
@@ -96,6 +98,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self._steps = 0
         self._places: dict[str, int] = {}  # of projected weights, by name
         self._locator = Locator(self)
+        self._doubts = Doubts()
         self.ranks: Ranks | None = None  # that hold equal weights, under DDP
         self.averager: Averager | None = None
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False))
@@ -159,6 +162,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _move_projected(self) -> list[Flag]:
         """Weights that keep their bases move before the refresh of the others, which waits for the device."""
         check_wanted(self._every_job(), self.config)
+        self._doubts.settle()
         due = list(self._every_job(due=True))
         norms = norms_on_host(due) if due else None  # on their way while the others move
         flags = self._update(self._every_job(due=False))
@@ -191,27 +195,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["projected"] and not self._locator.is_flat(group):
                 for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
-                    if p.grad is None or is_dtensor(p):
+                    grad = p.grad
+                    if grad is None or is_dtensor(p):
                         continue
                     state = self.state[p]
                     if due is None or (not state or state["calls"] >= state["due"]) == due:
-                        yield from self._jobs(p, p.grad, name, matrices, group)
-
-    def _jobs(
-        self, p: Tensor, grad: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
-    ) -> list[Job]:
-        state = self.state[p] or self._projected_state(p, name, matrices, group)
-        if state["calls"] == state["refreshes"] == 0 and group["lr"] == 0.0 and is_zero(grad):
-            return []  # how checkpoint tools create state: nothing else may change
-        parts: Sequence[Any] | None = None
-        if isinstance(grad, ProjectedGradient):
-            grad, parts = (grad, grad.parts) if grad.whole is None else (grad.whole, None)
-        if len(matrices) == 1:
-            return [Job(p, grad, name, matrices[0], state, group, parts[0] if parts else None)]
-        parts = parts or [None] * len(matrices)
-        ok, last = is_finite(grad), matrices[-1]
-        pairs = zip(matrices, parts, strict=True)
-        return [Job(p, grad, m.logical(name), m, state, group, part, m is last, ok) for m, part in pairs]
+                        state = state or self._projected_state(p, name, matrices, group)
+                        yield from jobs_of(p, grad, name, matrices, group, state)
 
     def _projected_state(
         self, p: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
@@ -287,13 +277,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         copies = self.config.svd == "exact" or due[0].grad.dtype == torch.float16  # in float32, of whole gradients
         most = STACK_ELEMENTS if copies else REFRESH_ELEMENTS
         most = stack_elements(due[0].parameter.device, self.max_stack_elements, most)
+        doubts = None if self.config.layerwise else self._doubts  # whose hooks ask before the step whether it is due
         for stack in make_stacks(good, most):
             with self.stopwatch.measure("refresh", stack.device):
                 G, first = stack.each_gradient(), stack.jobs[0].state["refreshes"] == 0
                 if not G or (first and self.config.sketches_first):
                     first_basis(stack, G, self.config, self.seed)
                     continue
-                new = refresh_stack(stack, G, self.config, self.seed)
+                new = refresh_stack(stack, G, self.config, self.seed, doubts)
                 errors = errors_of(stack, G, new.P)
             self.projection_errors.update(zip((job.name for job in stack.jobs), errors, strict=True))
             if stack.jobs[0].state["refreshes"] < self.config.diagnose_refreshes + self.config.sketches_first:
@@ -353,6 +344,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Undo ``__getstate__``; torch calls it at ``load_state_dict`` too."""
         super().__setstate__(state)
         self.__dict__.setdefault("stopwatch", Stopwatch())
+        self._doubts = Doubts()
         self.__dict__.setdefault("averager", None)
         self.__dict__.setdefault("ranks", None)
         if "_locator" not in self.__dict__:
@@ -362,6 +354,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors, numbers and strings, readable with ``torch.load(weights_only=True)``."""
+        self._doubts.settle()
         saved = super().state_dict()
         own = ("shapes", "gid")
         saved["param_groups"] = [{k: v for k, v in g.items() if k not in own} for g in saved["param_groups"]]

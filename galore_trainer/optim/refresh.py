@@ -45,12 +45,44 @@ def norms_on_host(jobs: Sequence[Job]) -> OnHost:
     return OnHost(torch.stack([norm.to(jobs[0].parameter.device) for norm in norms]))
 
 
+class Doubts:
+    """Refreshes by tools that may fail, of weights that keep their old bases then.
+
+    Whether they did is asked for in the step after, which makes them again for certain: no step waits for an answer.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[OnHost, list[tuple[str, MutableMapping[str, Any]]]]] = []
+        self._failed: set[str] = set()  # whose next refresh is made for certain
+
+    def add(self, jobs: Sequence[Job], failed: Tensor) -> None:
+        """Ask about some jobs; ``failed``: [jobs], 1.0 where the old basis was kept."""
+        self._open.append((OnHost(failed), [(job.name, job.state) for job in jobs]))
+
+    def settle(self) -> None:
+        """Take in the answers: a refresh that failed is due again."""
+        for failed, asked in self._open:
+            for (name, state), bad in zip(asked, failed.tolist(), strict=True):
+                if bad:
+                    state["due"] = state["calls"]
+                    self._failed.add(name)
+        self._open.clear()
+
+    def among(self, jobs: Sequence[Job]) -> bool:
+        """Whether one of these failed the last time; forgets it."""
+        names = {job.name for job in jobs} & self._failed
+        self._failed -= names
+        return bool(names)
+
+
 def next_due(calls: int, gap: int, phase: int) -> int:
     """The first step after ``calls`` on the grid phase, phase + gap, ...; one that had to wait does not shift it."""
     return calls + gap - (calls - phase) % gap
 
 
-def refresh_stack(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> galore.MatrixState:
+def refresh_stack(
+    stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int, doubts: Doubts | None = None
+) -> galore.MatrixState:
     """Find bases from the gradients, carry the moments over, write the state.
 
     Args:
@@ -58,12 +90,19 @@ def refresh_stack(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed:
         G: the gradient of each, [blocks, rows, n].
         config: how.
         seed: of the run.
+        doubts: takes what may have failed, and is not waited for; without it a failure is made good here.
 
     Returns:
         The new state, as written.
     """
     old, first = stack.read(), stack.jobs[0].state["refreshes"] == 0
-    P = find_bases(stack, lending_rows(stack, G, config, seed), config, seed)
+    if first or tools_for(config, stack.device) == CERTAIN or (doubts is not None and doubts.among(stack.jobs)):
+        doubts = None
+    P = find_bases(stack, lending_rows(stack, G, config, seed), config, seed, certainly=doubts is None)
+    if doubts is not None:
+        failed = ~torch.isfinite(P).reshape(len(stack.jobs), -1).all(dim=1)
+        P = torch.where(stack.spread(failed), old.P, P)
+        doubts.add(stack.jobs, failed)
     if first:
         new = old._replace(P=P)
     else:
@@ -79,8 +118,9 @@ def refresh_stack(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed:
 
 
 def find_bases(
-    stack: Stack, rows: Sequence[Tensor], config: GaLoreConfig, seed: int, reduce: Reduce | None = None
-) -> Tensor:
+    stack: Stack, rows: Sequence[Tensor], config: GaLoreConfig, seed: int, reduce: Reduce | None = None,
+    certainly: bool = True,
+) -> Tensor:  # fmt: skip
     """Bases from the rows that give them, [jobs x blocks, lending rows, n]; the state is read, not written.
 
     Args:
@@ -89,6 +129,7 @@ def find_bases(
         config: how.
         seed: of the run.
         reduce: sums over the processes that hold the rows.
+        certainly: see to it that none is NaN, which may wait for the device.
     """
     omega, previous = None, None
     if config.svd != "exact":
@@ -101,7 +142,8 @@ def find_bases(
     )  # fmt: skip
     if reduce is not None:
         find = functools.partial(find, reduce=reduce)
-    return certain(find, tools_for(config, stack.device), reduce)
+    tools = tools_for(config, stack.device)
+    return certain(find, tools, reduce) if certainly else find(tools=tools)
 
 
 def certain(find: Callable[..., Tensor], tools: Tools, reduce: Reduce | None = None) -> Tensor:

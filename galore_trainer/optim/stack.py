@@ -6,7 +6,7 @@ stack; the core sees their blocks as one leading dimension. State stays with eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -104,14 +104,16 @@ class Stack:
         """Whether the state holds this key; equal for all jobs of a stack."""
         return self.jobs[0].prefix + key in self.jobs[0].state
 
-    def tensors(self, key: str) -> list[Tensor]:
-        """A state tensor of every job, contiguous, as it lies in the state: what is written there stays."""
-        found = []
+    def addresses(self, keys: Sequence[str]) -> dict[str, list[int]]:
+        """Where state tensors of every job begin, by key; contiguous: what is written there stays in the state."""
+        found: dict[str, list[int]] = {key: [] for key in keys}
         for job in self.jobs:
-            value = job.state[job.matrix.prefix + key]
-            if not value.is_contiguous():
-                value = job.state[job.matrix.prefix + key] = value.contiguous()
-            found.append(value)
+            state, prefix = job.state, job.matrix.prefix
+            for key, column in found.items():
+                value = state[prefix + key]
+                if not value.is_contiguous():
+                    value = state[prefix + key] = value.contiguous()
+                column.append(value.data_ptr())
         return found
 
     def get_ages(self, key: str) -> Tensor:

@@ -31,7 +31,7 @@ def stack_elements(device: torch.device, asked: int | None = None, most: int = S
 
 
 def move(jobs: Iterable[Job], config: GaLoreConfig, seed: int, asked: int | None = None) -> list[Flag]:
-    """One step of matrices with the bases they have; whose gradients were finite.
+    """One step of matrices with the bases they have; whose gradients were finite, where it was not counted already.
 
     Args:
         jobs: of one device.
@@ -39,9 +39,9 @@ def move(jobs: Iterable[Job], config: GaLoreConfig, seed: int, asked: int | None
         asked: gradient entries joined at a time, in place of what suits the device.
     """
     rest: list[Job] = []
-    stacks = fused.divide(jobs, config, rest, asked)
-    flags = [flag for stack in stacks for flag in fused.update(stack, config, seed)]
-    return flags + by_core(rest, config, seed, asked)
+    for stack in fused.divide(jobs, config, rest, asked):
+        fused.update(stack, config, seed)
+    return by_core(rest, config, seed, asked)
 
 
 def by_core(jobs: Sequence[Job], config: GaLoreConfig, seed: int, asked: int | None = None) -> list[Flag]:

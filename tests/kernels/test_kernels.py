@@ -14,12 +14,14 @@ from galore_trainer.core import galore
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support, add_at_, read_at
 from galore_trainer.kernels.adam import adam_
+from galore_trainer.kernels.count import count_
 from galore_trainer.kernels.plain import adamw_
 from galore_trainer.kernels.project import join, project
 from galore_trainer.kernels.residual import loss_at
 from galore_trainer.kernels.tables import Layout, Scattered, alignment_of, upload
 from galore_trainer.kernels.update import add_at_ as kernel_add_at_
 from galore_trainer.kernels.update import apply_update_
+from galore_trainer.optim.skips import count_skips
 
 BOUND = 4e-6
 JOBS = 3
@@ -129,7 +131,7 @@ def test_adam(betas: tuple[float, float], dtype: torch.dtype, device: torch.devi
     M, V = ([random(device, *shape, seed=s + i).square() for i in range(JOBS)] for s in (0, 10))
     R, age, ok = random(device, JOBS * 2, 37, 29, seed=20), flags(device, 0.0, 2.0, 999.0), flags(device, 1.0, 0.0, 1.0)
     before = [x.clone() for x in M + V]
-    N = adam_(places(M), places(V), age + ok, R, ok, betas=betas, eps=1e-8, dtype=dtype)
+    N = adam_(places(M), places(V), places(list(age.unbind())), R, ok, betas=betas, eps=1e-8, dtype=dtype)
     exact = galore.adam(
         *(torch.cat(x) for x in (before[:JOBS], before[JOBS:])), spread(age, 2), R, spread(ok, 2), betas=betas, eps=1e-8
     )
@@ -141,6 +143,23 @@ def test_adam(betas: tuple[float, float], dtype: torch.dtype, device: torch.devi
         torch.testing.assert_close(N[here].float(), exact[3][here], rtol=rtol, atol=1e-7)
     assert torch.equal(M[1], before[1])
     assert torch.equal(V[1], before[JOBS + 1])
+
+
+def test_count_is_that_of_the_other_weights(device: torch.device) -> None:
+    """Ages grow where a gradient was finite; the same skips as by ``count_skips``, but where the address is 0."""
+    ages = [random(device, JOBS, seed=s).round() for s in (0, 1)]
+    counters = torch.tensor([[0, 3, 2], [1, 3, 2], [2, 3, 2]], dtype=torch.int32, device=device)
+    expected = [{"skipped": x.clone()} for x in counters]
+    for ok in (flags(device, 1.0, 0.0, 0.0), flags(device, 0.0, 0.0, 1.0)):
+        before = [age.clone() for age in ages]
+        skipped = places(list(counters.unbind()))
+        skipped.addresses[0] = 0  # not the last part of its parameter
+        count_([places(list(age.unbind())) for age in ages], skipped, ok)
+        count_skips([*zip(expected[1:], ok[1:].unbind(), strict=True)])
+        assert all(torch.equal(age, old + ok) for age, old in zip(ages, before, strict=True))
+        assert torch.equal(counters, torch.stack([state["skipped"] for state in expected]))
+    count_([], places(list(counters.unbind())), flags(device, 0.0, 0.0, 0.0))
+    assert counters[0].tolist() == [1, 4, 2]
 
 
 def lifted(name: str, N: Tensor, P: Tensor) -> Tensor:

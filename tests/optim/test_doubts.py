@@ -1,0 +1,107 @@
+"""A refresh whose fast tools fail: the old basis stays for a step, and the next one finds a new one for certain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.linalg import CERTAIN, Tools, by_cholesky
+from galore_trainer.optim import fused, refresh
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
+
+GAP = 4
+NAMES = ["a", "b", "c"]
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs take, here too."""
+    monkeypatch.setattr(refresh, "tools_for", lambda *_: Tools(by_cholesky, fused._by_library))
+
+
+def begin() -> GaLoreAdamW:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(40, 24, generator=generator)) for _ in NAMES]
+    config = GaLoreConfig(rank=4, update_proj_gap=GAP, residual_percent=0.0, oversampling=4)
+    optimizer = GaLoreAdamW([{"params": params, "projected": True, "names": NAMES}], config, lr=1e-2)
+    optimizer.max_stack_elements = 1 << 20  # all in one stack
+    return optimizer
+
+
+def step(optimizer: GaLoreAdamW, at: int, poor: str | None = None) -> None:
+    """Gradients of their own in every step; the poor one has two directions only, in which no factor exists."""
+    generator = torch.Generator().manual_seed(100 + at)
+    for name, p in zip(NAMES, optimizer.param_groups[0]["params"], strict=True):
+        p.grad = torch.randn(40, 24, generator=generator)
+        if name == poor:
+            p.grad = p.grad[:, :2] @ p.grad[:2]
+    optimizer.step()
+
+
+def basis(optimizer: GaLoreAdamW, name: str) -> Tensor:
+    return optimizer.state_of(name)["basis"].clone()
+
+
+def test_a_failure_keeps_the_basis_and_is_made_good_a_step_later() -> None:
+    optimizer = begin()
+    for at in range(GAP):
+        step(optimizer, at)
+    before = {name: basis(optimizer, name) for name in NAMES}
+    step(optimizer, GAP, poor="b")
+    after = {name: basis(optimizer, name) for name in NAMES}
+    assert torch.equal(after["b"], before["b"])
+    for name in ("a", "c"):
+        assert not torch.allclose(after[name], before[name], atol=1e-2)
+    for p in optimizer.param_groups[0]["params"]:
+        assert all(torch.isfinite(x).all() for x in optimizer.state[p].values() if isinstance(x, Tensor))
+        assert torch.isfinite(p).all()
+    step(optimizer, GAP + 1, poor="b")  # a second poor one does not matter: Householder and the library take it
+    again = basis(optimizer, "b")
+    grad = optimizer.param_groups[0]["params"][1].grad
+    assert torch.equal(basis(optimizer, "a"), after["a"])
+    lost = grad - grad @ again[0] @ again[0].mT
+    assert lost.norm() < 1e-5 * grad.norm()
+    for at in range(GAP + 2, 2 * GAP):
+        step(optimizer, at)
+        assert torch.equal(basis(optimizer, "b"), again)
+    step(optimizer, 2 * GAP)  # on the grid, in spite of the one that was late
+    assert not torch.allclose(basis(optimizer, "b"), again, atol=1e-2)
+    assert optimizer.check_finite() == {}
+
+
+def test_no_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first refresh, which has no old basis to keep, a step asks for norms alone."""
+    optimizer = begin()
+    step(optimizer, 0)
+    asked: list[int] = []
+    tolist = refresh.OnHost.tolist
+    monkeypatch.setattr(refresh.OnHost, "tolist", lambda self: asked.append(1) or tolist(self))
+    monkeypatch.setattr(refresh, "certain", lambda *_, **__: pytest.fail("waited"))
+    for at in range(1, GAP + 1):
+        step(optimizer, at)
+    assert len(asked) == 1
+
+
+def test_a_checkpoint_knows_of_a_failure() -> None:
+    optimizer = begin()
+    for at in range(GAP):
+        step(optimizer, at)
+    step(optimizer, GAP, poor="b")
+    saved: dict[str, Any] = optimizer.state_dict()
+    assert [saved["state"][i]["due"] for i in range(3)] == [2 * GAP, GAP + 1, 2 * GAP]
+
+
+def test_fast_tools_find_what_certain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for tools in (refresh.tools_for(None, None), CERTAIN):  # type: ignore[arg-type]
+        monkeypatch.setattr(refresh, "tools_for", lambda *_, tools=tools: tools)
+        optimizer = begin()
+        for at in range(2 * GAP + 1):
+            step(optimizer, at)
+        runs.append(optimizer)
+    for a, b in zip(*(run.param_groups[0]["params"] for run in runs), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
