@@ -6,6 +6,7 @@ are left to ``core/``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,8 +25,7 @@ from galore_trainer.optim.skips import Flag
 from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack, entries
 from galore_trainer.optim.streams import rounding_key
 
-FIRST_ELEMENTS = 1 << 28  # ``stack.entries`` of the equal weights that move first,
-STACK_ELEMENTS = 1 << 30  # and of those that move in one go later: what is made of their projections is held meanwhile
+STACK_ELEMENTS = 1 << 30  # ``stack.entries`` that move in one go: what is made of their projections is held meanwhile
 INDEX, SKIPPED = "residual_index", "skipped"
 _LAYOUTS: dict[tuple[Any, ...], Any] = {}  # a few, by form, shape and strides
 LIBRARY = 3_000_000  # k^3 / this: so many k x k matrices the library decomposes while the kernel does them all
@@ -48,28 +48,28 @@ def divide(jobs: Iterable[Job], config: GaLoreConfig, rest: list[Job], most: int
     """Stacks that the kernels move, each as soon as its jobs are there: the device works while the host goes on.
 
     Args:
-        jobs: of one device.
+        jobs: of one device; those of one shape come one after the other.
         config: of the optimizer.
         rest: takes the jobs that are left to ``core/``.
-        most: ``stack.entries`` in a stack; by itself the first stack is small, and later ones are large.
+        most: ``stack.entries`` in a stack.
     """
     if config.kernels == "torch":
         rest.extend(jobs)
         return
-    size = FIRST_ELEMENTS if most is None else most
-    gathered: dict[tuple[Any, ...], list[Job]] = {}
-    for job in jobs:
-        key = key_of(job, config)
-        members = gathered.setdefault(key, [])
-        members.append(job)
-        if (len(members) + 1) * entries(job.matrix) > size:
+    size = STACK_ELEMENTS if most is None else most
+    for _, alike in itertools.groupby(jobs, key=lambda job: job.parameter.shape):
+        gathered: dict[tuple[Any, ...], list[Job]] = {}
+        for job in alike:
+            key = key_of(job, config)
+            members = gathered.setdefault(key, [])
+            members.append(job)
+            if (len(members) + 1) * entries(job.matrix) > size:
+                del gathered[key]
+                if _moves(members, config, rest):
+                    yield Stack(members)
+        for members in gathered.values():
             if _moves(members, config, rest):
                 yield Stack(members)
-                size = STACK_ELEMENTS if most is None else most
-            del gathered[key]
-    for members in gathered.values():
-        if _moves(members, config, rest):
-            yield Stack(members)
 
 
 def _moves(members: list[Job], config: GaLoreConfig, rest: list[Job]) -> bool:

@@ -191,10 +191,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return flags
 
     def _every_job(self, *, due: bool | None = None) -> Iterator[Job]:
-        """The logical matrices of whole projected weights with gradients: all, or whose refresh is due, or is not."""
+        """The logical matrices of whole projected weights with gradients: all, or whose refresh is due, or is not.
+
+        Those of one shape one after the other, large ones first: a device has most to do when it begins.
+        """
         for group in self.param_groups:
             if group["projected"] and not self._locator.is_flat(group):
-                for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
+                params, names, matrices_of = group["params"], group["names"], group["matrices"]
+                for i in self._locator.by_size(group):
+                    p, name, matrices = params[i], names[i], matrices_of[i]
                     grad = p.grad
                     if grad is None or is_dtensor(p):
                         continue

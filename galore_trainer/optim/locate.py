@@ -6,6 +6,7 @@ group), so nothing is known before. Names, shapes and logical matrices ride on t
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ class Locator:
     def __init__(self, optimizer: GaLoreAdamW) -> None:
         self.optimizer: GaLoreAdamW = weakref.proxy(optimizer)
         self._originals: list[list[weakref.ref[Tensor]]] = []
+        self._by_size: list[list[int]] = []
         self._shards: dict[int, tuple[weakref.ref[Tensor], Found]] = {}
         self._slices: dict[int, tuple[weakref.ref[Tensor], int, list[Slice], list[Found]]] = {}
 
@@ -70,6 +72,12 @@ class Locator:
         group["gid"] = len(self._originals)
         group["shapes"] = [tuple(getattr(p, "ds_shape", p.shape)) for p in group["params"]]
         self._originals.append([weakref.ref(p) for p in group["params"]])
+        shapes = group["shapes"]
+        self._by_size.append(sorted(range(len(shapes)), key=lambda i: (math.prod(shapes[i]), shapes[i]), reverse=True))
+
+    def by_size(self, group: dict[str, Any]) -> list[int]:
+        """The places of a group's parameters, large ones first, equal shapes one after the other in their order."""
+        return self._by_size[group["gid"]]
 
     def is_flat(self, group: dict[str, Any]) -> bool:
         """Whether DeepSpeed has put a flat tensor in the place of a group's parameters."""

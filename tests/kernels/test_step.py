@@ -172,7 +172,7 @@ def test_a_checkpoint_of_one_continues_with_the_other(device: torch.device) -> N
 
 
 def test_what_the_kernels_cannot_do_is_refused_where_they_are_asked_for(device: torch.device) -> None:
-    with pytest.raises(OptionError, match=r"galore.kernels.*a: float64 is neither float32 nor bfloat16. Use auto"):
+    with pytest.raises(OptionError, match=r"galore.kernels.*e: float64 is neither float32 nor bfloat16. Use auto"):
         train("triton", device, torch.float64, steps=1)
 
 
