@@ -71,8 +71,10 @@ def finite_parts(R: Tensor, parts: int) -> Tensor:
     """[parts]: 1.0 where a part of the blocks of R holds finite numbers alone, else 0.0.
 
     A non-finite entry of G makes its row or column of R non-finite, so looking at R is enough. Zero times a number is
-    not zero only where the number is infinite or none.
+    not zero only where the number is infinite or none; on a CPU a finite sum shows it, in a third of the time.
     """
+    if type(R) is Tensor and R.device.type == "cpu" and math.isfinite(R.sum().item()):
+        return torch.ones(parts)
     return ((R * 0.0).view(parts, -1).sum(dim=1) == 0.0).to(torch.float32)
 
 

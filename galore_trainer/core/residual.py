@@ -50,7 +50,7 @@ def best_candidates(index: Tensor, mean: Tensor, entries: int) -> Tensor:
 
 def dense_loss(G: Tensor, R: Tensor, P: Tensor, side: str) -> Tensor:
     """D in float32: formed for a moment while candidates are found and averaged, never kept."""
-    return G.float() - lift(R, P, side)
+    return lift(R, P, side).neg_().add_(G)
 
 
 def lifted_at(R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:

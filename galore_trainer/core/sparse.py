@@ -56,8 +56,8 @@ def add_at_(W: Tensor, support: Support, values: Tensor, alpha: float) -> None:
 
 def part_of(sparse: tuple[Support, Tensor] | None, i: int, blocks: int) -> tuple[Support, Tensor] | None:
     """Support and values of the i-th of several matrices of ``blocks`` blocks each, joined along the blocks."""
-    if sparse is None:
-        return None
+    if sparse is None or len(sparse[1]) == blocks:
+        return sparse
     (index, columns), values = sparse
     here = slice(i * blocks, (i + 1) * blocks)
     return Support(index[here], columns), values[here]

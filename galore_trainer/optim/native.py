@@ -45,13 +45,13 @@ def _fused(
     N = torch.zeros_like(R, memory_format=torch.contiguous_format)
     if not ok:
         return N
-    M, V = (stack.get(key) for key in keys)
-    t = stack.get_ages(age) + 1.0
+    state, prefix = stack.jobs[0].state, stack.jobs[0].prefix
+    M, V = (state[prefix + key] for key in keys)
+    t = state[prefix + age] + 1.0
     torch.ops.aten._fused_adamw_(  # what torch.optim.AdamW calls, without its wrappers, which take as long here
-        [N], [R.contiguous()], [M], [V], [], [t[0]], lr=-1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0,
+        [N], [R.contiguous()], [M], [V], [], [t], lr=-1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0,
         eps=eps, amsgrad=False, maximize=False,
     )  # fmt: skip
-    for key, value in zip(keys, (M, V), strict=True):
-        stack.put(key, value)
-    stack.put_ages(age, t)
+    for key, value in zip((*keys, age), (M, V, t), strict=True):
+        state[prefix + key] = value  # M and V may be copies
     return N

@@ -211,7 +211,7 @@ class Stack:
 
     def spread(self, by_job: Tensor) -> Tensor:
         """[jobs] to [jobs x blocks, 1, 1]."""
-        return by_job.repeat_interleave(self.matrix.blocks).view(-1, 1, 1)
+        return by_job.view(-1, 1).expand(-1, self.matrix.blocks).reshape(-1, 1, 1)
 
     def split(self, value: Tensor) -> Iterable[Tensor]:
         """[jobs x blocks, ...] into one tensor a job."""
