@@ -79,14 +79,19 @@ def samples(device: torch.device) -> bool:
 def _sampled(left: Tensor, right: Tensor, positions: Tensor) -> Tensor:
     """Entries of left right^T [blocks, m, n] at ``positions`` [blocks, m, k], by torch's sampled product."""
     (_, m, k), n = positions.shape, right.shape[-2]
-    ends = torch.arange(0, m * k + 1, k, dtype=positions.dtype)
-    nothing = left.new_zeros(m * k)
+    ends, nothing = _ends(m, k, positions.dtype), left.new_zeros(m * k)
     found = []
     _quieten()
     for a, b, columns in zip(left, right, positions, strict=True):
         pattern = torch.sparse_csr_tensor(ends, columns.reshape(-1), nothing, (m, n), check_invariants=False)
         found.append(torch.sparse.sampled_addmm(pattern, a, b.mT, beta=0.0).values())
     return torch.stack(found).view(positions.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(m: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Where rows of k entries end."""
+    return torch.arange(0, m * k + 1, k, dtype=dtype)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from galore_trainer.core.linalg import Tools, by_cholesky, by_eigh, by_household
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual_state
-from galore_trainer.optim.native import take_in
+from galore_trainer.optim.native import Incoming, take_in
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.skips import Flag
 from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack, entries
@@ -152,7 +152,7 @@ def _moments(
 
     group = stack.group
     if not places.ages:
-        return take_in(stack, keys, age, R, stack.spread(ok)).to(dtype)
+        return take_in([Incoming(stack, R, stack.spread(ok))], keys, age)[0].to(dtype)
     M, V = (places[key] for key, _ in keys)
     return adam_(M, V, places[age], R, ok, dtype=dtype, betas=group["betas"], eps=group["eps"])
 

@@ -13,7 +13,6 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import residual
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support, read_at
-from galore_trainer.optim.native import take_in
 from galore_trainer.optim.stack import Job, Stack
 
 MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))  # key, and whether it has a sign
@@ -37,26 +36,24 @@ def residual_lives(job: Job, config: GaLoreConfig) -> bool:
     return has_residual(job.matrix, config) and job.state["refreshes"] > config.sketches_first
 
 
-def residual_step(
+def lost_part(
     stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig
 ) -> tuple[Support, Tensor] | None:
-    """Take this step's lost part in; the support and its update N_S, or None while candidates warm up.
+    """This step's D[S] and where it lies, or None while candidates warm up, which take it in.
 
     Args:
-        stack: matrices of one age; their states are changed in place.
+        stack: matrices of one age; the states of those that warm up are changed in place.
         G, R, P: gradients, projections and bases of this step, [jobs x blocks, ...]; G is None where gradients were
             sampled at the support beforehand.
         ok: [jobs x blocks, 1, 1], 1.0 where the gradient is finite.
-        config: how many entries, how long a warm-up, which scale.
+        config: how many entries, how long a warm-up.
     """
     if not stack.has("residual_index"):
         _warm_up(stack, G, R, P, ok, config)
         if not stack.has("residual_index") or config.residual_warmup_steps > 0:
             return None  # the support's moments begin with the step after the warm-up
     support = Support(stack.get("residual_index"), stack.matrix.columns).wide()
-    D = _loss_at(stack, G, R, P, support)
-    N = take_in(stack, MOMENTS, AGE, D, ok)
-    return support, N if config.residual_scale == 1.0 else config.residual_scale * N
+    return support, _loss_at(stack, G, R, P, support)
 
 
 def reset_residual(stack: Stack) -> None:

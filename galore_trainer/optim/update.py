@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.sparse import part_of
-from galore_trainer.optim import fused
-from galore_trainer.optim.native import take_in
+from galore_trainer.core.sparse import Support, part_of
+from galore_trainer.optim import fused, residual_state
+from galore_trainer.optim.native import Incoming, take_in
 from galore_trainer.optim.plain import PlainJob, plain_state, plain_step
-from galore_trainer.optim.residual_state import residual_lives, residual_step
 from galore_trainer.optim.skips import Flag, no_skips
-from galore_trainer.optim.stack import AGE, MOMENTS, Job, Stack, make_stacks
+from galore_trainer.optim.stack import AGE, MOMENTS, Job, Stack, entries, make_stacks, runs
 from galore_trainer.optim.streams import stream
 
 STACK_ELEMENTS = 1 << 26  # gradient entries of equal matrices that are joined in one go on an accelerator
@@ -48,33 +47,59 @@ def by_core(jobs: Sequence[Job], config: GaLoreConfig, seed: int, asked: int | N
     """``move`` without kernels."""
     if not jobs:
         return []
-    most = stack_elements(jobs[0].parameter.device, asked)
-    return [flag for stack in make_stacks(jobs, most) for flag in update(stack, config, seed)]
+    stacks = make_stacks(jobs, stack_elements(jobs[0].parameter.device, asked))
+    together = runs(stacks, lambda stack: len(stack.jobs) * entries(stack.matrix), STACK_ELEMENTS)
+    return [flag for some in together for flag in update(some, config, seed)]
 
 
-def update(stack: Stack, config: GaLoreConfig, seed: int) -> list[Flag]:
-    """One step of a stack by ``core/``."""
-    side, group = stack.matrix.side, stack.group
+class Begun(NamedTuple):
+    """A stack in the middle of its step: basis, projections, flags, and what the projection lost, where it is kept."""
+
+    stack: Stack
+    P: Tensor
+    R: Tensor
+    by_job: Tensor
+    ok: Tensor
+    lost: tuple[Support, Tensor] | None
+
+
+def update(stacks: Sequence[Stack], config: GaLoreConfig, seed: int) -> list[Flag]:
+    """One step of stacks by ``core/``; moments of all of them take their gradients in together."""
+    begun = [_begin(stack, config) for stack in stacks]
+    updates = take_in([Incoming(x.stack, x.R, x.ok) for x in begun], MOMENTS, AGE)
+    sparse = [Incoming(x.stack, x.lost[1], x.ok) for x in begun if x.lost is not None]
+    sparse_updates = iter(take_in(sparse, residual_state.MOMENTS, residual_state.AGE))
+    flags: list[Flag] = []
+    for x, N in zip(begun, updates, strict=True):
+        matrix, group, residual = x.stack.matrix, x.stack.group, None
+        if x.lost is not None:
+            N_S = next(sparse_updates)
+            residual = x.lost[0], N_S if config.residual_scale == 1.0 else config.residual_scale * N_S
+        parts = zip(x.stack.jobs, *(x.stack.split(each) for each in (N, x.P, x.ok)), strict=True)
+        for i, (job, N_job, P_job, ok_job) in enumerate(parts):
+            W = job.matrix.take(job.parameter)
+            galore.apply_update_(
+                W, N_job, P_job, matrix.side, lr=group["lr"], scale=config.scale, weight_decay=group["weight_decay"],
+                ok=ok_job, sparse=part_of(residual, i, job.matrix.blocks),
+                generator=_rounding(job.parameter, job.name, job.state["calls"], config, seed),
+            )  # fmt: skip
+            job.matrix.put(job.parameter, W)
+        each = zip(x.stack.jobs, x.by_job.unbind(), strict=True)
+        flags += [(job.state, flag) for job, flag in each if job.last]
+    return flags
+
+
+def _begin(stack: Stack, config: GaLoreConfig) -> Begun:
+    """What needs the gradients, which are not looked at again."""
     P, G = stack.get_basis(), stack.gradients()
-    R = stack.kept("projected") if G is None else galore.project(G, P, side)
+    R = stack.kept("projected") if G is None else galore.project(G, P, stack.matrix.side)
     by_job = galore.finite_parts(R, len(stack.jobs))  # [jobs]
     if stack.jobs[0].grad_ok is not None:
         by_job = by_job * torch.stack([job.grad_ok for job in stack.jobs if job.grad_ok is not None])
     ok = stack.spread(by_job)
-    N = take_in(stack, MOMENTS, AGE, R, ok)
-    sparse = None
-    if residual_lives(stack.jobs[0], config):
-        sparse = residual_step(stack, G, R, P, ok, config)
-    parts = zip(stack.jobs, *(stack.split(x) for x in (N, P, ok)), strict=True)
-    for i, (job, N_job, P_job, ok_job) in enumerate(parts):
-        W = job.matrix.take(job.parameter)
-        galore.apply_update_(
-            W, N_job, P_job, side, lr=group["lr"], scale=config.scale, weight_decay=group["weight_decay"],
-            ok=ok_job, sparse=part_of(sparse, i, job.matrix.blocks),
-            generator=_rounding(job.parameter, job.name, job.state["calls"], config, seed),
-        )  # fmt: skip
-        job.matrix.put(job.parameter, W)
-    return [(job.state, ok_job) for job, ok_job in zip(stack.jobs, by_job.unbind(), strict=True) if job.last]
+    lives = residual_state.residual_lives(stack.jobs[0], config)
+    lost = residual_state.lost_part(stack, G, R, P, ok, config) if lives else None
+    return Begun(stack, P, R, by_job, ok, lost)
 
 
 def move_plain(jobs: Sequence[PlainJob], config: GaLoreConfig, seed: int) -> list[Flag]:
