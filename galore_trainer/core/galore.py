@@ -75,7 +75,7 @@ def finite_parts(R: Tensor, parts: int) -> Tensor:
     """
     if type(R) is Tensor and R.device.type == "cpu" and math.isfinite(R.sum().item()):
         return torch.ones(parts)
-    return ((R * 0.0).view(parts, -1).sum(dim=1) == 0.0).to(torch.float32)
+    return ((R * 0.0).reshape(parts, -1).sum(dim=1) == 0.0).to(torch.float32)
 
 
 def adam(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core.galore import lift
-from galore_trainer.core.sparse import Support
+from galore_trainer.core.sparse import Support, read_at
 
 CANDIDATES = 4  # for each entry of the support
 CHUNK = 1 << 24  # products held at a time while D[S] is formed
@@ -51,6 +51,22 @@ def best_candidates(index: Tensor, mean: Tensor, entries: int) -> Tensor:
 def dense_loss(G: Tensor, R: Tensor, P: Tensor, side: str) -> Tensor:
     """D in float32: formed for a moment while candidates are found and averaged, never kept."""
     return lift(R, P, side).neg_().add_(G)
+
+
+def largest_lost(G: Tensor, R: Tensor, P: Tensor, side: str, lines: int, entries: int) -> tuple[Tensor, Tensor]:
+    """Where |D| is largest, as ``choose`` gives it, and D there; where lines are rows, some are formed at a time."""
+    blocks, m, n = G.shape
+    at_a_time = CHUNK >> 6 if samples(G.device) else CHUNK  # entries, so few that they stay in a CPU's cache
+    size = max(1, at_a_time // (blocks * n)) if lines == m else m
+    found = []
+    for start in range(0, m, size):
+        rows = slice(start, start + size)
+        factors = (R[:, rows], P) if side == "right" else (R, P[:, rows])
+        D = dense_loss(G[:, rows], *factors, side)
+        index = choose(D.abs(), D.shape[1] if lines == m else 1, entries)
+        found.append((index, read_at(D, Support(index, n))))
+    positions, values = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return positions, values
 
 
 def lifted_at(R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:

@@ -73,18 +73,14 @@ def _loss_at(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, support: Supp
 def _warm_up(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig) -> None:
     state = stack.jobs[0].state
     _, lines, entries = support_shape(stack.matrix, config)
-    dense = None
-    if G is not None and (not stack.has("candidate_index") or not residual.samples(G.device)):
-        # where entries are gathered one product is cheaper than four times as many of them
-        dense = residual.dense_loss(G, R, P, stack.matrix.side)
     if not stack.has("candidate_index"):
-        assert dense is not None  # this step's basis came from it
+        assert G is not None  # this step's basis came from it
         wide = entries if config.residual_warmup_steps == 0 else entries * residual.CANDIDATES
-        index = residual.choose(dense.abs(), lines, wide)
+        index, D = residual.largest_lost(G, R, P, stack.matrix.side, lines, wide)
         stack.put("candidate_index", index)
         stack.put("candidate_mean", torch.zeros(index.shape, device=R.device))
-    support = Support(stack.get("candidate_index"), stack.matrix.columns)
-    D = _loss_at(stack, G, R, P, support) if dense is None else read_at(dense, support)
+    else:
+        D = _at_candidates(stack, G, R, P)
     D = torch.where(ok > 0.0, D, 0.0)
     stack.put("candidate_mean", torch.lerp(stack.get("candidate_mean"), D, ok * (1.0 - stack.group["betas"][0])))
     if state["calls"] - state["born"] + 1 >= config.residual_warmup_steps:
@@ -93,3 +89,11 @@ def _warm_up(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, c
         for key, signed in MOMENTS:
             stack.put_moment(key, torch.zeros(index.shape, device=R.device), signed=signed)
         stack.put_count(AGE, torch.zeros(len(index), 1, 1, device=R.device))
+
+
+def _at_candidates(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor) -> Tensor:
+    """D at the candidates; where entries are gathered one product is cheaper than four times as many of them."""
+    support = Support(stack.get("candidate_index"), stack.matrix.columns)
+    if G is None or residual.samples(G.device):
+        return _loss_at(stack, G, R, P, support)
+    return read_at(residual.dense_loss(G, R, P, stack.matrix.side), support)

@@ -91,8 +91,13 @@ def update(stacks: Sequence[Stack], config: GaLoreConfig, seed: int) -> list[Fla
 
 def _begin(stack: Stack, config: GaLoreConfig) -> Begun:
     """What needs the gradients, which are not looked at again."""
-    P, G = stack.get_basis(), stack.gradients()
-    R = stack.kept("projected") if G is None else galore.project(G, P, stack.matrix.side)
+    P, G, side = stack.get_basis(), stack.gradients(), stack.matrix.side
+    if G is None:
+        R = stack.kept("projected")
+    elif side == "left" and G.device.type == "cpu":
+        R = galore.project(G.mT, P, "right").mT  # the same, a quarter faster there
+    else:
+        R = galore.project(G, P, side)
     by_job = galore.finite_parts(R, len(stack.jobs))  # [jobs]
     if stack.jobs[0].grad_ok is not None:
         by_job = by_job * torch.stack([job.grad_ok for job in stack.jobs if job.grad_ok is not None])
