@@ -74,7 +74,7 @@ def finite_parts(R: Tensor, parts: int) -> Tensor:
     not zero only where the number is infinite or none; on a CPU a finite sum shows it, in a third of the time.
     """
     if type(R) is Tensor and R.device.type == "cpu" and math.isfinite(R.sum().item()):
-        return torch.ones(parts)
+        return torch.ones(parts, dtype=torch.float32, device=R.device)
     return ((R * 0.0).reshape(parts, -1).sum(dim=1) == 0.0).to(torch.float32)
 
 

@@ -342,6 +342,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or pickle keeps: torch's part, and what this class adds but the stopwatch."""
+        self._doubts.settle()
         own = ("config", "seed", "max_stack_elements", "projection_errors", "excess_errors", "_steps", "_places")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 

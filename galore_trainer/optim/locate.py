@@ -77,7 +77,11 @@ class Locator:
 
     def by_size(self, group: dict[str, Any]) -> list[int]:
         """The places of a group's parameters, large ones first, equal shapes one after the other in their order."""
-        return self._by_size[group["gid"]]
+        found, count = self._by_size[group["gid"]], len(group["params"])
+        if len(found) != count:
+            got = f"{count} parameters in a group of {len(found)}"
+            raise OptionError("param_groups", got, "groups as they were added", "Use add_param_group.")
+        return found
 
     def is_flat(self, group: dict[str, Any]) -> bool:
         """Whether DeepSpeed has put a flat tensor in the place of a group's parameters."""

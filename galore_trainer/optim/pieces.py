@@ -22,6 +22,7 @@ ROW_KEYS = (
     "residual_exp_avg_sq",
 )  # fmt: skip
 BASIS_KEYS = ("basis", "basis_scale")
+AGE_KEYS = ("step", "residual_step")  # each piece counts its own: kernels do so where the number lies
 
 
 def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
@@ -105,6 +106,8 @@ class PieceState(MutableMapping[str, Any]):
             value = self.base[name]
             return value[piece.at].view(piece.blocks, piece.block_rows, value.shape[-1])
         value = self.base[key]
+        if name in AGE_KEYS:
+            self.own[key] = value = value.clone()
         return value[piece.bases] if name in BASIS_KEYS else value
 
     def __setitem__(self, key: str, value: Any) -> None:

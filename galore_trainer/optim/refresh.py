@@ -48,31 +48,31 @@ def norms_on_host(jobs: Sequence[Job]) -> OnHost:
 class Doubts:
     """Refreshes by tools that may fail, of weights that keep their old bases then.
 
-    Whether they did is asked for in the step after, which makes them again for certain: no step waits for an answer.
+    Whether they did is asked for in the step after, where such a weight is due again, off its grid, and is given bases
+    for certain: no step waits for an answer.
     """
 
     def __init__(self) -> None:
-        self._open: list[tuple[OnHost, list[tuple[str, MutableMapping[str, Any]]]]] = []
-        self._failed: set[str] = set()  # whose next refresh is made for certain
+        self._open: list[tuple[OnHost, list[MutableMapping[str, Any]]]] = []
 
     def add(self, jobs: Sequence[Job], failed: Tensor) -> None:
-        """Ask about some jobs; ``failed``: [jobs], 1.0 where the old basis was kept."""
-        self._open.append((OnHost(failed), [(job.name, job.state) for job in jobs]))
+        """Ask about some jobs; ``failed``: [jobs], true where the old basis was kept."""
+        self._open.append((OnHost(failed), [job.state for job in jobs]))
 
     def settle(self) -> None:
         """Take in the answers: a refresh that failed is due again."""
         for failed, asked in self._open:
-            for (name, state), bad in zip(asked, failed.tolist(), strict=True):
+            for state, bad in zip(asked, failed.tolist(), strict=True):
                 if bad:
                     state["due"] = state["calls"]
-                    self._failed.add(name)
         self._open.clear()
 
-    def among(self, jobs: Sequence[Job]) -> bool:
-        """Whether one of these failed the last time; forgets it."""
-        names = {job.name for job in jobs} & self._failed
-        self._failed -= names
-        return bool(names)
+
+def may_keep(stack: Stack, config: GaLoreConfig) -> bool:
+    """Whether a stack may keep its bases for another step: it has some, was not late already, and is not due then."""
+    gap, states = config.update_proj_gap, [job.state for job in stack.jobs]
+    on_grid = all((state["calls"] - state["phase"]) % gap == 0 for state in states)
+    return states[0]["refreshes"] > 0 and on_grid and gap > 1 and config.momentum_transfer != "reset"
 
 
 def next_due(calls: int, gap: int, phase: int) -> int:
@@ -96,10 +96,11 @@ def refresh_stack(
         The new state, as written.
     """
     old, first = stack.read(), stack.jobs[0].state["refreshes"] == 0
-    if first or tools_for(config, stack.device) == CERTAIN or (doubts is not None and doubts.among(stack.jobs)):
-        doubts = None
-    P = find_bases(stack, lending_rows(stack, G, config, seed), config, seed, certainly=doubts is None)
-    if doubts is not None:
+    rows = lending_rows(stack, G, config, seed)
+    if doubts is None or tools_for(config, stack.device) == CERTAIN or not may_keep(stack, config):
+        P = find_bases(stack, rows, config, seed)
+    else:
+        P = find_bases(stack, rows, config, seed, certainly=False)
         failed = ~torch.isfinite(P).reshape(len(stack.jobs), -1).all(dim=1)
         P = torch.where(stack.spread(failed), old.P, P)
         doubts.add(stack.jobs, failed)

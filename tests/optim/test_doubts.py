@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
 
 import pytest
 import torch
@@ -86,13 +86,24 @@ def test_no_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 1
 
 
-def test_a_checkpoint_knows_of_a_failure() -> None:
+@pytest.mark.parametrize("how", ["checkpoint", "copy"])
+def test_a_checkpoint_or_a_copy_knows_of_a_failure(how: str) -> None:
     optimizer = begin()
     for at in range(GAP):
         step(optimizer, at)
     step(optimizer, GAP, poor="b")
-    saved: dict[str, Any] = optimizer.state_dict()
-    assert [saved["state"][i]["due"] for i in range(3)] == [2 * GAP, GAP + 1, 2 * GAP]
+    if how == "copy":
+        other = copy.deepcopy(optimizer)
+    else:
+        other = begin()
+        for p, q in zip(other.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True):
+            p.data.copy_(q.data)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for run in (optimizer, other):
+        step(run, GAP + 1, poor="b")  # found for certain at once, though it is as poor as before
+    assert [other.state_of(name)["due"] for name in NAMES] == [2 * GAP] * 3
+    for name in NAMES:
+        assert torch.equal(basis(optimizer, name), basis(other, name))
 
 
 def test_fast_tools_find_what_certain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,8 +189,9 @@ def test_any_sharding_equals_the_whole_weight(architecture: Any, settings: dict[
 
 
 @needs_triton
+@pytest.mark.parametrize("sharing", ["shared", "per_head"])  # a process may hold several pieces of a weight of blocks
 @pytest.mark.parametrize("kind", ["rows", "anywhere"])
-def test_kernels_move_cut_weights_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_move_cut_weights_too(kind: str, sharing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = threading.Lock()
 
     update = fused.update
@@ -201,7 +202,7 @@ def test_kernels_move_cut_weights_too(kind: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(fused, "update", one_at_a_time)
     monkeypatch.setattr(fused, "LIBRARY", 0)  # eigenvectors by the library: interpreted rotations take long
-    check_sharding(LLAMA, {"kernels": "triton"}, kind)
+    check_sharding(LLAMA, {"kernels": "triton", "head_sharing": sharing}, kind)
 
 
 def test_cut_weights_find_bases_by_cholesky_factors_too(monkeypatch: pytest.MonkeyPatch) -> None:

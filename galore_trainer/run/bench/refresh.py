@@ -48,6 +48,7 @@ def refresh_all(optimizer: GaLoreAdamW) -> None:
     for job in jobs:
         job.state["due"] = job.state["calls"]
     optimizer._refresh(jobs, norms_on_host(jobs))
+    optimizer._doubts.settle()
 
 
 def svd_ms(grads: Iterable[Tensor]) -> float:
