@@ -106,8 +106,8 @@ def _sampled(left: Tensor, right: Tensor, positions: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _ends(m: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Where rows of k entries end."""
-    return torch.arange(0, m * k + 1, k, dtype=dtype)
+    """Where rows of k entries end; on the CPU, whatever torch's default device was when it was first asked for."""
+    return torch.arange(0, m * k + 1, k, dtype=dtype, device="cpu")
 
 
 @functools.cache

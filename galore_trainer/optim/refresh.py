@@ -69,7 +69,10 @@ class Doubts:
 
 
 def may_keep(stack: Stack, config: GaLoreConfig) -> bool:
-    """Whether a stack may keep its bases for another step: it has some, was not late already, and is not due then."""
+    """Whether a stack may keep its bases for another step: it has some, was not late already, and is not due then.
+
+    ``momentum_transfer: reset`` would start its moments anew twice.
+    """
     gap, states = config.update_proj_gap, [job.state for job in stack.jobs]
     on_grid = all((state["calls"] - state["phase"]) % gap == 0 for state in states)
     return states[0]["refreshes"] > 0 and on_grid and gap > 1 and config.momentum_transfer != "reset"

@@ -116,22 +116,14 @@ class Stack:
                 column.append(value.data_ptr())
         return found
 
-    def get_ages(self, key: str) -> Tensor:
-        """A scalar state tensor of every job, [jobs]."""
-        return torch.stack([job.state[job.prefix + key] for job in self.jobs])
-
-    def put_ages(self, key: str, value: Tensor) -> None:
-        """Undo ``get_ages``."""
-        for job, part in zip(self.jobs, value.unbind(), strict=True):
-            job.state[job.prefix + key] = part
-
     def get_count(self, key: str) -> Tensor:
         """A scalar state tensor of every job, as [jobs x blocks, 1, 1]."""
-        return self.spread(self.get_ages(key))
+        return self.spread(torch.stack([job.state[job.prefix + key] for job in self.jobs]))
 
     def put_count(self, key: str, value: Tensor) -> None:
         """Undo ``get_count``."""
-        self.put_ages(key, value.view(-1)[:: self.matrix.blocks])
+        for job, part in zip(self.jobs, value.view(-1)[:: self.matrix.blocks].unbind(), strict=True):
+            job.state[job.prefix + key] = part
 
     def get_moment(self, key: str, *, signed: bool) -> Tensor:
         """A moment of every job, joined, in float32."""
