@@ -54,7 +54,7 @@ def stacks(model: Any, galore: Any) -> list[Any]:
     from galore_trainer.optim.update import REFRESH_ELEMENTS
 
     optimizer = GaLoreAdamW(galore_groups(model, galore, lr=0.0, weight_decay=0.0), galore, lr=0.0, seed=0)
-    jobs = list(optimizer._every_job())
+    jobs = list(optimizer.every_job())
     together = 0 if jobs[0].parameter.device.type == "cpu" else REFRESH_ELEMENTS
     return list(make_stacks(jobs, together))
 

@@ -39,6 +39,22 @@ def sketch_width(rank: int, oversampling: int, m: int, n: int) -> int:
     return min(rank + oversampling, m, n)
 
 
+def decomposes(svd: str, width: int, m: int, n: int, raw_signs: bool) -> bool:
+    """Whether the library's SVD of a whole m x n matrix is taken, which raises an error where an entry is not finite.
+
+    Args:
+        svd: the name of a basis function.
+        width: ``sketch_width``, which says whether ``randomized`` takes the exact path.
+        m, n: of the rows that give the basis.
+        raw_signs: as ``exact`` takes it.
+    """
+    return (svd == "exact" or width >= min(m, n)) and not _by_gram(m, n, raw_signs)
+
+
+def _by_gram(m: int, n: int, raw_signs: bool) -> bool:
+    return not raw_signs and 2 * min(m, n) <= max(m, n)
+
+
 @register("exact")
 def exact(
     G: Sequence[Tensor],
@@ -69,7 +85,7 @@ def exact(
     """
     whole = G[0].float() if len(G) == 1 else torch.cat([part.float() for part in G])
     m, n = whole.shape[-2:]
-    if not raw_signs and 2 * min(m, n) <= max(m, n):
+    if _by_gram(m, n, raw_signs):
         thin, wide = thin_singular_vectors(whole if m <= n else whole.mT, rank, tools)
         return wide if (side == "right") == (m <= n) else thin
     U, _, Vh = torch.linalg.svd(whole, full_matrices=False)

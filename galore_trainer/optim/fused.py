@@ -25,7 +25,8 @@ from galore_trainer.optim.skips import Flag
 from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, Job, Stack, entries
 from galore_trainer.optim.streams import rounding_key
 
-STACK_ELEMENTS = 1 << 30  # ``stack.entries`` that move in one go: what is made of their projections is held meanwhile
+FIRST_ELEMENTS = 1 << 29  # ``stack.entries`` that move in one go at first, then twice as many each time,
+STACK_ELEMENTS = 1 << 30  # and at most: what is made of their projections is held meanwhile
 INDEX, SKIPPED = "residual_index", "skipped"
 _LAYOUTS: dict[tuple[Any, ...], Any] = {}  # a few, by form, shape and strides
 LIBRARY = 3_000_000  # k^3 / this: so many k x k matrices the library decomposes while the kernel does them all
@@ -51,12 +52,12 @@ def divide(jobs: Iterable[Job], config: GaLoreConfig, rest: list[Job], most: int
         jobs: of one device; those of one shape come one after the other.
         config: of the optimizer.
         rest: takes the jobs that are left to ``core/``.
-        most: ``stack.entries`` in a stack.
+        most: ``stack.entries`` in a stack; None begins with few, so that the device need not wait long.
     """
     if config.kernels == "torch":
         rest.extend(jobs)
         return
-    size = STACK_ELEMENTS if most is None else most
+    size = FIRST_ELEMENTS if most is None else most
     for _, alike in itertools.groupby(jobs, key=lambda job: job.parameter.shape):
         gathered: dict[tuple[Any, ...], list[Job]] = {}
         for job in alike:
@@ -67,6 +68,8 @@ def divide(jobs: Iterable[Job], config: GaLoreConfig, rest: list[Job], most: int
                 del gathered[key]
                 if _moves(members, config, rest):
                     yield Stack(members)
+                if most is None:
+                    size = min(2 * size, STACK_ELEMENTS)
         for members in gathered.values():
             if _moves(members, config, rest):
                 yield Stack(members)

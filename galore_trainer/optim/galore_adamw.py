@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,23 +14,22 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
-from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.averaging import Averager, check_bases
 from galore_trainer.optim.fused import check_wanted
-from galore_trainer.optim.jobs import jobs_of
+from galore_trainer.optim.jobs import Projected, jobs_of, with_gradients
 from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Part, Whole
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.refresh import (
     Doubts,
-    OnHost,
     count_refresh,
     diagnose,
     errors_of,
     first_basis,
     norms_on_host,
+    part_due,
     refresh_stack,
 )
 from galore_trainer.optim.sharded import step_sharded
@@ -134,16 +134,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self.averager is not None:
             self.averager.settle()
-        plain: list[tuple[Tensor, Tensor, str, dict[str, Any]]] = []
-        for group in self.param_groups:
-            for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise OptionError(group["names"][i], "a sparse gradient", "a dense one", "Use sparse=False.")
-                if not (group["projected"] or self._locator.is_held(group, p)):
-                    plain.append((p, p.grad, group["names"][i], group))
-        flags = step_sharded(self, self._locator.held())
+        plain, whole, held = with_gradients(self.param_groups, self._locator)
+        flags = step_sharded(self, self._locator.held() if held else [])
         if plain:
             with self.stopwatch.measure("plain", plain[0][0].device):
                 finite = finite_flags([grad for _, grad, _, _ in plain])
@@ -152,26 +144,44 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     for each, ok in zip(plain, finite, strict=True) if self._wakes(*each)
                 ]  # fmt: skip
                 flags += move_plain(moving_plain, self.config, self.seed)
-        flags += self._move_projected()
+        flags += self._move_projected(whole)
         count_skips(flags)
         self._steps += 1
         if self._steps % ROW_LIMIT == 0:
             self.check_finite()
         return loss
 
-    def _move_projected(self) -> list[Flag]:
+    def _jobs(self, whole: Iterable[Projected]) -> Iterator[Job]:
+        """The logical matrices of whole weights, one after the other; their states are made where there are none."""
+        for p, grad, name, matrices, group in whole:
+            yield from jobs_of(p, grad, name, matrices, group, self._projected_state(p, name, matrices, group))
+
+    def every_job(self) -> Iterator[Job]:
+        """What a step would do to each logical matrix of projected weights that are whole and have gradients."""
+        return self._jobs(with_gradients(self.param_groups, self._locator)[1])
+
+    def _move_projected(self, whole: list[Projected]) -> list[Flag]:
         """Weights that keep their bases move before the refresh of the others, which waits for the device."""
-        check_wanted(self._every_job(), self.config)
+        check_wanted(self._jobs(whole), self.config)
         self._doubts.settle()
-        due = list(self._every_job(due=True))
-        norms = norms_on_host(due) if due else None  # on their way while the others move
-        flags = self._update(self._every_job(due=False))
+        due: list[Projected] = []
+        kept: list[Projected] = []
+        for each in whole:
+            state = self.state[each[0]]
+            (due if not state or state["calls"] >= state["due"] else kept).append(each)
+        bold, careful = part_due(self._jobs(due), self.config)
+        norms = norms_on_host(careful) if careful else None  # on their way while the others move
+        flags = self._update(self._jobs(kept))
+        self._refresh(bold, self._doubts)
+        waiting: list[Job] = []  # had no basis when the step began, and a sketch gives the first
         if norms is not None:
-            waiting = self._refresh(due, norms)
-            flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
-            still = {id(job) for job in waiting}
-            flags += self._update(job for job in due if id(job) not in still)
-            _count(waiting)
+            waiting = [job for job in careful if self.config.sketches_first and job.state["refreshes"] == 0]
+            usable = (0.0 < norm < float("inf") for norm in norms.tolist())  # else the refresh stays due
+            self._refresh([job for job, good in zip(careful, usable, strict=True) if good])
+        flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
+        still = {id(job) for job in waiting}
+        flags += self._update(job for job in bold + careful if id(job) not in still)
+        _count(waiting)
         return flags
 
     def _update(self, jobs: Iterator[Job]) -> list[Flag]:
@@ -189,24 +199,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
             flags = move(each(), self.config, self.seed, self.max_stack_elements)
         _count(moved)
         return flags
-
-    def _every_job(self, *, due: bool | None = None) -> Iterator[Job]:
-        """The logical matrices of whole projected weights with gradients: all, or whose refresh is due, or is not.
-
-        Those of one shape one after the other, large ones first: a device has most to do when it begins.
-        """
-        for group in self.param_groups:
-            if group["projected"] and not self._locator.is_flat(group):
-                params, names, matrices_of = group["params"], group["names"], group["matrices"]
-                for i in self._locator.by_size(group):
-                    p, name, matrices = params[i], names[i], matrices_of[i]
-                    grad = p.grad
-                    if grad is None or is_dtensor(p):
-                        continue
-                    state = self.state[p]
-                    if due is None or (not state or state["calls"] >= state["due"]) == due:
-                        state = state or self._projected_state(p, name, matrices, group)
-                        yield from jobs_of(p, grad, name, matrices, group, state)
 
     def _projected_state(
         self, p: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
@@ -271,19 +263,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         make_plain_state(p, state, self.config)
         return group["lr"] != 0.0 or bool(grad.any())
 
-    def _refresh(self, due: list[Job], norms: OnHost) -> list[Job]:
-        """New bases for weights that are due; a gradient whose norm is zero or not finite leaves its refresh due.
-
-        Returns:
-            The jobs that do not move in this step, as they had no basis when it began and a sketch gives the first.
-        """
-        waiting = [job for job in due if self.config.sketches_first and job.state["refreshes"] == 0]
-        good = [job for job, norm in zip(due, norms.tolist(), strict=True) if 0.0 < norm < float("inf")]
-        copies = self.config.svd == "exact" or due[0].grad.dtype == torch.float16  # in float32, of whole gradients
+    def _refresh(self, jobs: list[Job], doubts: Doubts | None = None) -> None:
+        """New bases for weights that are due; see ``refresh_stack`` for what their gradients have to be."""
+        if not jobs:
+            return
+        copies = self.config.svd == "exact" or jobs[0].grad.dtype == torch.float16  # in float32, of whole gradients
         most = STACK_ELEMENTS if copies else REFRESH_ELEMENTS
-        most = stack_elements(due[0].parameter.device, self.max_stack_elements, most)
-        doubts = None if self.config.layerwise else self._doubts  # whose hooks ask before the step whether it is due
-        for stack in make_stacks(good, most):
+        most = stack_elements(jobs[0].parameter.device, self.max_stack_elements, most)
+        for stack in make_stacks(jobs, most):
             with self.stopwatch.measure("refresh", stack.device):
                 G, first = stack.each_gradient(), stack.jobs[0].state["refreshes"] == 0
                 if not G or (first and self.config.sketches_first):
@@ -297,12 +284,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     found = diagnose(stack, G, new.P, self.config, self.seed)
                     for job, excess, sharing in zip(stack.jobs, *(x.tolist() for x in found), strict=True):
                         self.excess_errors[job.name] = (excess, sharing)
-        for job in good:
+        for job in jobs:
             if job.last:
                 count_refresh(job.state, self.config)
         if self.ranks is not None:
-            check_bases(self.ranks, [(job.name, job.prefix, job.state) for job in good])
-        return waiting
+            check_bases(self.ranks, [(job.name, job.prefix, job.state) for job in jobs])
 
     # ------------------------------------------------------------------ diagnostics and state
 
@@ -327,10 +313,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """
         if not self.projection_errors:
             return None
-        errors = {name: error.item() for name, error in self.projection_errors.items()}
+        values = [error.item() for error in self.projection_errors.values()]
+        errors = {name: e for name, e in zip(self.projection_errors, values, strict=True) if math.isfinite(e)}
         excess, sharing = zip(*self.excess_errors.values(), strict=True) if self.excess_errors else ((), ())
         return {
-            "mean": sum(errors.values()) / len(errors),
+            "mean": sum(errors.values()) / max(1, len(errors)),
             "excess": sum(excess) / len(excess) if excess else None,
             "sharing_excess": sum(sharing) / len(sharing) if sharing else None,
             "by_matrix": errors,

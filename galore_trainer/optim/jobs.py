@@ -1,15 +1,68 @@
-"""From a parameter and its gradient to jobs."""
+"""From parameters with gradients to jobs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.errors import OptionError
+from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.optim.layerwise import ProjectedGradient, is_finite, is_zero
+from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.stack import Job
+
+
+class Plain(NamedTuple):
+    """A parameter with a gradient that plain AdamW moves."""
+
+    p: Tensor
+    grad: Tensor
+    name: str
+    group: dict[str, Any]
+
+
+class Projected(NamedTuple):
+    """A weight with a gradient that is projected, and whole."""
+
+    p: Tensor
+    grad: Tensor
+    name: str
+    matrices: list[LogicalMatrix]
+    group: dict[str, Any]
+
+
+def with_gradients(
+    groups: Iterable[dict[str, Any]], locator: Locator
+) -> tuple[list[Plain], list[Projected], bool]:  # fmt: skip
+    """What has a gradient, in one pass; and whether there is more: weights of which this process holds a part.
+
+    Projected weights of one shape come one after the other, large ones first: a device has most to do when it begins.
+
+    Raises:
+        OptionError: a gradient is sparse.
+    """
+    plain: list[Plain] = []
+    whole: list[Projected] = []
+    held = False
+    for group in groups:
+        params, names, flat = group["params"], group["names"], locator.is_flat(group)
+        projected = group["projected"] and not flat
+        for i in locator.by_size(group) if projected else range(len(params)):
+            p = params[i]
+            if (grad := p.grad) is None:
+                continue
+            if grad.is_sparse:
+                raise OptionError(names[i], "a sparse gradient", "a dense one", "Use sparse=False.")
+            if flat or is_dtensor(p):
+                held = True
+            elif projected:
+                whole.append(Projected(p, grad, names[i], group["matrices"][i], group))
+            else:
+                plain.append(Plain(p, grad, names[i], group))
+    return plain, whole, held
 
 
 def jobs_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.basis import BASES, from_sketch, sketch_width
+from galore_trainer.core.basis import BASES, decomposes, from_sketch, sketch_width
 from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, least_error
 from galore_trainer.optim.fused import tools_for
 from galore_trainer.optim.layerwise import norms_of
@@ -46,10 +46,10 @@ def norms_on_host(jobs: Sequence[Job]) -> OnHost:
 
 
 class Doubts:
-    """Refreshes by tools that may fail, of weights that keep their old bases then.
+    """Refreshes that may fail, by their tools or by their gradients, of weights that keep their old bases then.
 
     Whether they did is asked for in the step after, where such a weight is due again, off its grid, and is given bases
-    for certain: no step waits for an answer.
+    for certain, if its gradients are usable then: no step waits for an answer.
     """
 
     def __init__(self) -> None:
@@ -68,14 +68,28 @@ class Doubts:
         self._open.clear()
 
 
-def may_keep(stack: Stack, config: GaLoreConfig) -> bool:
-    """Whether a stack may keep its bases for another step: it has some, was not late already, and is not due then.
+def part_due(due: Iterable[Job], config: GaLoreConfig) -> tuple[list[Job], list[Job]]:
+    """Jobs whose refresh may fail without harm, and those whose gradients are looked at before it."""
+    bold: list[Job] = []
+    careful: list[Job] = []
+    for job in due:
+        (bold if _may_fail(job, config) else careful).append(job)
+    return bold, careful
 
-    ``momentum_transfer: reset`` would start its moments anew twice.
+
+def _may_fail(job: Job, config: GaLoreConfig) -> bool:
+    """Whether a refresh can leave a basis for another step: there is one, was not late already, and is not due then.
+
+    ``momentum_transfer: reset`` would start its moments anew twice; the hooks of layer-wise mode ask before a step
+    whether a refresh is due; the library's SVDs raise an error at numbers that are none; and where tools that never
+    fail are as fast there is nothing to gain.
     """
-    gap, states = config.update_proj_gap, [job.state for job in stack.jobs]
-    on_grid = all((state["calls"] - state["phase"]) % gap == 0 for state in states)
-    return states[0]["refreshes"] > 0 and on_grid and gap > 1 and config.momentum_transfer != "reset"
+    state, gap, (_, m, n) = job.state, config.update_proj_gap, job.matrix.lending_shape
+    width = sketch_width(job.matrix.rank, config.resolved_oversampling(job.matrix.rank), m, n)
+    kept = state["refreshes"] > 0 and gap > 1 and (state["calls"] - state["phase"]) % gap == 0
+    raises = config.diagnose_refreshes > 0 or decomposes(config.svd, width, m, n, config.momentum_transfer == "keep")
+    apt = not (raises or config.layerwise or config.momentum_transfer == "reset")
+    return kept and apt and tools_for(config, job.parameter.device) != CERTAIN
 
 
 def next_due(calls: int, gap: int, phase: int) -> int:
@@ -89,8 +103,8 @@ def refresh_stack(
     """Find bases from the gradients, carry the moments over, write the state.
 
     Args:
-        stack: matrices that are due; their gradients are finite and not all zero.
-        G: the gradient of each, [blocks, rows, n].
+        stack: matrices that are due.
+        G: the gradient of each, [blocks, rows, n]; finite and not all zero where there are no ``doubts``.
         config: how.
         seed: of the run.
         doubts: takes what may have failed, and is not waited for; without it a failure is made good here.
@@ -100,13 +114,12 @@ def refresh_stack(
     """
     old, first = stack.read(), stack.jobs[0].state["refreshes"] == 0
     rows = lending_rows(stack, G, config, seed)
-    if doubts is None or tools_for(config, stack.device) == CERTAIN or not may_keep(stack, config):
-        P = find_bases(stack, rows, config, seed)
-    else:
-        P = find_bases(stack, rows, config, seed, certainly=False)
-        failed = ~torch.isfinite(P).reshape(len(stack.jobs), -1).all(dim=1)
-        P = torch.where(stack.spread(failed), old.P, P)
-        doubts.add(stack.jobs, failed)
+    P = find_bases(stack, rows, config, seed, certainly=doubts is None)
+    if doubts is not None:
+        norms = torch.stack(norms_of([job.grad for job in stack.jobs]))
+        found = torch.isfinite(P).reshape(len(stack.jobs), -1).all(dim=1) & torch.isfinite(norms) & (norms > 0.0)
+        P = torch.where(stack.spread(found), P, old.P)
+        doubts.add(stack.jobs, ~found)
     if first:
         new = old._replace(P=P)
     else:
@@ -214,7 +227,8 @@ def draw_heads(jobs: Sequence[Job], config: GaLoreConfig, seed: int, energy: Cal
     if config.head_choice == "energy":
         return energy().topk(matrix.lenders, dim=-1).indices.sort(dim=-1).values
     if config.head_choice == "random":
-        return torch.cat([_random_heads(job, seed) for job in jobs]).to(device)
+        heads = torch.cat([_random_heads(job, seed) for job in jobs])
+        return heads.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else heads.to(device)
     return torch.arange(matrix.lenders, device=device).expand(len(jobs) * matrix.blocks, -1)
 
 

@@ -209,7 +209,7 @@ def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
 def _step(optimizer: GaLoreAdamW, live: LiveBytes) -> int:
     """The peak of the step above what is alive before it: of the update, and of the largest refresh."""
     before = live.now
-    jobs = [job for job in optimizer._every_job() if job.part is None]
+    jobs = [job for job in optimizer.every_job() if job.part is None]
     together = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
     peaks = []
     for stack in sorted(make_stacks(jobs, together), key=lambda s: -len(s.jobs) * s.jobs[0].parameter.numel())[:3]:

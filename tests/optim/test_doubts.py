@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.linalg import CERTAIN, Tools, by_cholesky
 from galore_trainer.optim import fused, refresh
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -32,13 +34,18 @@ def begin() -> GaLoreAdamW:
     return optimizer
 
 
-def step(optimizer: GaLoreAdamW, at: int, poor: str | None = None) -> None:
-    """Gradients of their own in every step; the poor one has two directions only, in which no factor exists."""
+def step(optimizer: GaLoreAdamW, at: int, poor: str | None = None, spoil: Mapping[str, float] = {}) -> None:
+    """Gradients of their own in every step.
+
+    The poor one has two directions only, in which no factor exists; spoilt ones are zero but for this value.
+    """
     generator = torch.Generator().manual_seed(100 + at)
     for name, p in zip(NAMES, optimizer.param_groups[0]["params"], strict=True):
         p.grad = torch.randn(40, 24, generator=generator)
         if name == poor:
             p.grad = p.grad[:, :2] @ p.grad[:2]
+        if name in spoil:
+            p.grad.zero_()[0, 0] = spoil[name]
     optimizer.step()
 
 
@@ -74,7 +81,7 @@ def test_a_failure_keeps_the_basis_and_is_made_good_a_step_later() -> None:
 
 
 def test_no_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first refresh, which has no old basis to keep, a step asks for norms alone."""
+    """After the first refresh, which has no old basis to keep, a step asks for nothing: not for norms either."""
     optimizer = begin()
     step(optimizer, 0)
     asked: list[int] = []
@@ -83,7 +90,50 @@ def test_no_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refresh, "certain", lambda *_, **__: pytest.fail("waited"))
     for at in range(1, GAP + 1):
         step(optimizer, at)
-    assert len(asked) == 1
+    assert not asked
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_an_unusable_gradient_leaves_the_refresh_due(value: float) -> None:
+    optimizer = begin()
+    for at in range(GAP):
+        step(optimizer, at)
+    before = {name: basis(optimizer, name) for name in NAMES}
+    weights = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    step(optimizer, GAP, spoil={"b": value})
+    step(optimizer, GAP + 1, spoil={"b": value})  # late already: it is looked at first, and waits again
+    assert torch.equal(basis(optimizer, "b"), before["b"])
+    assert optimizer.check_finite() == ({} if value == 0.0 else {"b": 2})
+    if value != 0.0:
+        assert torch.equal(optimizer.param_groups[0]["params"][1], weights[1])
+    report = optimizer.projection_report()
+    assert report is not None
+    assert report["mean"] <= 1.0
+    step(optimizer, GAP + 2)
+    after = basis(optimizer, "b")
+    assert not torch.allclose(after, before["b"], atol=1e-2)
+    assert [optimizer.state_of(name)["due"] for name in NAMES] == [2 * GAP] * 3
+    step(optimizer, GAP + 3)
+    assert torch.equal(basis(optimizer, "b"), after)
+    for p in optimizer.param_groups[0]["params"]:
+        assert torch.isfinite(p).all()
+
+
+def test_one_row_that_lends_nothing_spoils_a_refresh_too() -> None:
+    """A basis from one head is finite where another head's gradient is not."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(64, 40, generator=generator))
+    config = GaLoreConfig(rank=4, update_proj_gap=GAP, residual_percent=0.0, oversampling=4, head_choice="fixed")
+    matrix = LogicalMatrix(length=64, columns=40, rank=4, head_dim=16, lenders=1)
+    group = {"params": [p], "projected": True, "names": ["q"], "matrices": [[matrix]]}
+    optimizer = GaLoreAdamW([group], config, lr=1e-2)
+    for at in range(GAP + 1):
+        p.grad = torch.randn(64, 40, generator=generator)
+        before = optimizer.state_of("q")["basis"].clone() if at else None
+        if at == GAP:
+            p.grad[-1, 0] = float("nan")
+        optimizer.step()
+    assert torch.equal(optimizer.state_of("q")["basis"], before)
 
 
 @pytest.mark.parametrize("how", ["checkpoint", "copy"])

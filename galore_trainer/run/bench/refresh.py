@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.refresh import norms_on_host
+from galore_trainer.optim.refresh import part_due
 from galore_trainer.run.bench.measure import Step, Timing, take_turns, timed
 from galore_trainer.run.bench.weights import Bench, galore_plus, linear_weights
 
@@ -44,10 +44,13 @@ def bench_refresh(bench: Bench) -> dict[str, Any]:
 @torch.no_grad()
 def refresh_all(optimizer: GaLoreAdamW) -> None:
     """Give every projected weight a new basis now."""
-    jobs = list(optimizer._every_job())
+    jobs = list(optimizer.every_job())
     for job in jobs:
         job.state["due"] = job.state["calls"]
-    optimizer._refresh(jobs, norms_on_host(jobs))
+        job.state["phase"] = job.state["calls"] % optimizer.config.update_proj_gap  # as on its grid, not late
+    bold, careful = part_due(jobs, optimizer.config)
+    optimizer._refresh(bold, optimizer._doubts)
+    optimizer._refresh(careful)
     optimizer._doubts.settle()
 
 
