@@ -203,8 +203,9 @@ class Places:
             columns["gradients"] = self._begin([job.grad for job in stack.jobs])
             dtypes["gradients"] = first.grad.dtype
         elif self.has_residual:
-            sampled: list[Any] = [job.part.sampled for job in stack.jobs if job.part is not None]
-            columns["sampled"], dtypes["sampled"] = [x.data_ptr() for x in sampled], sampled[0].dtype
+            self._sampled = stack.kept("sampled")  # lives as long as its addresses
+            columns["sampled"] = [x.data_ptr() for x in stack.split(self._sampled)]
+            dtypes["sampled"] = self._sampled.dtype
         noise = None
         if rounds(first.parameter, config):
             noise = [rounding_key(seed, job.name, job.state["calls"]) for job in stack.jobs]

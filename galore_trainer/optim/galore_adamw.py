@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
@@ -20,7 +21,7 @@ from galore_trainer.optim.fused import check_wanted
 from galore_trainer.optim.jobs import Projected, jobs_of, with_gradients
 from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite
 from galore_trainer.optim.locate import Locator
-from galore_trainer.optim.parts import Part, Whole
+from galore_trainer.optim.parts import Directions, Part, Whole, sketch_matrices
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.refresh import (
     Doubts,
@@ -98,7 +99,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self._steps = 0
         self._places: dict[str, int] = {}  # of projected weights, by name
         self._locator = Locator(self)
-        self._doubts = Doubts()
+        self._doubts, self._directions = Doubts(), Directions()
         self.ranks: Ranks | None = None  # that hold equal weights, under DDP
         self.averager: Averager | None = None
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False))
@@ -241,15 +242,20 @@ class GaLoreAdamW(torch.optim.Optimizer):
         assert p.grad is not None
         if p.grad.is_sparse:
             return None  # the step refuses it
+        self._doubts.settle()  # a step before may have left a refresh to this one
         state = self._projected_state(p, name, matrices, group)
         if state["refreshes"] > 0 and state["calls"] >= state["due"]:
             return None if self.averager is None else ProjectedGradient(p.grad, name, [Whole()], self.averager)
+        direction = functools.partial(
+            self._directions.of, row=self._places[name], rows=len(self._places), seed=self.seed, calls=state["calls"],
+            like=p.grad,
+        )  # fmt: skip
+        parts = []
         with self.stopwatch.measure("update", p.device):
-            return ProjectedGradient(
-                p.grad, name,
-                [Part(m, m.logical(name), state, self.config, self.seed) for m in matrices],
-                self.averager,
-            )  # fmt: skip
+            for m in matrices:
+                sketches = functools.partial(sketch_matrices, m, self.config, self.seed, m.logical(name), p.device)
+                parts.append(Part(m, state, sketches, direction(m) if state["refreshes"] else None))
+            return ProjectedGradient(p.grad, name, parts, self.averager)
 
     def _phase(self, name: str) -> int:
         """Where in the gap this weight's refreshes lie: 0, or spread evenly over all projected weights."""
@@ -337,7 +343,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Undo ``__getstate__``; torch calls it at ``load_state_dict`` too."""
         super().__setstate__(state)
         self.__dict__.setdefault("stopwatch", Stopwatch())
-        self._doubts = Doubts()
+        self._doubts, self._directions = Doubts(), Directions()
         self.__dict__.setdefault("averager", None)
         self.__dict__.setdefault("ranks", None)
         if "_locator" not in self.__dict__:

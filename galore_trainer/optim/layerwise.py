@@ -18,6 +18,10 @@ from galore_trainer.errors import OptionError
 from galore_trainer.optim.parts import Part, Whole
 
 aten = torch.ops.aten
+ADDITIONS = (aten.add_.Tensor, aten.add.Tensor)
+PRODUCTS, QUOTIENTS = (aten.mul_.Tensor, aten.mul_.Scalar), (aten.div_.Tensor, aten.div_.Scalar)
+NORM, ZERO, DETACH = aten.linalg_vector_norm.default, aten.zero_.default, aten.detach.default
+_COPIED: dict[str, Any] = {}  # the newest factor, its version, and its copy
 
 
 class ProjectedGradient(torch.Tensor):
@@ -41,7 +45,9 @@ class ProjectedGradient(torch.Tensor):
     def __init__(self, grad: Tensor, name: str, parts: Sequence[Part | Whole], averager: Any = None) -> None:
         self.parts, self._name = parts, name
         self.averaged, self._average = False, averager
-        self._batches, self._square = 0, torch.zeros((), device=grad.device)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        self._batches, self._norm = 0, torch.linalg.vector_norm(grad, dtype=wide).float()
+        self._factor: Tensor | float | None = None  # of the norm
         self.take_in(grad)
 
     def take_in(self, grad: Tensor) -> None:
@@ -51,13 +57,12 @@ class ProjectedGradient(torch.Tensor):
         for part in self.parts:
             part.take_in(grad if isinstance(part, Whole) else part.matrix.take(grad))
         self._batches += 1
-        self._square = self._square + norms_of([grad])[0].square()
 
     def frobenius(self) -> Tensor:
         """The gradient's norm: exact for a single backward of one process, else estimated, see ``Part.energy``."""
         self.settle()
         if self._batches == 1 and not self.averaged:
-            return self._square.sqrt()
+            return self._norm if self._factor is None else self._norm * self._factor
         return torch.stack([part.energy() for part in self.parts]).sum().sqrt()
 
     @property
@@ -77,16 +82,17 @@ class ProjectedGradient(torch.Tensor):
 
     def scale_(self, factor: Tensor | float) -> ProjectedGradient:
         """Multiply by a number, as clipping does."""
+        factor = _copy_of(factor) if isinstance(factor, Tensor) else factor
         for part in self.parts:
             part.scale_(factor)
-        self._square = self._square * factor**2
+        self._factor = factor if self._factor is None else self._factor * factor
         return self
 
     def clear(self) -> ProjectedGradient:
         """Set the gradient to zero."""
         for part in self.parts:
             part.clear()
-        self._square = torch.zeros_like(self._square)
+        self._norm, self._factor = torch.zeros_like(self._norm), None
         return self
 
     def finite(self) -> Tensor:
@@ -101,25 +107,35 @@ class ProjectedGradient(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """The few operations of a gradient that is accumulated, clipped and zeroed."""
         first = args[0]
-        if func in (aten.add_.Tensor, aten.add.Tensor) and not kwargs:
+        if func in ADDITIONS and not kwargs:
             mine, other = (first, args[1]) if isinstance(first, cls) else (args[1], first)
             if not isinstance(other, cls) and other.shape == mine.shape:
                 mine.take_in(other)
                 return mine
-        elif func is aten.linalg_vector_norm.default and len(args) < 3 and (len(args) == 1 or args[1] == 2):
+        elif func is NORM and len(args) < 3 and (len(args) == 1 or args[1] == 2):
             return first.frobenius()
-        elif func in (aten.mul_.Tensor, aten.mul_.Scalar) and isinstance(first, cls):
+        elif func in PRODUCTS and isinstance(first, cls):
             return first.scale_(args[1])
-        elif func in (aten.div_.Tensor, aten.div_.Scalar) and isinstance(first, cls):
+        elif func in QUOTIENTS and isinstance(first, cls):
             return first.scale_(1.0 / args[1])
-        elif func is aten.zero_.default:
+        elif func is ZERO:
             return first.clear()
-        elif func is aten.detach.default:
+        elif func is DETACH:
             return first
         raise RuntimeError(
             f"{func} was asked of a gradient that layer-wise mode does not keep whole, {mine_of(args)!r}. It can be "
             "accumulated, clipped by its 2-norm, scaled and zeroed; for anything else train without galore.layerwise."
         )
+
+
+def _copy_of(factor: Tensor) -> Tensor:
+    """A number that nobody else changes before it is multiplied by; one for all gradients that share a factor."""
+    if factor.is_inference():
+        return factor.clone()
+    if _COPIED.get("of") is not factor or _COPIED["version"] != factor._version:
+        _COPIED.update(of=factor, version=factor._version, copy=factor.clone())
+    copy: Tensor = _COPIED["copy"]
+    return copy
 
 
 def mine_of(args: Any) -> Any:

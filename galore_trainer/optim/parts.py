@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,17 +35,50 @@ def sketch(G: Tensor, T: Tensor, side: str) -> Tensor:
     return project(G, T, ACROSS[side])
 
 
+class Directions:
+    """A random direction for each matrix and step; those of one length are drawn together, and kept for the step."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
+
+    def of(self, matrix: LogicalMatrix, row: int, rows: int, seed: int, calls: int, like: Tensor) -> Tensor:
+        """Gaussian numbers along the projected side, [1, n or block rows, 1], in the dtype of the gradient.
+
+        Args:
+            matrix: whose gradient is followed.
+            row, rows: the place of its weight among how many.
+            seed: of the run.
+            calls: steps of this weight before.
+            like: the gradient.
+        """
+        length = matrix.columns if matrix.side == "right" else matrix.block_rows
+        key = (matrix.label, length, like.dtype, like.device)
+        drawn = self._drawn.get(key)
+        if drawn is None or drawn[0] != calls or len(drawn[1]) != rows:
+            generator = stream(like.device, seed, matrix.label, "norm", calls, length)
+            numbers = torch.randn(rows, length, 1, generator=generator, device=like.device)
+            drawn = self._drawn[key] = calls, numbers.to(like.dtype)
+        return drawn[1].narrow(0, row, 1)
+
+
 class Part:
     """What is kept of the gradient of one logical matrix, all of it linear in the gradient.
+
+    Args:
+        matrix: where it lies, and how it is projected.
+        state: of its weight.
+        sketches: gives the matrices of ``sketch``, while there is no basis.
+        direction: see ``Directions``; None while there is no basis.
 
     Attributes:
         sketch: before the first basis, see ``sketch``; else None.
         projected: R, in the shape of the moments; None before the first basis.
         sampled: G at the residual's candidates or support, None while there are none.
+        factor: what these, and what else is kept, are still to be multiplied by; None is 1.
     """
 
     def __init__(
-        self, matrix: LogicalMatrix, name: str, state: dict[str, Any], config: GaLoreConfig, seed: int
+        self, matrix: LogicalMatrix, state: dict[str, Any], sketches: Callable[[], Tensor], direction: Tensor | None
     ) -> None:
         prefix = matrix.prefix
         self.matrix = matrix
@@ -52,45 +86,52 @@ class Part:
         self.sketch: Tensor | None = None
         self.projected: Tensor | None = None
         self.sampled: Tensor | None = None
-        self._draw = (config, seed, name, self._basis.values.device)
-        self._first = state["refreshes"] == 0
+        self.factor: Tensor | float | None = None
+        self._sketches = sketches
         positions = next((state[prefix + key] for key in SUPPORTS if prefix + key in state), None)
         self._support = None if positions is None else Support(positions, matrix.columns)
-        self._direction: Tensor | None = None
-        self._along: Tensor | None = None  # G times one random direction, across the projected side
-        if not self._first:
-            length = matrix.columns if matrix.side == "right" else matrix.block_rows
-            generator = stream(self._basis.values.device, seed, name, "norm", state["calls"])
-            self._direction = torch.randn(1, length, 1, generator=generator, device=self._basis.values.device)
+        self._direction = direction
+        self._along: Tensor | None = None  # G times the direction, across the projected side
 
     def take_in(self, G: Tensor) -> None:
         """Add one micro-batch's gradient, [blocks, rows, n]."""
         side = self.matrix.side
-        if self._first:
-            self.sketch = _plus(self.sketch, sketch(G, sketch_matrices(self.matrix, *self._draw), side))
+        self.settle_factor()
+        if self._direction is None:
+            self.sketch = _plus(self.sketch, sketch(G, self._sketches(), side))
             return
-        assert self._direction is not None
         self.projected = _plus(self.projected, project(G, decode_basis(self._basis), side))
         self._along = _plus(self._along, project(G, self._direction.expand(len(G), -1, -1), side))
         if self._support is not None:
             self.sampled = _plus(self.sampled, read_at(G, self._support).float())
 
     def scale_(self, factor: Tensor | float) -> None:
-        """Multiply the gradient by a number."""
-        for _, kept in self.kept():
-            kept.mul_(factor)
+        """Multiply the gradient by a number; nothing is done on the device before the product is needed."""
+        self.factor = factor if self.factor is None else self.factor * factor
+
+    def settle_factor(self) -> None:
+        """Multiply what is kept by what it is still to be multiplied by."""
+        if self.factor is not None:
+            for kept in self._kept().values():
+                kept.mul_(self.factor)
+            self.factor = None
 
     def clear(self) -> None:
         """Set the gradient to zero."""
-        for _, kept in self.kept():
+        self.factor = None
+        for kept in self._kept().values():
             kept.zero_()
 
     def kept(self) -> list[tuple[str, Tensor]]:
         """Everything that is kept, by kind."""
+        self.settle_factor()
+        return list(self._kept().items())
+
+    def _kept(self) -> dict[str, Tensor]:
         kinds = {
             "sketch": self.sketch, "projected": self.projected, "sampled": self.sampled, "along": self._along,
         }  # fmt: skip
-        return [(kind, x) for kind, x in kinds.items() if x is not None]
+        return {kind: x for kind, x in kinds.items() if x is not None}
 
     def energy(self) -> Tensor:
         """An unbiased estimate of the gradient's squared Frobenius norm.
@@ -98,6 +139,7 @@ class Part:
         With a basis the projected part is known, and what it loses is seen along one random direction; before, the
         sketch tells all.
         """
+        self.settle_factor()
         if self.sketch is not None:
             width = self.sketch.shape[-2 if self.matrix.side == "right" else -1]
             return self.sketch.square().sum() / width
@@ -105,11 +147,13 @@ class Part:
         assert R is not None
         assert along is not None
         assert d is not None
+        d = d.float()
         lifted = R @ (P.mT @ d) if self.matrix.side == "right" else (d.mT @ P) @ R  # lift(R) along d
         return R.square().sum() + (along - lifted).square().sum()
 
     def finite(self) -> Tensor:
         """Whether every number of the gradient was finite: a scalar tensor, boolean."""
+        self.settle_factor()
         kept = self.sketch if self.sketch is not None else self.projected
         assert kept is not None
         return torch.isfinite(kept).all()

@@ -80,15 +80,14 @@ def part_due(due: Iterable[Job], config: GaLoreConfig) -> tuple[list[Job], list[
 def _may_fail(job: Job, config: GaLoreConfig) -> bool:
     """Whether a refresh can leave a basis for another step: there is one, was not late already, and is not due then.
 
-    ``momentum_transfer: reset`` would start its moments anew twice; the hooks of layer-wise mode ask before a step
-    whether a refresh is due; the library's SVDs raise an error at numbers that are none; and where tools that never
-    fail are as fast there is nothing to gain.
+    ``momentum_transfer: reset`` would start its moments anew twice; the library's SVDs raise an error at numbers that
+    are none; and where tools that never fail are as fast there is nothing to gain.
     """
     state, gap, (_, m, n) = job.state, config.update_proj_gap, job.matrix.lending_shape
     width = sketch_width(job.matrix.rank, config.resolved_oversampling(job.matrix.rank), m, n)
     kept = state["refreshes"] > 0 and gap > 1 and (state["calls"] - state["phase"]) % gap == 0
     raises = config.diagnose_refreshes > 0 or decomposes(config.svd, width, m, n, config.momentum_transfer == "keep")
-    apt = not (raises or config.layerwise or config.momentum_transfer == "reset")
+    apt = not raises and config.momentum_transfer != "reset"
     return kept and apt and tools_for(config, job.parameter.device) != CERTAIN
 
 

@@ -81,8 +81,15 @@ class Stack:
         return _join(each) if each else None
 
     def kept(self, what: str) -> Tensor:
-        """What layer-wise mode kept of the gradients: an attribute of ``Part`` of every job, joined."""
-        return _join([getattr(job.part, what) for job in self.jobs])
+        """What layer-wise mode kept of the gradients: an attribute of ``Part`` of every job, joined and scaled."""
+        parts: list[Any] = [job.part for job in self.jobs]
+        factor = parts[0].factor
+        if any(part.factor is not factor for part in parts):
+            for part in parts:
+                part.settle_factor()
+            factor = None
+        joined = _join([getattr(part, what) for part in parts])
+        return joined if factor is None else joined * factor
 
     def get(self, key: str) -> Tensor:
         """A state tensor [blocks, ...] of every job, joined."""

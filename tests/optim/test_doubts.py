@@ -14,6 +14,7 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.linalg import CERTAIN, Tools, by_cholesky
 from galore_trainer.optim import fused, refresh
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.layerwise import ProjectedGradient
 
 GAP = 4
 NAMES = ["a", "b", "c"]
@@ -166,3 +167,25 @@ def test_fast_tools_find_what_certain_ones_do(monkeypatch: pytest.MonkeyPatch) -
         runs.append(optimizer)
     for a, b in zip(*(run.param_groups[0]["params"] for run in runs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def test_layerwise_hooks_know_of_a_failure() -> None:
+    """The gradient after a failed refresh is kept whole, though no refresh lies on the grid."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(40, 24, generator=generator))
+    config = GaLoreConfig(rank=4, update_proj_gap=GAP, residual_percent=0.0, oversampling=4, layerwise=True)
+    optimizer = GaLoreAdamW([{"params": [p], "projected": True, "names": ["a"]}], config, lr=1e-2)
+    bases, whole = [], []
+    for at in range(2 * GAP + 1):
+        G = torch.randn(40, 24, generator=generator)
+        if at == GAP:
+            G = G[:, :2] @ G[:2]
+        (p * G).sum().backward()
+        whole.append(not isinstance(p.grad, ProjectedGradient))
+        optimizer.step()
+        optimizer.zero_grad()
+        bases.append(basis(optimizer, "a"))
+    assert [at for at, kept in enumerate(whole) if kept] == [GAP, GAP + 1, 2 * GAP]
+    changed = [at for at in range(1, len(bases)) if not torch.equal(bases[at], bases[at - 1])]
+    assert changed == [GAP + 1, 2 * GAP]
+    assert torch.isfinite(p).all()

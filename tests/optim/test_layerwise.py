@@ -318,3 +318,51 @@ def test_groups_by_hand_may_hold_frozen_weights_and_float64() -> None:
         optimizer.zero_grad()
     assert not torch.equal(weights[0], before[0])
     assert torch.equal(weights[1], before[1])
+
+
+@pytest.mark.parametrize("residual", [0.0, 5.0])
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_factors_are_taken_in_whenever_they_come(residual: float, kernels: str) -> None:
+    """Scaled, zeroed, added to, each weight by its own number: what a whole gradient would have been."""
+    config = GaLoreConfig(**METHOD, layerwise=True, residual_percent=residual, kernels=kernels)
+    weights = []
+    for own in (config, ordinary(config)):
+        generator = torch.Generator().manual_seed(1)
+        params = [nn.Parameter(torch.randn(24, 16, generator=generator)) for _ in range(3)]
+        optimizer = GaLoreAdamW([{"params": params, "projected": True, "names": ["a", "b", "c"]}], own, lr=LR, seed=7)
+        for at in range(10):
+            shared = torch.tensor(0.5)
+            for part in range(2):
+                torch.stack([(p * torch.randn(24, 16, generator=generator)).sum() for p in params]).sum().backward()
+                grads: list[Any] = [p.grad for p in params]
+                if part == 0 and at % 3 == 0:
+                    grads[0].mul_(3.0)
+                    grads[1].zero_()
+                for grad in grads:
+                    grad.mul_(shared)
+                if part == 1 and at % 3 == 1:
+                    grads[2].div_(torch.tensor(4.0))
+                shared.fill_(2.0)  # what was multiplied before stays as it was
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(torch.stack([p.detach() for p in params]))
+    assert (weights[0] - weights[1]).abs().max() <= CLOSE
+
+
+def test_the_norm_follows_what_happens_to_a_gradient() -> None:
+    p = nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(1)))
+    config = GaLoreConfig(**METHOD, layerwise=True)
+    optimizer = GaLoreAdamW([{"params": [p], "projected": True, "names": ["a"]}], config, lr=LR, seed=7)
+    for _ in range(2):  # with a sketch, and with a basis
+        G = torch.randn(24, 16)
+        (p * G).sum().backward()
+        grad: Any = p.grad
+        torch.testing.assert_close(torch.linalg.vector_norm(grad), G.norm())
+        grad.mul_(torch.tensor(0.25))
+        grad.mul_(2.0)
+        torch.testing.assert_close(torch.linalg.vector_norm(grad), 0.5 * G.norm())
+        optimizer.step()
+        optimizer.zero_grad()
+    (p * G).sum().backward()
+    grad = p.grad
+    assert torch.linalg.vector_norm(grad.zero_()) == 0.0
