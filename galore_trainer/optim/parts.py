@@ -55,7 +55,7 @@ class Directions:
         key = (matrix.label, length, like.dtype, like.device)
         drawn = self._drawn.get(key)
         if drawn is None or drawn[0] != calls or len(drawn[1]) != rows:
-            generator = stream(like.device, seed, matrix.label, "norm", calls, length)
+            generator = stream(like.device, seed, matrix.label, "direction", calls, length)
             numbers = torch.randn(rows, length, 1, generator=generator, device=like.device)
             drawn = self._drawn[key] = calls, numbers.to(like.dtype)
         return drawn[1].narrow(0, row, 1)
