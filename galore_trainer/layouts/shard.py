@@ -8,6 +8,7 @@ process may hold nothing. The parts of all processes are disjoint and cover the 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+HOSTS_WAIT = datetime.timedelta(minutes=10)  # as long as NCCL waits for a process by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Ranks:
     def count(self) -> int:
         """How many processes these are."""
         return dist.get_world_size(self.group)
+
+    @cached_property
+    def hosts(self) -> Ranks:
+        """The same processes, for numbers that lie on the CPU: no GPU is waited for. All call it at the same time."""
+        if dist.get_backend(self.group) == "gloo":
+            return self
+        members = None if self.group is None else dist.get_process_group_ranks(self.group)
+        return Ranks(dist.new_group(members, backend="gloo", timeout=HOSTS_WAIT))
 
     def differing(self, x: Tensor) -> Tensor:
         """Where the processes do not all hold the same numbers, boolean."""

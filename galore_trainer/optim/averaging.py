@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.layouts.shard import Ranks, checksum
-from galore_trainer.optim.layerwise import ProjectedGradient
+from galore_trainer.optim.layerwise import ProjectedGradient, measure_together
 from galore_trainer.optim.stack import runs
 
 BUCKET = 1 << 25  # entries that travel together
@@ -38,6 +38,7 @@ class Averager:
         self.sent: dict[str, int] = defaultdict(int)
         self._pending = False
         self._checked = False
+        self._averaged: list[ProjectedGradient] = []
 
     def note(self, grad: ProjectedGradient) -> None:
         """A backward has made or changed a gradient.
@@ -65,25 +66,29 @@ class Averager:
         if not self._checked:
             self._checked = True
             self._refuse(named, self.ranks.differing(torch.stack([checksum(p) for _, p in named])), "other weights")
-        there = torch.tensor([p.grad is not None for _, p in named], dtype=torch.int64, device=named[0][1].device)
-        self._refuse(named, self.ranks.differing(there), "no gradient where another has one")
+        there = torch.tensor([p.grad is not None for _, p in named], dtype=torch.int64)
+        self._refuse(named, self.ranks.hosts.differing(there), "no gradient where another has one")
+        self._averaged = [p.grad for _, p in named if isinstance(p.grad, ProjectedGradient)]
         by_dtype: dict[torch.dtype, list[tuple[str, Tensor]]] = defaultdict(list)
-        for _, p in named:
-            if isinstance(p.grad, ProjectedGradient):
-                p.grad.averaged = True
-                wire = torch.bfloat16 if p.dtype == torch.bfloat16 else torch.float32
-                by_dtype[wire] += p.grad.kept()
+        for grad in self._averaged:
+            grad.averaged = True
+            by_dtype[torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32] += grad.kept()
         for wire, tensors in by_dtype.items():
             for bucket in runs(tensors, lambda pair: pair[1].numel(), BUCKET):
                 self._reduce(bucket, wire)
 
+    def measure(self) -> None:
+        """Find the energies of all gradients that were averaged last, together."""
+        measure_together(self._averaged)
+
     def _reduce(self, bucket: list[tuple[str, Tensor]], wire: torch.dtype) -> None:
-        flat = torch.cat([x.reshape(-1).to(wire) for _, x in bucket])
+        tensors = [x for _, x in bucket]
+        flat = torch.empty(sum(x.numel() for x in tensors), dtype=wire, device=tensors[0].device)
         for kind, x in bucket:
             self.sent[kind] += x.numel() * flat.element_size()
-        total = self.ranks.sum(flat).split([x.numel() for _, x in bucket])
-        for (_, x), part in zip(bucket, total, strict=True):
-            x.copy_(part.view(x.shape)).div_(self.ranks.count)
+        torch._foreach_copy_(_like(tensors, flat), tensors)
+        torch._foreach_copy_(tensors, _like(tensors, self.ranks.sum(flat)))
+        torch._foreach_div_(tensors, self.ranks.count)
 
     def _refuse(self, named: list[tuple[str, Tensor]], bad: Tensor, what: str) -> None:
         if bad.any():
@@ -93,6 +98,12 @@ class Averager:
                 "same weights on every process, and let every weight take part in every forward, or train without "
                 "galore.layerwise."
             )
+
+
+def _like(tensors: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
+    """Parts of a flat tensor, one after the other, in the shapes of some tensors."""
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def check_bases(ranks: Ranks, refreshed: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.parts import Part, Whole
+from galore_trainer.optim.parts import Part, Whole, energies
 
 aten = torch.ops.aten
 ADDITIONS = (aten.add_.Tensor, aten.add.Tensor)
@@ -48,22 +48,29 @@ class ProjectedGradient(torch.Tensor):
         wide = torch.promote_types(grad.dtype, torch.float32)
         self._batches, self._norm = 0, torch.linalg.vector_norm(grad, dtype=wide).float()
         self._factor: Tensor | float | None = None  # of the norm
+        self.energy: Tensor | None = None  # while it is known
         self.take_in(grad)
 
     def take_in(self, grad: Tensor) -> None:
         """Add one micro-batch's gradient."""
         if self._average is not None:
             self._average.note(self)
+        self.energy = None
         for part in self.parts:
             part.take_in(grad if isinstance(part, Whole) else part.matrix.take(grad))
         self._batches += 1
 
     def frobenius(self) -> Tensor:
-        """The gradient's norm: exact for a single backward of one process, else estimated, see ``Part.energy``."""
+        """The gradient's norm: exact for a single backward of one process, else estimated, see ``energies``."""
         self.settle()
         if self._batches == 1 and not self.averaged:
             return self._norm if self._factor is None else self._norm * self._factor
-        return torch.stack([part.energy() for part in self.parts]).sum().sqrt()
+        if self.energy is None and self.averaged:
+            self._average.measure()
+        elif self.energy is None:
+            measure_together([self])
+        assert self.energy is not None
+        return self.energy.sqrt()
 
     @property
     def whole(self) -> Tensor | None:
@@ -83,6 +90,7 @@ class ProjectedGradient(torch.Tensor):
     def scale_(self, factor: Tensor | float) -> ProjectedGradient:
         """Multiply by a number, as clipping does."""
         factor = _copy_of(factor) if isinstance(factor, Tensor) else factor
+        self.energy = None
         for part in self.parts:
             part.scale_(factor)
         self._factor = factor if self._factor is None else self._factor * factor
@@ -92,6 +100,7 @@ class ProjectedGradient(torch.Tensor):
         """Set the gradient to zero."""
         for part in self.parts:
             part.clear()
+        self.energy = None
         self._norm, self._factor = torch.zeros_like(self._norm), None
         return self
 
@@ -126,6 +135,15 @@ class ProjectedGradient(torch.Tensor):
             f"{func} was asked of a gradient that layer-wise mode does not keep whole, {mine_of(args)!r}. It can be "
             "accumulated, clipped by its 2-norm, scaled and zeroed; for anything else train without galore.layerwise."
         )
+
+
+def measure_together(grads: Iterable[ProjectedGradient]) -> None:
+    """Find the energies that are not known, in few operations for all of them."""
+    asked = [grad for grad in grads if grad.energy is None]
+    found = iter(energies([part for grad in asked for part in grad.parts]))
+    for grad in asked:
+        own = [next(found) for _ in grad.parts]
+        grad.energy = own[0] if len(own) == 1 else torch.stack(own).sum()
 
 
 def _copy_of(factor: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class Locator:
             known = (weakref.ref(p), (shard, self._pieces(group["names"][i], matrices, shard)))
             self._shards[id(p)] = known
         shard, pieces = known[1]
-        weight, grad = local(p.detach()), local(p.grad)
+        weight, grad = local(p).detach(), local(p.grad)
         return Held(
             group["names"][i], group, self.optimizer.state[p], shard, weight.view(-1), grad.reshape(-1), matrices,
             pieces,

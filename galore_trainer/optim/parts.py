@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,23 +133,23 @@ class Part:
         }  # fmt: skip
         return {kind: x for kind, x in kinds.items() if x is not None}
 
-    def energy(self) -> Tensor:
-        """An unbiased estimate of the gradient's squared Frobenius norm.
+    def pieces_of_norm(self) -> tuple[list[Tensor], float]:
+        """Tensors whose squares add up to an unbiased estimate of the gradient's squared norm, and a divisor of it.
 
         With a basis the projected part is known, and what it loses is seen along one random direction; before, the
         sketch tells all.
         """
         self.settle_factor()
+        right = self.matrix.side == "right"
         if self.sketch is not None:
-            width = self.sketch.shape[-2 if self.matrix.side == "right" else -1]
-            return self.sketch.square().sum() / width
+            return [self.sketch], float(self.sketch.shape[-2 if right else -1])
         R, along, d, P = self.projected, self._along, self._direction, decode_basis(self._basis)
         assert R is not None
         assert along is not None
         assert d is not None
-        d = d.float()
-        lifted = R @ (P.mT @ d) if self.matrix.side == "right" else (d.mT @ P) @ R  # lift(R) along d
-        return R.square().sum() + (along - lifted).square().sum()
+        d = d.float().expand(len(P), -1, -1)
+        left, other = (R, P.mT @ d) if right else (d.mT @ P, R)  # their product is lift(R) along d
+        return [R, torch.baddbmm(along, left, other, alpha=-1.0)], 1.0
 
     def finite(self) -> Tensor:
         """Whether every number of the gradient was finite: a scalar tensor, boolean."""
@@ -181,9 +181,9 @@ class Whole:
         """Everything that is kept, by kind."""
         return [("whole", self._value)]
 
-    def energy(self) -> Tensor:
-        """Its squared Frobenius norm."""
-        return torch.linalg.vector_norm(self._value, dtype=torch.float32).square()
+    def pieces_of_norm(self) -> tuple[list[Tensor], float]:
+        """As of a ``Part``."""
+        return [self._value], 1.0
 
     def finite(self) -> Tensor:
         """Whether every number is finite: a scalar tensor, boolean."""
@@ -193,6 +193,20 @@ class Whole:
     def _value(self) -> Tensor:
         assert self.value is not None
         return self.value
+
+
+def energies(parts: Sequence[Part | Whole]) -> list[Tensor]:
+    """Squared Frobenius norms of gradients of which parts were kept: estimates, see ``Part.pieces_of_norm``."""
+    each = [part.pieces_of_norm() for part in parts]
+    found: list[Any] = [None] * len(parts)
+    for count in {len(tensors) for tensors, _ in each}:
+        here = [i for i, (tensors, _) in enumerate(each) if len(tensors) == count]
+        tensors = [x for i in here for x in each[i][0]]
+        wide = any(x.dtype == torch.float64 for x in tensors)
+        norms = torch.stack(torch._foreach_norm(tensors, 2, None if wide else torch.float32)).float()
+        for i, total in zip(here, norms.view(-1, count).square().sum(dim=1).unbind(), strict=True):
+            found[i] = total if each[i][1] == 1.0 else total / each[i][1]
+    return found
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

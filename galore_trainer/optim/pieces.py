@@ -9,6 +9,7 @@ stored weight ([local rows, width], whatever the heads), so that it shards and g
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -23,6 +24,12 @@ ROW_KEYS = (
 )  # fmt: skip
 BASIS_KEYS = ("basis", "basis_scale")
 AGE_KEYS = ("step", "residual_step")  # each piece counts its own: kernels do so where the number lies
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _bare(key: str) -> str:
+    """A key of a state without what names its matrix."""
+    return key.rsplit(".", 1)[-1]
 
 
 def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
@@ -88,11 +95,16 @@ def _as_slice(index: Tensor) -> Any:
 class PieceState(MutableMapping[str, Any]):
     """A piece's view of its parameter's state: reads what was there when the step began, and what it wrote since.
 
-    Several pieces share counters and tensors; what they write reaches the parameter's state in ``commit``.
+    What it writes reaches the parameter's state in ``commit``.
+
+    Args:
+        base: the parameter's state.
+        piece: a part of one of its matrices.
+        shares: whether other pieces of this matrix are here, which read the same counters.
     """
 
-    def __init__(self, base: MutableMapping[str, Any], piece: Piece) -> None:
-        self.base, self.piece = base, piece
+    def __init__(self, base: MutableMapping[str, Any], piece: Piece, *, shares: bool) -> None:
+        self.base, self.piece, self._shares = base, piece, shares
         self.own: dict[str, Any] = {}
         self.gone: set[str] = set()
 
@@ -101,12 +113,12 @@ class PieceState(MutableMapping[str, Any]):
             return self.own[key]
         if key in self.gone:
             raise KeyError(key)
-        name, piece = key.rsplit(".", 1)[-1], self.piece
+        name, piece = _bare(key), self.piece
         if name in ROW_KEYS:
             value = self.base[name]
             return value[piece.at].view(piece.blocks, piece.block_rows, value.shape[-1])
         value = self.base[key]
-        if name in AGE_KEYS:
+        if self._shares and name in AGE_KEYS:
             self.own[key] = value = value.clone()
         return value[piece.bases] if name in BASIS_KEYS else value
 
@@ -125,7 +137,7 @@ class PieceState(MutableMapping[str, Any]):
         return len(self.base)
 
     def __contains__(self, key: object) -> bool:
-        name = str(key).rsplit(".", 1)[-1]
+        name = _bare(str(key))
         return key in self.own or (key not in self.gone and (name if name in ROW_KEYS else key) in self.base)
 
 
@@ -134,7 +146,7 @@ def commit(base: MutableMapping[str, Any], states: Sequence[PieceState], local_r
     new: dict[str, Tensor] = {}
     for state in states:
         for key, value in state.own.items():
-            name = key.rsplit(".", 1)[-1]
+            name = _bare(key)
             if name not in ROW_KEYS:
                 base[key] = value
                 continue
@@ -148,5 +160,5 @@ def commit(base: MutableMapping[str, Any], states: Sequence[PieceState], local_r
                 new[name] = old.clone() if known else rows.new_zeros(local_rows, rows.shape[-1])  # type: ignore[union-attr]
             new[name][state.piece.at] = rows
     base.update(new)
-    for name in {key.rsplit(".", 1)[-1] for state in states for key in state.gone}:
+    for name in {_bare(key) for state in states for key in state.gone}:
         base.pop(name, None)

@@ -26,7 +26,7 @@ from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
 from galore_trainer.optim.residual_state import has_residual, reset_residual
 from galore_trainer.optim.skips import Flag, finite_flags, no_skips
 from galore_trainer.optim.stack import AGE, Job, Stack, runs
-from galore_trainer.optim.update import by_core, make_plain_state, move, stack_elements, update_plain
+from galore_trainer.optim.update import by_core, make_plain_state, move, move_plain, stack_elements
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -106,11 +106,12 @@ def step_sharded(optimizer: GaLoreAdamW, held: Sequence[Held]) -> list[Flag]:
     moving = [w for w in held if id(w) not in resting]
     projected = [w for w in moving if w.matrices]
     with optimizer.stopwatch.measure("plain", held[0].weight.device):
-        for w in moving:
-            if not w.matrices:
-                update_plain(
-                    PlainJob(w.weight, w.grad, w.name, w.group, w.ok, w.state), optimizer.config, optimizer.seed
-                )
+        plain = [w for w in moving if not w.matrices]
+        for w in plain:
+            if not w.state:
+                make_plain_state(w.weight, w.state, optimizer.config)
+        jobs = [PlainJob(w.weight, w.grad, w.name, w.group, w.ok, w.state) for w in plain]
+        move_plain(jobs, optimizer.config, optimizer.seed)
     for members in _by_ranks(projected):
         rows = completed_cut_rows([w.shard for w in members], [w.grad for w in members])
         for w, cut in zip(members, rows, strict=True):
@@ -139,14 +140,18 @@ def _by_ranks(held: Sequence[Held]) -> Iterator[list[Held]]:
 
 
 def _count_up(held: list[Held]) -> None:
-    """Sum over processes: whether every number of a gradient is finite, and its squared norm."""
+    """Sum over processes: whether every number of a gradient is finite, and, where it is asked, its squared norm."""
     flats = [w.grad for w in held]
-    filled = [flat if flat.numel() else flat.new_zeros(1) for flat in flats]
-    bad = 1.0 - torch.stack(finite_flags(flats)).double()
-    norms = torch.stack([norm.double() for norm in torch._foreach_norm(filled, 2, torch.float32)])
-    total_bad, energy = held[0].shard.ranks.sum(torch.stack([bad, norms * norms])).unbind()
-    for w, ok, each in zip(held, (total_bad == 0.0).float().unbind(), energy.unbind(), strict=True):
-        w.ok, w.energy = ok, each
+    numbers = [1.0 - torch.stack(finite_flags(flats)).double()]
+    if any(w.fresh or w.due for w in held):  # the same on every process
+        filled = [flat if flat.numel() else flat.new_zeros(1) for flat in flats]
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm(filled, 2, torch.float32)])
+        numbers.append(norms * norms)
+    bad, *energy = held[0].shard.ranks.sum(torch.stack(numbers)).unbind()
+    for w, ok in zip(held, (bad == 0.0).float().unbind(), strict=True):
+        w.ok = ok
+    for w, each in zip(held, energy[0].unbind() if energy else (), strict=bool(energy)):
+        w.energy = each
 
 
 def _create_states(optimizer: GaLoreAdamW, held: Sequence[Held]) -> set[int]:
@@ -173,12 +178,13 @@ def _update(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
         jobs: list[Job] = []
         states = []
         for w, W, G in opened:
-            own = [PieceState(w.state, piece) for piece in _flat(w.pieces)]
+            own = _piece_states(w.state, w.pieces)
             states.append(own)
             jobs += [w.stack(state.piece, state, W[state.piece.at], G[state.piece.at]).jobs[0] for state in own]
         views = [isinstance(state.piece.at, slice) for own in states for state in own]  # kernels write to these
-        move([job for job, view in zip(jobs, views, strict=True) if view], config, seed, asked)
-        by_core([job for job, view in zip(jobs, views, strict=True) if not view], config, seed, asked)
+        alike = sorted(zip(jobs, views, strict=True), key=lambda pair: pair[0].parameter.shape, reverse=True)
+        move([job for job, view in alike if view], config, seed, asked)
+        by_core([job for job, view in alike if not view], config, seed, asked)
         moved = iter(jobs)
         for (w, W, _), own in zip(opened, states, strict=True):
             for state in own:
@@ -193,8 +199,8 @@ def _update(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
             w.state["calls"] += 1
 
 
-def _flat(pieces: Sequence[Sequence[Piece]]) -> list[Piece]:
-    return [piece for own in pieces for piece in own]
+def _piece_states(state: MutableMapping[str, Any], pieces: Sequence[Sequence[Piece]]) -> list[PieceState]:
+    return [PieceState(state, piece, shares=len(own) > 1) for own in pieces for piece in own]
 
 
 def _count_along(w: Held, matrix: LogicalMatrix, config: GaLoreConfig) -> None:
@@ -269,7 +275,7 @@ def _energy(w: Held, rows: Tensor, G: Tensor) -> Tensor:
 def _carry_over(w: Held, whole: Stack, pieces: Sequence[Piece], P: Tensor, config: GaLoreConfig) -> Tensor:
     """Carry the local moments over to new bases; returns these, with their signs."""
     mode, betas = config.momentum_transfer, w.group["betas"]
-    states = [PieceState(w.state, piece) for piece in pieces]
+    states = _piece_states(w.state, [pieces])
     for piece, state in zip(pieces, states, strict=True):
         stack = w.stack(piece, state)
         old = stack.read()
