@@ -68,9 +68,14 @@ class Layout(NamedTuple):
 
 
 def upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Columns of equally many 64-bit numbers as an int64 tensor [columns, count] on the device."""
-    numbers = torch.tensor(columns, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    return numbers.to(device, non_blocking=True)
+    """Columns of equally many 64-bit numbers as an int64 tensor [columns, count] on the device.
+
+    Every column begins at a multiple of 16 bytes, whatever their number: Triton compiles a kernel anew for others.
+    """
+    count = len(columns[0])
+    even = columns if count % 2 == 0 else [[*column, 0] for column in columns]
+    numbers = torch.tensor(even, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True)[:, :count]
 
 
 def scatter(

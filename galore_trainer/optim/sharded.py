@@ -26,7 +26,7 @@ from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
 from galore_trainer.optim.residual_state import has_residual, reset_residual
 from galore_trainer.optim.skips import Flag, finite_flags, no_skips
 from galore_trainer.optim.stack import AGE, Job, Stack, runs
-from galore_trainer.optim.update import by_core, make_plain_state, move, move_plain, stack_elements
+from galore_trainer.optim.update import REFRESH_ELEMENTS, by_core, make_plain_state, move, move_plain, stack_elements
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -121,8 +121,8 @@ def step_sharded(optimizer: GaLoreAdamW, held: Sequence[Held]) -> list[Flag]:
         with optimizer.stopwatch.measure("refresh", due[0].weight.device):
             good = torch.stack([w.ok * (w.energy > 0.0) for w in due]).tolist()
             fit = [w for w, is_fit in zip(due, good, strict=True) if is_fit]
-            for w in fit:
-                _refresh(optimizer, w)
+            for members in _alike(fit):
+                _refresh(optimizer, members)
             for members in _by_ranks(fit):
                 new = [(m.logical(w.name), m.prefix, w.state) for w in members for m in w.matrices]
                 check_bases(members[0].shard.ranks, new)
@@ -219,57 +219,91 @@ def _count_along(w: Held, matrix: LogicalMatrix, config: GaLoreConfig) -> None:
 # ---------------------------------------------------------------------- refresh
 
 
-def _refresh(optimizer: GaLoreAdamW, w: Held) -> None:
-    """New bases for a weight, the same on every process, and its local moments carried over."""
-    config, state, G = optimizer.config, w.state, w.gradient()
-    first = state["refreshes"] == 0
-    for matrix, pieces in zip(w.matrices, w.pieces, strict=True):
-        whole = w.stack(matrix, state)
-        P = _basis(w, whole, G, config, optimizer.seed)
+def _alike(held: Sequence[Held]) -> Iterator[list[Held]]:
+    """Equal weights whose bases are found together, the same on every process; not too many at a time."""
+    groups: dict[Any, list[Held]] = {}
+    for w in held:
+        key = (w.shard.ranks, w.shard.rows, w.shard.columns, tuple(w.matrices), w.state["refreshes"] == 0)
+        groups.setdefault(key, []).append(w)
+    for members in groups.values():
+        shard = members[0].shard
+        yield from runs(members, lambda w: w.shard.rows * w.shard.columns, REFRESH_ELEMENTS * shard.ranks.count)
+
+
+def _refresh(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
+    """New bases for equal weights, the same on every process, and their local moments carried over."""
+    config, first = optimizer.config, held[0].state["refreshes"] == 0
+    grads = [w.gradient() for w in held]
+    names: list[str] = []
+    energies: list[Tensor] = []
+    for j in range(len(held[0].matrices)):
+        stack = Stack([w.stack(w.matrices[j], w.state).jobs[0] for w in held])
+        each = stack.split(_bases(held, stack, grads, config, optimizer.seed))
         if not first:
-            P = _carry_over(w, whole, pieces, P, config)
-        P = whole.put_basis(P)
-        optimizer.projection_errors[matrix.logical(w.name)] = _projection_error(w, pieces, G, P)
-    count_refresh(state, config)
+            triples = zip(held, stack.jobs, each, strict=True)
+            each = [_carry_over(w, Stack([job]), w.pieces[j], P, config) for w, job, P in triples]
+        bases = stack.split(stack.put_basis(torch.cat(list(each))))
+        names += [job.name for job in stack.jobs]
+        energies += [_energies(w, w.pieces[j], G, P) for w, G, P in zip(held, grads, bases, strict=True)]
+    whole, kept = held[0].shard.ranks.sum(torch.stack(energies)).unbind(dim=1)
+    errors = (1.0 - kept / whole.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0.0).sqrt()
+    optimizer.projection_errors.update(zip(names, errors.unbind(), strict=True))
+    for w in held:
+        count_refresh(w.state, config)
 
 
-def _basis(w: Held, whole: Stack, G: Tensor, config: GaLoreConfig, seed: int) -> Tensor:
-    """Bases of one logical matrix: from its rows where they lie, or, where those are few or needed whole, gathered."""
-    matrix = whole.matrix
-    rows = stored_rows(matrix, w.shard.rows).to(G.device)  # [blocks, block rows]
+def _bases(held: Sequence[Held], stack: Stack, grads: Sequence[Tensor], config: GaLoreConfig, seed: int) -> Tensor:
+    """Bases of one logical matrix of each: from rows where they lie, or, where those are few or needed whole, gathered.
+
+    Args:
+        held: equal weights.
+        stack: their matrices.
+        grads: their local rows.
+        config, seed: of the optimizer.
+    """
+    matrix, ranks = stack.matrix, held[0].shard.ranks
+    rows = stored_rows(matrix, held[0].shard.rows).to(grads[0].device)  # [blocks, block rows]
     if matrix.lends_heads:
-        rows = rows.unflatten(1, (matrix.heads_per_block, matrix.head_dim))
-        heads = draw_heads(whole.jobs, config, seed, lambda: _energy(w, rows, G))
-        rows = rows[torch.arange(matrix.blocks, device=rows.device)[:, None], heads].flatten(1)
-    smaller = min(rows.shape[1], matrix.columns)
+        by_head = rows.unflatten(1, (matrix.heads_per_block, matrix.head_dim))
+        heads = draw_heads(stack.jobs, config, seed, lambda: torch.cat(_energies_of_heads(held, by_head, grads)))
+        block = torch.arange(matrix.blocks, device=rows.device)[:, None]
+        lent = [by_head[block, own].flatten(1) for own in stack.split(heads)]
+    else:
+        lent = [rows] * len(held)
+    smaller = min(lent[0].shape[1], matrix.columns)
     thin = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), smaller, smaller) < smaller
     if config.svd == "randomized" and matrix.blocks == 1 and thin and not matrix.lends_heads:
-        own = G[_owned(w, rows)[1]].unsqueeze(0)
-        return find_bases(whole, [own], config, seed, reduce=w.shard.ranks.sum)
-    return find_bases(whole, [_gather(w, rows, G)], config, seed)
+        own = [G[_own_rows(w, matrix)].unsqueeze(0) for w, G in zip(held, grads, strict=True)]
+        most = max(part.shape[1] for part in own)  # a row of zeros adds nothing to a sum over rows
+        filled = [torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in own]
+        return find_bases(stack, filled, config, seed, reduce=ranks.sum)
+    found = [_of_rows(w, each, G) for w, each, G in zip(held, lent, grads, strict=True)]
+    return find_bases(stack, list(ranks.sum(torch.stack(found)).unbind()), config, seed)
 
 
-def _owned(w: Held, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of rows of the stored weight, those that this process owns: places in ``rows`` flattened, and local rows."""
-    local = rows.flatten() - w.shard.first
+def _own_rows(w: Held, matrix: LogicalMatrix) -> Any:
+    """The local rows of a matrix of one block that this process owns: a slice where they follow one another."""
+    owned, first = w.shard.owned, w.shard.first
+    if matrix.outer == 1:
+        start = max(owned.start, matrix.start - first)
+        return slice(start, max(start, min(owned.stop, matrix.start + matrix.length - first)))
+    local = stored_rows(matrix, w.shard.rows).flatten() - first
+    return local[(local >= owned.start) & (local < owned.stop)]
+
+
+def _of_rows(w: Held, rows: Tensor, G: Tensor) -> Tensor:
+    """Rows of the whole gradient, zeros where another process owns them, float32: [*rows, n]."""
+    if not w.shard.local_rows:
+        return G.new_zeros(*rows.shape, w.shard.columns, dtype=torch.float32)
+    local = rows - w.shard.first
     own = (local >= w.shard.owned.start) & (local < w.shard.owned.stop)
-    return own.nonzero().flatten(), local[own]
+    return torch.where(own.unsqueeze(-1), G[local.clamp(0, w.shard.local_rows - 1)].float(), 0.0)
 
 
-def _gather(w: Held, rows: Tensor, G: Tensor) -> Tensor:
-    """Rows of the whole gradient on every process, float32: [blocks, rows, n]."""
-    places, local = _owned(w, rows)
-    lent = torch.zeros(rows.numel(), w.shard.columns, device=G.device)
-    lent[places] = G[local].float()
-    return w.shard.ranks.sum(lent).view(*rows.shape, w.shard.columns)
-
-
-def _energy(w: Held, rows: Tensor, G: Tensor) -> Tensor:
-    """Squared norm of each head's gradient, [blocks, heads]; rows are [blocks, heads, d]."""
-    places, local = _owned(w, rows)
-    by_row = torch.zeros(rows.numel(), device=G.device)
-    by_row[places] = G[local].float().square().sum(dim=1)
-    return w.shard.ranks.sum(by_row).view(rows.shape).sum(dim=-1)
+def _energies_of_heads(held: Sequence[Held], rows: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
+    """Squared norm of each head's gradient, [blocks, heads] of each weight; rows are [blocks, heads, d]."""
+    own = [_of_rows(w, rows, G).square().sum(dim=(-2, -1)) for w, G in zip(held, grads, strict=True)]
+    return list(held[0].shard.ranks.sum(torch.stack(own)).unbind())
 
 
 def _carry_over(w: Held, whole: Stack, pieces: Sequence[Piece], P: Tensor, config: GaLoreConfig) -> Tensor:
@@ -293,12 +327,12 @@ def _carry_over(w: Held, whole: Stack, pieces: Sequence[Piece], P: Tensor, confi
     return galore.change_basis(galore.MatrixState(old_P, nothing, nothing, age), P, "right", mode, betas=betas).P
 
 
-def _projection_error(w: Held, pieces: Sequence[Piece], G: Tensor, P: Tensor) -> Tensor:
+def _energies(w: Held, pieces: Sequence[Piece], G: Tensor, P: Tensor) -> Tensor:
+    """Squared norms of what this process owns of a matrix's gradient, and of its projection: [2]."""
     own = torch.zeros(w.shard.local_rows, 1, device=G.device)
     own[w.shard.owned] = 1.0
     totals = torch.zeros(2, device=G.device)
     for piece in pieces:
         X = (G[piece.at].float() * own[piece.at]).view(piece.blocks, piece.block_rows, -1)
         totals += torch.stack([X.square().sum(), galore.project(X, P[piece.bases], "right").square().sum()])
-    whole, kept = w.shard.ranks.sum(totals).unbind()
-    return (1.0 - kept / whole.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0.0).sqrt()
+    return totals

@@ -323,3 +323,12 @@ def test_plain_adamw_is_torchs(dtype: torch.dtype, weight_decay: float, device: 
             rtol, atol = (1e-6, 1e-7) if dtype == torch.float32 else (2**-7, 1e-7)
             torch.testing.assert_close(W[i].float(), wide[i].data, rtol=rtol, atol=atol)
             torch.testing.assert_close(V[i], theirs[i].state[wide[i]]["exp_avg_sq"], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_every_column_of_a_table_begins_where_wide_loads_may(count: int) -> None:
+    """Else an odd number of matrices would have every kernel compiled a second time, in the midst of training."""
+    columns = [[7 * i + j for j in range(count)] for i in range(3)]
+    table = upload(columns, torch.device("cpu"))
+    assert table.tolist() == columns
+    assert all(row.data_ptr() % 16 == table.data_ptr() % 16 for row in table.unbind())

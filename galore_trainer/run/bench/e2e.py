@@ -31,8 +31,8 @@ def bench_e2e(bench: Bench) -> dict[str, Any]:
 
     Returns:
         ``timings`` by name, with "forward and backward" alone; ``refresh``: of all weights; ``svd``: as in
-        ``bench_refresh``; ``staggered``: milliseconds of each step of a run in which every step refreshes some weights;
-        ``missing`` methods.
+        ``bench_refresh``; ``staggered``: milliseconds of each step of a run whose refreshes are spread over its steps,
+        and ``refreshed``: which of them refreshed a weight; ``missing`` methods.
     """
     missing, batches = missing_peers(bench), batches_of(bench)
     model = make_model(bench, bench.model_layers)
@@ -66,8 +66,21 @@ def bench_e2e(bench: Bench) -> dict[str, Any]:
     step = training_step(model, staggered, batches)
     for _ in range(bench.gap // 2):  # through the first refreshes, with which bases begin
         step()
-    times = [timed(step, bench.torch_device)[0] for _ in range(bench.steps)]
-    return {"timings": timings, "refresh": refresh, "svd": svd, "staggered": times, "missing": missing}
+    times: list[float] = []
+    counts = [_refreshes(staggered)]
+    for _ in range(bench.steps):
+        times.append(timed(step, bench.torch_device)[0])
+        counts.append(_refreshes(staggered))
+    refreshed = [after > before for before, after in itertools.pairwise(counts)]
+    return {
+        "timings": timings, "refresh": refresh, "svd": svd, "staggered": times, "refreshed": refreshed,
+        "missing": missing,
+    }  # fmt: skip
+
+
+def _refreshes(optimizer: torch.optim.Optimizer) -> int:
+    """How many bases the optimizer has found so far; the device is not asked."""
+    return sum(state.get("refreshes", 0) for state in optimizer.state.values())
 
 
 def batches_of(bench: Bench) -> Iterator[Tensor]:

@@ -45,6 +45,18 @@ def _tail(found: Found) -> dict[str, float]:
     return {"ratio": percentile(times, 0.99) / statistics.median(times), "low": min(halves), "high": max(halves)}
 
 
+def told_of_tails(e2e: dict[str, Any]) -> list[str]:
+    """Steps that refreshed a weight and steps that did not: what the second kind says of its tail is the machine's."""
+    pairs = list(zip(e2e["refreshed"], e2e["staggered"], strict=True))
+    text = []
+    for kind, title in ((True, "steps that refresh a weight"), (False, "steps that refresh none")):
+        times = [ms for refreshed, ms in pairs if refreshed == kind]
+        if times:
+            median, tail = statistics.median(times), percentile(times, 0.99)
+            text.append(f"{title:<36}{median:10.3f} ms   99th percentile {tail:.3f}, {tail / median:.3f} of it")
+    return text
+
+
 def _layerwise(found: Found, gap: int) -> dict[str, float]:
     timings = found["e2e"]["timings"]
     below = spread(found["e2e"]["refresh"], gap)  # layer-wise mode refreshes within its steps

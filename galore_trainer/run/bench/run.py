@@ -13,7 +13,7 @@ import torch
 
 from galore_trainer.run.artifacts import environment
 from galore_trainer.run.bench.measure import Timing
-from galore_trainer.run.bench.rows import PARTS, rows_of
+from galore_trainer.run.bench.rows import PARTS, rows_of, told_of_tails
 from galore_trainer.run.bench.step import line_of, lines
 from galore_trainer.run.bench.weights import Bench
 
@@ -44,6 +44,8 @@ def run_bench(
             say(line_of("refresh of all weights", found[part]["refresh"]))
         if "svd" in found[part]:
             say(f"{'SVDs of all weights':<36}{found[part]['svd']:10.1f} ms   each shape timed once")
+        for line in told_of_tails(found[part]) if "refreshed" in found[part] else ():
+            say(line)
         for name, text in found[part].pop("profiles", {}).items():
             say(f"{name}\n{text}")
         gc.collect()
