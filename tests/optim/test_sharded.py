@@ -52,6 +52,10 @@ class Thread(Ranks):
         object.__setattr__(self, "meeting", meeting)
         object.__setattr__(self, "rank", rank)
 
+    @property
+    def count(self) -> int:
+        return WORLD
+
     def differing(self, x: Tensor) -> Tensor:
         return self.sum(x) != WORLD * x
 
@@ -194,13 +198,15 @@ def test_any_sharding_equals_the_whole_weight(architecture: Any, settings: dict[
 def test_kernels_move_cut_weights_too(kind: str, sharing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = threading.Lock()
 
-    update = fused.update
+    def one_at_a_time(work: Callable[..., Any]) -> Callable[..., Any]:
+        def locked(*args: Any) -> Any:
+            with alone:  # Triton's interpreter knows one thread
+                return work(*args)
 
-    def one_at_a_time(*args: Any) -> Any:
-        with alone:  # Triton's interpreter knows one thread
-            return update(*args)
+        return locked
 
-    monkeypatch.setattr(fused, "update", one_at_a_time)
+    for name in ("update", "plain_update"):
+        monkeypatch.setattr(fused, name, one_at_a_time(getattr(fused, name)))
     monkeypatch.setattr(fused, "LIBRARY", 0)  # eigenvectors by the library: interpreted rotations take long
     check_sharding(LLAMA, {"kernels": "triton", "head_sharing": sharing}, kind)
 
