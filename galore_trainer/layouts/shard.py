@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-HOSTS_WAIT = datetime.timedelta(minutes=10)  # as long as NCCL waits for a process by itself
+HOSTS_WAIT = datetime.timedelta(hours=6)  # a process that ends is noticed at once; for others NCCL has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Ranks:
         if dist.get_backend(self.group) == "gloo":
             return self
         members = None if self.group is None else dist.get_process_group_ranks(self.group)
-        return Ranks(dist.new_group(members, backend="gloo", timeout=HOSTS_WAIT))
+        alone = members is not None  # other processes do not come here
+        return Ranks(dist.new_group(members, HOSTS_WAIT, "gloo", use_local_synchronization=alone))
 
     def differing(self, x: Tensor) -> Tensor:
         """Where the processes do not all hold the same numbers, boolean."""

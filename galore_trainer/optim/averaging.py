@@ -38,7 +38,6 @@ class Averager:
         self.sent: dict[str, int] = defaultdict(int)
         self._pending = False
         self._checked = False
-        self._averaged: list[ProjectedGradient] = []
 
     def note(self, grad: ProjectedGradient) -> None:
         """A backward has made or changed a gradient.
@@ -68,9 +67,8 @@ class Averager:
             self._refuse(named, self.ranks.differing(torch.stack([checksum(p) for _, p in named])), "other weights")
         there = torch.tensor([p.grad is not None for _, p in named], dtype=torch.int64)
         self._refuse(named, self.ranks.hosts.differing(there), "no gradient where another has one")
-        self._averaged = [p.grad for _, p in named if isinstance(p.grad, ProjectedGradient)]
         by_dtype: dict[torch.dtype, list[tuple[str, Tensor]]] = defaultdict(list)
-        for grad in self._averaged:
+        for grad in _projected(named):
             grad.averaged = True
             by_dtype[torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32] += grad.kept()
         for wire, tensors in by_dtype.items():
@@ -78,8 +76,8 @@ class Averager:
                 self._reduce(bucket, wire)
 
     def measure(self) -> None:
-        """Find the energies of all gradients that were averaged last, together."""
-        measure_together(self._averaged)
+        """Find the energies of all gradients, which were averaged, together."""
+        measure_together(_projected(self._weights()))
 
     def _reduce(self, bucket: list[tuple[str, Tensor]], wire: torch.dtype) -> None:
         tensors = [x for _, x in bucket]
@@ -98,6 +96,10 @@ class Averager:
                 "same weights on every process, and let every weight take part in every forward, or train without "
                 "galore.layerwise."
             )
+
+
+def _projected(named: Sequence[tuple[str, Tensor]]) -> list[ProjectedGradient]:
+    return [p.grad for _, p in named if isinstance(p.grad, ProjectedGradient)]
 
 
 def _like(tensors: Sequence[Tensor], flat: Tensor) -> list[Tensor]:

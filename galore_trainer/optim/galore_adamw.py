@@ -111,7 +111,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         group.setdefault("names", [f"{index}.{i}" for i in range(len(group["params"]))])
         self._locator.note(group)
         if group["projected"]:
-            self._places |= {name: len(self._places) + i for i, name in enumerate(group["names"])}
+            for name in group["names"]:
+                self._places.setdefault(name, len(self._places))
             if "matrices" not in group:
                 pairs = zip(group["shapes"], group["names"], strict=True)
                 group["matrices"] = [[project_whole(shape, name, self.config)] for shape, name in pairs]
@@ -162,7 +163,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return self._jobs(with_gradients(self.param_groups, self._locator)[1])
 
     def _move_projected(self, whole: list[Projected]) -> list[Flag]:
-        """Weights that keep their bases move before the refresh of the others, which waits for the device."""
+        """Weights that keep their bases move before the refresh of the others, which may wait for the device."""
         check_wanted(self._jobs(whole), self.config)
         self._doubts.settle()
         due: list[Projected] = []

@@ -64,7 +64,7 @@ class ProjectedGradient(torch.Tensor):
         """The gradient's norm: exact for a single backward of one process, else estimated, see ``energies``."""
         self.settle()
         if self._batches == 1 and not self.averaged:
-            return self._norm if self._factor is None else self._norm * self._factor
+            return self._norm if self._factor is None else (self._norm * self._factor).abs()
         if self.energy is None and self.averaged:
             self._average.measure()
         elif self.energy is None:
@@ -123,9 +123,9 @@ class ProjectedGradient(torch.Tensor):
                 return mine
         elif func is NORM and len(args) < 3 and (len(args) == 1 or args[1] == 2):
             return first.frobenius()
-        elif func in PRODUCTS and isinstance(first, cls):
+        elif func in PRODUCTS and isinstance(first, cls) and _is_number(args[1]):
             return first.scale_(args[1])
-        elif func in QUOTIENTS and isinstance(first, cls):
+        elif func in QUOTIENTS and isinstance(first, cls) and _is_number(args[1]):
             return first.scale_(1.0 / args[1])
         elif func is ZERO:
             return first.clear()
@@ -144,6 +144,10 @@ def measure_together(grads: Iterable[ProjectedGradient]) -> None:
     for grad in asked:
         own = [next(found) for _ in grad.parts]
         grad.energy = own[0] if len(own) == 1 else torch.stack(own).sum()
+
+
+def _is_number(factor: Any) -> bool:
+    return not isinstance(factor, Tensor) or factor.numel() == 1
 
 
 def _copy_of(factor: Tensor) -> Tensor:

@@ -87,10 +87,6 @@ class Locator:
         """Whether DeepSpeed has put a flat tensor in the place of a group's parameters."""
         return bool(self._originals[group["gid"]]) and is_zero(self._originals[group["gid"]][0]())
 
-    def is_held(self, group: dict[str, Any], p: Tensor) -> bool:
-        """Whether a parameter of a group is only this process's part of a weight, or of several."""
-        return is_dtensor(p) or self.is_flat(group)
-
     def held(self) -> list[Held]:
         """The weights with gradients that are held in part, the same on every process, in the same order."""
         found: list[Held] = []

@@ -199,8 +199,9 @@ def energies(parts: Sequence[Part | Whole]) -> list[Tensor]:
     """Squared Frobenius norms of gradients of which parts were kept: estimates, see ``Part.pieces_of_norm``."""
     each = [part.pieces_of_norm() for part in parts]
     found: list[Any] = [None] * len(parts)
-    for count in {len(tensors) for tensors, _ in each}:
-        here = [i for i, (tensors, _) in enumerate(each) if len(tensors) == count]
+    alike = [(len(tensors), tensors[0].device) for tensors, _ in each]
+    for count, device in dict.fromkeys(alike):
+        here = [i for i, key in enumerate(alike) if key == (count, device)]
         tensors = [x for i in here for x in each[i][0]]
         wide = any(x.dtype == torch.float64 for x in tensors)
         norms = torch.stack(torch._foreach_norm(tensors, 2, None if wide else torch.float32)).float()

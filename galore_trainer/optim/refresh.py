@@ -69,23 +69,25 @@ class Doubts:
 
 
 def part_due(due: Iterable[Job], config: GaLoreConfig) -> tuple[list[Job], list[Job]]:
-    """Jobs whose refresh may fail without harm, and those whose gradients are looked at before it."""
-    bold: list[Job] = []
-    careful: list[Job] = []
-    for job in due:
-        (bold if _may_fail(job, config) else careful).append(job)
-    return bold, careful
+    """Jobs whose refresh may fail without harm, and those whose gradients are looked at before it.
+
+    All matrices of a weight are of one kind, as its refreshes are counted once.
+    """
+    jobs = list(due)
+    asking = {id(job.state) for job in jobs if not _may_fail(job, config)}
+    return [job for job in jobs if id(job.state) not in asking], [job for job in jobs if id(job.state) in asking]
 
 
 def _may_fail(job: Job, config: GaLoreConfig) -> bool:
-    """Whether a refresh can leave a basis for another step: there is one, was not late already, and is not due then.
+    """Whether a refresh can leave a basis for another step: it came from a whole gradient, and is not due off its grid.
 
-    ``momentum_transfer: reset`` would start its moments anew twice; the library's SVDs raise an error at numbers that
-    are none; and where tools that never fail are as fast there is nothing to gain.
+    The residual begins at the first of these, with the gradient of that step. ``momentum_transfer: reset`` would start
+    its moments anew twice; the library's SVDs raise an error at numbers that are none; and where tools that never fail
+    are as fast there is nothing to gain.
     """
     state, gap, (_, m, n) = job.state, config.update_proj_gap, job.matrix.lending_shape
     width = sketch_width(job.matrix.rank, config.resolved_oversampling(job.matrix.rank), m, n)
-    kept = state["refreshes"] > 0 and gap > 1 and (state["calls"] - state["phase"]) % gap == 0
+    kept = state["refreshes"] > config.sketches_first and gap > 1 and (state["calls"] - state["phase"]) % gap == 0
     raises = config.diagnose_refreshes > 0 or decomposes(config.svd, width, m, n, config.momentum_transfer == "keep")
     apt = not raises and config.momentum_transfer != "reset"
     return kept and apt and tools_for(config, job.parameter.device) != CERTAIN
@@ -114,10 +116,12 @@ def refresh_stack(
     old, first = stack.read(), stack.jobs[0].state["refreshes"] == 0
     rows = lending_rows(stack, G, config, seed)
     P = find_bases(stack, rows, config, seed, certainly=doubts is None)
+    ok: Tensor | None = None
     if doubts is not None:
         norms = torch.stack(norms_of([job.grad for job in stack.jobs]))
         found = torch.isfinite(P).reshape(len(stack.jobs), -1).all(dim=1) & torch.isfinite(norms) & (norms > 0.0)
-        P = torch.where(stack.spread(found), P, old.P)
+        ok = stack.spread(found)
+        P = torch.where(ok, P, old.P)
         doubts.add(stack.jobs, ~found)
     if first:
         new = old._replace(P=P)
@@ -127,7 +131,9 @@ def refresh_stack(
         )  # fmt: skip
     new = new._replace(P=stack.put_basis(new.P))
     if new.M is not old.M:
-        stack.write_moments(new, purpose=".refresh")
+        if ok is not None:  # with the basis, its moments stay
+            new = new._replace(M=torch.where(ok, new.M, old.M), V=torch.where(ok, new.V, old.V))
+        stack.write_moments(new, purpose=".refresh", ok=None if ok is None else ok.float())
     if config.momentum_transfer == "reset":
         reset_residual(stack)
     return new

@@ -7,6 +7,7 @@ arithmetic is that of whole weights (``core/``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,15 @@ from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
 from galore_trainer.optim.residual_state import has_residual, reset_residual
 from galore_trainer.optim.skips import Flag, finite_flags, no_skips
 from galore_trainer.optim.stack import AGE, Job, Stack, runs
-from galore_trainer.optim.update import REFRESH_ELEMENTS, by_core, make_plain_state, move, move_plain, stack_elements
+from galore_trainer.optim.update import (
+    REFRESH_ELEMENTS,
+    STACK_ELEMENTS,
+    by_core,
+    make_plain_state,
+    move,
+    move_plain,
+    stack_elements,
+)
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -121,7 +130,7 @@ def step_sharded(optimizer: GaLoreAdamW, held: Sequence[Held]) -> list[Flag]:
         with optimizer.stopwatch.measure("refresh", due[0].weight.device):
             good = torch.stack([w.ok * (w.energy > 0.0) for w in due]).tolist()
             fit = [w for w, is_fit in zip(due, good, strict=True) if is_fit]
-            for members in _alike(fit):
+            for members in _alike(fit, optimizer):
                 _refresh(optimizer, members)
             for members in _by_ranks(fit):
                 new = [(m.logical(w.name), m.prefix, w.state) for w in members for m in w.matrices]
@@ -219,15 +228,33 @@ def _count_along(w: Held, matrix: LogicalMatrix, config: GaLoreConfig) -> None:
 # ---------------------------------------------------------------------- refresh
 
 
-def _alike(held: Sequence[Held]) -> Iterator[list[Held]]:
+def _alike(held: Sequence[Held], optimizer: GaLoreAdamW) -> Iterator[list[Held]]:
     """Equal weights whose bases are found together, the same on every process; not too many at a time."""
+    config, asked = optimizer.config, optimizer.max_stack_elements
+
+    def elements(w: Held) -> int:
+        """Of rows that stay where they are this process's share; gathered ones are all here, in float32, and copied."""
+        per_copy = REFRESH_ELEMENTS // STACK_ELEMENTS
+        sizes = (
+            m.rows * m.columns // w.shard.ranks.count if _stays(m, config) else per_copy * math.prod(m.lending_shape)
+            for m in w.matrices
+        )
+        return sum(sizes)
+
     groups: dict[Any, list[Held]] = {}
     for w in held:
         key = (w.shard.ranks, w.shard.rows, w.shard.columns, tuple(w.matrices), w.state["refreshes"] == 0)
         groups.setdefault(key, []).append(w)
     for members in groups.values():
-        shard = members[0].shard
-        yield from runs(members, lambda w: w.shard.rows * w.shard.columns, REFRESH_ELEMENTS * shard.ranks.count)
+        yield from runs(members, elements, stack_elements(members[0].weight.device, asked, REFRESH_ELEMENTS))
+
+
+def _stays(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
+    """Whether a basis is found from rows where they lie: not where few rows lend it, or all are needed in one place."""
+    _, rows, columns = matrix.lending_shape
+    smaller = min(rows, columns)
+    thin = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), smaller, smaller) < smaller
+    return config.svd == "randomized" and matrix.blocks == 1 and thin and not matrix.lends_heads
 
 
 def _refresh(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
@@ -270,15 +297,18 @@ def _bases(held: Sequence[Held], stack: Stack, grads: Sequence[Tensor], config: 
         lent = [by_head[block, own].flatten(1) for own in stack.split(heads)]
     else:
         lent = [rows] * len(held)
-    smaller = min(lent[0].shape[1], matrix.columns)
-    thin = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), smaller, smaller) < smaller
-    if config.svd == "randomized" and matrix.blocks == 1 and thin and not matrix.lends_heads:
+    if _stays(matrix, config):
         own = [G[_own_rows(w, matrix)].unsqueeze(0) for w, G in zip(held, grads, strict=True)]
         most = max(part.shape[1] for part in own)  # a row of zeros adds nothing to a sum over rows
-        filled = [torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in own]
+        filled = [
+            part if part.shape[1] == most else torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1]))
+            for part in own
+        ]
         return find_bases(stack, filled, config, seed, reduce=ranks.sum)
-    found = [_of_rows(w, each, G) for w, each, G in zip(held, lent, grads, strict=True)]
-    return find_bases(stack, list(ranks.sum(torch.stack(found)).unbind()), config, seed)
+    found = grads[0].new_empty(len(held), *lent[0].shape, matrix.columns, dtype=torch.float32)
+    for here, w, each, G in zip(found, held, lent, grads, strict=True):
+        here.copy_(_of_rows(w, each, G))
+    return find_bases(stack, list(ranks.sum(found).unbind()), config, seed)
 
 
 def _own_rows(w: Held, matrix: LogicalMatrix) -> Any:

@@ -177,10 +177,10 @@ class Stack:
         M, V = (self.get_moment(key, signed=signed) for key, signed in MOMENTS)
         return MatrixState(self.get_basis(), M, V, self.get_count(AGE))
 
-    def write_moments(self, new: MatrixState, purpose: str = "") -> None:
+    def write_moments(self, new: MatrixState, purpose: str = "", ok: Tensor | None = None) -> None:
         """Undo ``read`` but for the basis; see ``put_moment``."""
         for (key, signed), value in zip(MOMENTS, (new.M, new.V), strict=True):
-            self.put_moment(key, value, signed=signed, purpose=purpose)
+            self.put_moment(key, value, signed=signed, ok=ok, purpose=purpose)
         self.put_count(AGE, new.t)
 
     def create(self) -> None:

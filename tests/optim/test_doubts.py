@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refresh, "tools_for", lambda *_: Tools(by_cholesky, fused._by_library))
 
 
-def begin() -> GaLoreAdamW:
+def begin(**settings: Any) -> GaLoreAdamW:
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(40, 24, generator=generator)) for _ in NAMES]
-    config = GaLoreConfig(rank=4, update_proj_gap=GAP, residual_percent=0.0, oversampling=4)
+    config = GaLoreConfig(rank=4, update_proj_gap=GAP, residual_percent=0.0, oversampling=4, **settings)
     optimizer = GaLoreAdamW([{"params": params, "projected": True, "names": NAMES}], config, lr=1e-2)
     optimizer.max_stack_elements = 1 << 20  # all in one stack
     return optimizer
@@ -176,16 +177,51 @@ def test_layerwise_hooks_know_of_a_failure() -> None:
     config = GaLoreConfig(rank=4, update_proj_gap=GAP, residual_percent=0.0, oversampling=4, layerwise=True)
     optimizer = GaLoreAdamW([{"params": [p], "projected": True, "names": ["a"]}], config, lr=1e-2)
     bases, whole = [], []
-    for at in range(2 * GAP + 1):
+    for at in range(3 * GAP + 1):
         G = torch.randn(40, 24, generator=generator)
-        if at == GAP:
+        if at == 2 * GAP:
             G = G[:, :2] @ G[:2]
         (p * G).sum().backward()
         whole.append(not isinstance(p.grad, ProjectedGradient))
         optimizer.step()
         optimizer.zero_grad()
         bases.append(basis(optimizer, "a"))
-    assert [at for at, kept in enumerate(whole) if kept] == [GAP, GAP + 1, 2 * GAP]
+    assert [at for at, kept in enumerate(whole) if kept] == [GAP, 2 * GAP, 2 * GAP + 1, 3 * GAP]
     changed = [at for at in range(1, len(bases)) if not torch.equal(bases[at], bases[at - 1])]
-    assert changed == [GAP + 1, 2 * GAP]
+    assert changed == [GAP, 2 * GAP + 1, 3 * GAP]
     assert torch.isfinite(p).all()
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_no_residual_begins_with_an_unusable_gradient(value: float, warmup: int) -> None:
+    """Its candidates are found once: at the first basis from a whole gradient, which has to be a good one."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(40, 24, generator=generator))
+    config = GaLoreConfig(
+        rank=4, update_proj_gap=GAP, residual_percent=5.0, residual_warmup_steps=warmup, oversampling=4, layerwise=True
+    )
+    optimizer = GaLoreAdamW([{"params": [p], "projected": True, "names": ["a"]}], config, lr=1e-2)
+    for at in range(2 * GAP + 1):
+        G = torch.randn(40, 24, generator=generator)
+        if at == GAP:
+            G = torch.full_like(G, value)
+        (p * G).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    support = optimizer.state_of("a")["residual_index"]
+    assert len(set(support.flatten().tolist())) > 12
+    assert torch.isfinite(p).all()
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_moments_stay_with_a_basis_that_stays(bits: int) -> None:
+    optimizer = begin(state_bits=bits)
+    for at in range(GAP):
+        step(optimizer, at)
+    before = copy.deepcopy(dict(optimizer.state_of("b")))
+    step(optimizer, GAP, spoil={"b": float("nan")})
+    after = optimizer.state_of("b")
+    for key, value in before.items():
+        if isinstance(value, Tensor) and key != "skipped":
+            assert torch.equal(after[key], value), key

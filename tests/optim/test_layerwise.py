@@ -359,10 +359,22 @@ def test_the_norm_follows_what_happens_to_a_gradient() -> None:
         grad: Any = p.grad
         torch.testing.assert_close(torch.linalg.vector_norm(grad), G.norm())
         grad.mul_(torch.tensor(0.25))
-        grad.mul_(2.0)
+        grad.mul_(-2.0)
         torch.testing.assert_close(torch.linalg.vector_norm(grad), 0.5 * G.norm())
         optimizer.step()
         optimizer.zero_grad()
     (p * G).sum().backward()
     grad = p.grad
     assert torch.linalg.vector_norm(grad.zero_()) == 0.0
+
+
+def test_groups_that_share_a_name_are_followed_apart() -> None:
+    params = [nn.Parameter(torch.randn(24, 16)) for _ in range(4)]
+    groups = [
+        {"params": params[:2], "projected": True, "names": ["a", "b"]},
+        {"params": params[2:], "projected": True, "names": ["b", "c"]},
+    ]
+    optimizer = GaLoreAdamW(groups, GaLoreConfig(**METHOD, layerwise=True), lr=LR)
+    for _ in range(3):
+        torch.stack([p.square().sum() for p in params]).sum().backward()
+        optimizer.step()

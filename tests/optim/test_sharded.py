@@ -18,7 +18,7 @@ from galore_trainer.core.linalg import Tools, by_cholesky, by_eigh
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.build import build_optimizer
 from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
-from galore_trainer.optim import fused
+from galore_trainer.optim import fused, sharded
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.locate import BAR
 from galore_trainer.optim.pieces import ROW_KEYS, pieces_of
@@ -192,6 +192,27 @@ def test_any_sharding_equals_the_whole_weight(architecture: Any, settings: dict[
     check_sharding(architecture, settings, kind)
 
 
+@pytest.mark.parametrize("kind", ["rows", "one row", "empty", "anywhere"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"head_sharing": "joint"}, {"head_sharing": "shared"}, {"head_choice": "energy"}, {"svd": "exact"}],
+    ids=["rows that stay", "one head", "energy", "exact"],
+)
+def test_equal_weights_find_their_bases_together(settings: dict[str, Any], kind: str) -> None:
+    """As on a GPU; on a CPU each is alone."""
+    joined = []
+    find = sharded.find_bases
+
+    def counted(stack: Any, *args: Any, **more: Any) -> Tensor:
+        joined.append(len(stack.jobs))
+        return find(stack, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "find_bases", counted)
+        check_sharding(LLAMA, settings, kind, most=1 << 20)
+    assert max(joined) > 1
+
+
 @needs_triton
 @pytest.mark.parametrize("sharing", ["shared", "per_head"])  # a process may hold several pieces of a weight of blocks
 @pytest.mark.parametrize("kind", ["rows", "anywhere"])
@@ -225,31 +246,33 @@ def test_cut_weights_find_bases_by_cholesky_factors_too(monkeypatch: pytest.Monk
     assert not all(asked)
 
 
-def check_sharding(architecture: Any, settings: dict[str, Any], kind: str) -> None:
-    """Seven steps of cut weights, and of whole ones without kernels."""
+def check_sharding(architecture: Any, settings: dict[str, Any], kind: str, most: int | None = None) -> None:
+    """Seven steps of cut weights, and of whole ones without kernels; ``most`` entries of the cut ones together."""
     config = GaLoreConfig(
         rank=4, update_proj_gap=3, scale=0.5, proj_type="right",
         **{"residual_percent": 5.0, "residual_warmup_steps": 2, **settings},
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(architecture)
-    sharded, whole = Run(model, config, kind), build(model, dataclasses.replace(config, kernels="torch"))
-    start = {name: w.clone() for name, w in sharded.weights.items()}
+    cut, whole = Run(model, config, kind), build(model, dataclasses.replace(config, kernels="torch"))
+    for optimizer in cut.optimizers:
+        optimizer.max_stack_elements = most
+    start = {name: w.clone() for name, w in cut.weights.items()}
     for step in range(STEPS):
         grads = some_gradients(whole, step)
-        sharded.step(grads)
+        cut.step(grads)
         for group in whole.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 p.grad = grads[name].clone()
         whole.step()
     params = {n: p.detach() for g in whole.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
-    for name, w in sharded.weights.items():
+    for name, w in cut.weights.items():
         assert (w - start[name]).abs().max() > 1e-2
         torch.testing.assert_close(w, params[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     counters = [
         {name: {k: float(v) for k, v in state.items() if k.endswith(("step", "calls", "due", "born"))}
          for name, state in states.items()}
-        for states in sharded.states
+        for states in cut.states
     ]  # fmt: skip
     assert counters[0] == counters[1] == counters[2]
 
