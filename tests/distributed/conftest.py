@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,10 +47,7 @@ def torchrun() -> Callable[..., None]:
     """Run a script in several processes: ``torchrun(2, script, *words)``."""
 
     def run(processes: int, script: Path, *words: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         done = subprocess.run(
             [sys.executable, *command, str(script), *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
             capture_output=True, text=True,
