@@ -43,7 +43,8 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
     Args:
         G: gradients, float32 or bfloat16.
         layout: of each.
-        P: [jobs x blocks, n or rows, r], in the dtype of the gradients.
+        P: [jobs x blocks, n or rows, r], in the dtype of the gradients; or bfloat16, which float32 gradients are rounded
+            to before they are multiplied.
         side: ``right`` or ``left``.
         blocks: of equal height in each matrix.
 
@@ -59,12 +60,12 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
     tall = max(16, min(WIDEST, ACCUMULATORS // (2 if single else 1) // width))
     while tall > 64 and total * triton.cdiv(lines, tall) < ENOUGH:
         tall //= 2
-    deep = max(16, min(64, (8192 if single else 16384) // width, 32 if single else 64))
-    stages = shared_memory(P.device) // (P.element_size() * deep * (tall + width))
+    deep = 16 if single else max(16, min(64, 16384 // width))
+    stages = shared_memory(P.device) // (deep * (tall * G.dtype.itemsize + width * P.element_size()))
     kernel: Any = _project
     kernel[(total * triton.cdiv(lines, tall),)](
         G.addresses, P, R, ok, rows, lines, inner, blocks, **layout.strides, **G.pointer, RIGHT=right,
-        RANK=rank, LINES=tall, DEPTH=deep, WIDTH=width, PRECISION="tf32x3" if single else "tf32",
+        RANK=rank, LINES=tall, DEPTH=deep, WIDTH=width,
         num_warps=8 if single or tall * width > 16384 else 4, num_stages=max(1, min(3, stages)),
     )  # fmt: skip
     return R, ok
@@ -75,7 +76,7 @@ def _project(
     gradients, P, R, ok, rows, lines, inner, blocks,
     length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr,
-    LINES: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    LINES: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A program makes some lines of R (rows, or columns on the left) from ``inner`` entries each."""
     tiles = tl.cdiv(lines, LINES)
@@ -104,7 +105,9 @@ def _project(
             g = tl.load(at + rows_at[None, :], mask=(line[:, None] < lines) & inside[None, :], other=0.0)
         p = tl.load(p_at, mask=inside[:, None] & (column[None, :] < RANK), other=0.0)
         p_at += DEPTH * RANK
-        total = multiply(g, p, total, PRECISION)
+        if g.dtype != p.dtype:
+            g = rounded(g, 0, p.dtype, False)
+        total = multiply(g, p, total)
     here = (line[:, None] < lines) & (column[None, :] < RANK)
     if RIGHT:
         out = R + line.to(tl.int64)[:, None] * RANK + column[None, :]

@@ -120,11 +120,33 @@ def row_starts(rows, length, outer_stride, row_stride, EVEN: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, total, PRECISION: tl.constexpr):
-    """total + a b in float32."""
+def multiply(a, b, total):
+    """total + a b in float32; a float32 factor as three bfloat16 numbers, which leave out 2^-24 of a product.
+
+    Six products of these take half the time of three in TF32. Tensor cores cut what they add, so that long sums drift:
+    small products come first, and ``total`` takes all of them in one addition of its own.
+    """
     if WIDEN:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    if a.dtype != tl.float32:
+        return tl.dot(a, b, total)
+    high, middle, low = split(a)
+    upper, between, lower = split(b)
+    block = tl.dot(low, upper)
+    block = tl.dot(high, lower, block)
+    block = tl.dot(middle, between, block)
+    block = tl.dot(middle, upper, block)
+    block = tl.dot(high, between, block)
+    return total + tl.dot(high, upper, block)
+
+
+@triton.jit
+def split(x):
+    """The 24 bits of a float32 as three bfloat16 numbers, the largest first."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit

@@ -12,7 +12,8 @@ from torch import Tensor
 from galore_trainer.kernels import shared_memory
 from galore_trainer.kernels.tables import Layout, Scattered, mixed, multiply, pointer_at, rounded, row_keys, row_starts
 
-ROWS, COLUMNS, WARPS = 32, 128, 4  # of a program's tile, and who moves it
+TILE = {torch.bfloat16: (32, 128), torch.float32: (64, 64)}  # rows and columns, by the factors of the product
+DEPTH, WARPS = 128, 4  # terms of the product at a time, and who moves a tile
 TILES = 16  # one below the other, of one program: it loads two while it multiplies for a third
 SPARSE_KEY = 0x5851F42D4C957F2D  # tells the noise of the sparse entries from that of the whole weight
 
@@ -26,7 +27,7 @@ def apply_update_(
     Args:
         W: weights, float32 or bfloat16.
         layout: of each.
-        N, P: [jobs x blocks, ...] as in ``core.galore``, in the dtype of the weights.
+        N, P: [jobs x blocks, ...] as in ``core.galore``, in the dtype of the weights, or bfloat16.
         side: ``right`` or ``left``.
         ok: 1.0 or 0.0 for each job, [jobs].
         blocks: of equal height in each matrix.
@@ -34,19 +35,20 @@ def apply_update_(
         keys: int64 [jobs], round bfloat16 weights stochastically; None rounds to nearest.
     """
     total, rank = len(P), P.shape[-1]
-    rows, columns, single = layout.rows // blocks, layout.columns, W.dtype == torch.float32
-    width, wide = max(16, triton.next_power_of_2(rank)), COLUMNS // 2 if single else COLUMNS
-    depth, entry = min(width, wide), 4 if single else 2
-    kept, loaded = depth * wide, ROWS * width + (width - depth) * wide + ROWS * wide  # for all tiles, for each
-    stages = (shared_memory(N.device) // entry - kept) // loaded
-    tiles = min(TILES, triton.cdiv(rows, ROWS))
-    programs = triton.cdiv(rows, ROWS * tiles) * triton.cdiv(columns, wide)
+    (tall, wide), rows, columns = TILE[N.dtype], layout.rows // blocks, layout.columns
+    width, entry = max(16, triton.next_power_of_2(rank)), N.element_size()
+    depth = min(width, DEPTH)
+    kept = depth * wide * entry  # bytes, for all tiles; and for each:
+    loaded = (tall * width + (width - depth) * wide) * entry + tall * wide * W.dtype.itemsize
+    stages = (shared_memory(N.device) - kept) // loaded
+    tiles = min(TILES, triton.cdiv(rows, tall))
+    programs = triton.cdiv(rows, tall * tiles) * triton.cdiv(columns, wide)
     kernel: Any = _apply_update
     kernel[(total * programs,)](
         W.addresses, N, P, ok, ok if keys is None else keys, rows, columns, blocks, step, decay,
-        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=ROWS, COLUMNS=wide, TILES=tiles,
+        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=tall, COLUMNS=wide, TILES=tiles,
         DEPTH=depth, STAGES=max(1, min(3, stages)), STOCHASTIC=keys is not None,
-        PRECISION="tf32x3" if single else "tf32", num_warps=WARPS,
+        num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -56,7 +58,7 @@ def _apply_update(
     length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """A program moves some tiles below each other of one block; the next program those on their right."""
     program, across = tl.program_id(0), tl.cdiv(columns, COLUMNS)
@@ -91,11 +93,11 @@ def _apply_update(
                 a_at = left + (i.to(tl.int64) * RANK)[:, None] + (first + k)[None, :]
                 a = tl.load(a_at, mask=(i[:, None] < rows) & (k[None, :] < RANK - first), other=0.0)
                 if first == 0:
-                    lifted = multiply(a, b, lifted, PRECISION)
+                    lifted = multiply(a, b, lifted)
                 else:
                     more_at = b_at + (first // DEPTH) * further
                     more = tl.load(more_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
-                    lifted = multiply(a, more, lifted, PRECISION)
+                    lifted = multiply(a, more, lifted)
             new = w.to(tl.float32) * (1.0 - decay) - step * lifted
             noise = 0
             if STOCHASTIC:  # 16 bits for each of two neighbours

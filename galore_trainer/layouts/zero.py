@@ -20,11 +20,12 @@ from galore_trainer.layouts.shard import Ranks, Shard
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A weight's part of a flat tensor: its entries ``shard.start:stop`` lie at ``offset``."""
+    """A weight's part of a flat tensor: its entries ``shard.start:stop`` lie at ``offset``; ``dtype`` is the model's."""
 
     index: int
     shard: Shard
     offset: int
+    dtype: torch.dtype
 
     def of(self, flat: Tensor) -> Tensor:
         """This weight's entries of a flat tensor, a view."""
@@ -67,7 +68,7 @@ def slices_of(flat: Tensor, originals: Sequence[Any], shapes: Sequence[Sequence[
         rows = torch.Size(shape).numel() // columns
         piece = _stage3(flat, p, rows, columns) if hasattr(p, "_z3_optimizer") else _stage12(flat, p, rows, columns)
         if piece is not None:
-            found.append(Slice(index, *piece))
+            found.append(Slice(index, *piece, p.dtype))
     for each in found:
         _check(each, flat, originals[each.index])
     return found

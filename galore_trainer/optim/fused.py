@@ -107,7 +107,7 @@ def key_of(job: Job, config: GaLoreConfig) -> tuple[Any, ...]:
         residual = (residual_state.residual_lives(job, config), matrix.prefix + INDEX in job.state)
     strides = None if part is None and p.is_contiguous() and g.is_contiguous() else (p.stride(), g.stride())
     kept = (part is None, job.grad_ok is None, residual)
-    return (id(job.group), matrix.form, kept, p.shape, strides, p.dtype, g.dtype, p.get_device())
+    return (id(job.group), matrix.form, kept, p.shape, strides, p.dtype, g.dtype, job.factors, p.get_device())
 
 
 def update(stack: Stack, config: GaLoreConfig, seed: int) -> None:
@@ -127,18 +127,18 @@ def _update(stack: Stack, config: GaLoreConfig, seed: int) -> None:
     layout = places.layout(first.parameter)
     if first.part is None:
         G = places["gradients"]
-        R, ok = project(G, places.layout(first.grad), places.bases(G.dtype), side, blocks)
+        R, ok = project(G, places.layout(first.grad), places.bases(first.factors or G.dtype), side, blocks)
     else:
         R = stack.kept("projected")
         ok = galore.finite_parts(R, len(jobs))
     if first.grad_ok is not None:
         ok = ok * torch.stack([job.grad_ok for job in jobs if job.grad_ok is not None])
-    W = places["weights"]
-    N = _moments(stack, places, MOMENTS, AGE, R, ok, W.dtype)
+    W, low = places["weights"], first.factors or first.parameter.dtype
+    N = _moments(stack, places, MOMENTS, AGE, R, ok, low)
     lr = float(group["lr"])  # torch takes tensors, too
     movement: dict[str, Any] = {"step": lr * config.scale, "keys": places.keys}
     decay = lr * group["weight_decay"]
-    apply_update_(W, layout, N, places.bases(W.dtype), side, ok, blocks, decay=decay, **movement)
+    apply_update_(W, layout, N, places.bases(low), side, ok, blocks, decay=decay, **movement)
     if places.has_residual:
         D = _lost(stack, places, R)
         N = _moments(stack, places, residual_state.MOMENTS, residual_state.AGE, D, ok, torch.float32)
@@ -170,7 +170,8 @@ def _lost(stack: Stack, places: Places, R: Tensor) -> Tensor:
         G, layout = places["gradients"], places.layout(first.grad)
     else:
         G, layout = places["sampled"], None
-    return loss_at(G, layout, places[INDEX], R, places.bases(first.grad.dtype), matrix.side, matrix.blocks, count)
+    P = places.bases(first.factors or first.grad.dtype)
+    return loss_at(G, layout, places[INDEX], R, P, matrix.side, matrix.blocks, count)
 
 
 class Places:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
@@ -176,6 +177,7 @@ class Locator:
             Held(
                 group["names"][piece.index], group, OneOf(state, group["names"][piece.index]), shard,
                 piece.of(flat.detach()), piece.of(flat.grad), group["matrices"][piece.index], pieces,
+                torch.bfloat16 if piece.dtype == torch.bfloat16 else None,  # what its gradients were made in
             )
             for piece, (shard, pieces) in zip(slices, found, strict=True)
         ]  # fmt: skip

@@ -54,14 +54,17 @@ class Held:
         weight, grad: its entries, [stop - start]; the weight's is changed in place.
         matrices: its logical matrices; none where it is plain.
         pieces: of each matrix, the local part.
+        factors: see ``Job``.
     """
 
     def __init__(
         self, name: str, group: dict[str, Any], state: MutableMapping[str, Any], shard: Shard, weight: Tensor,
         grad: Tensor, matrices: Sequence[LogicalMatrix] = (), pieces: Sequence[Sequence[Piece]] = (),
+        factors: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.name, self.group, self.state, self.shard = name, group, state, shard
         self.weight, self.grad, self.matrices, self.pieces = weight, grad, matrices, pieces
+        self.factors = factors
         self.cut_rows: dict[int, Tensor] = {}
         self.ok = self.energy = torch.zeros(())
 
@@ -97,7 +100,8 @@ class Held:
         """A stack of one job."""
         W = self.weight if W is None else W
         name = matrix.name if isinstance(matrix, Piece) else matrix.logical(self.name)
-        job = Job(W, W if G is None else G, name, matrix, state, self.group, None, False, self.ok)  # type: ignore[arg-type]
+        G = W if G is None else G
+        job = Job(W, G, name, matrix, state, self.group, None, False, self.ok, self.factors)  # type: ignore[arg-type]
         return Stack([job])
 
 

@@ -37,6 +37,8 @@ class Job(NamedTuple):
         part: what layer-wise mode kept of the gradient; None where ``grad`` is whole.
         last: whether this is the parameter's last part.
         grad_ok: 1.0 if the whole gradient of a fused weight is finite (a scalar tensor), None for a weight of one part.
+        factors: what kernels round the factors of products to, where that is not the dtype of weight and gradient:
+            bfloat16 where a model computes in it and its optimizer adds up in float32 (ZeRO).
     """
 
     parameter: Tensor
@@ -48,6 +50,7 @@ class Job(NamedTuple):
     part: Part | None = None
     last: bool = True
     grad_ok: Tensor | None = None
+    factors: torch.dtype | None = None
 
     @property
     def prefix(self) -> str:

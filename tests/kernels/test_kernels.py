@@ -106,6 +106,26 @@ def test_project(name: str, dtype: torch.dtype, device: torch.device) -> None:
         assert ((R[here] - exact[here]).abs() <= BOUND * size[here]).all()
 
 
+@every_matrix
+def test_bfloat16_factors_of_float32_weights(name: str, device: torch.device) -> None:
+    """Gradients are rounded to nearest before they are multiplied; products are added in float32, to float32 weights."""
+    matrix, P, low = MATRICES[name], basis(name, device, torch.bfloat16), torch.bfloat16
+    tensors = stored(name, device, torch.float32)
+    R, ok = project(places(tensors, matrix), layout(name, tensors), P, matrix.side, matrix.blocks)
+    G = blocks_of(name, tensors).to(low).double()
+    exact = G @ P.double() if matrix.side == "right" else P.double().mT @ G
+    size = G.abs() @ P.double().abs() if matrix.side == "right" else P.double().abs().mT @ G.abs()
+    assert ok.tolist() == [1.0] * JOBS
+    assert ((R - exact).abs() <= BOUND * size).all()
+    before, N = [x.clone() for x in tensors], moment(name, device, low)
+    apply_update_(
+        places(tensors, matrix), layout(name, tensors), N, P, matrix.side, ok, matrix.blocks,
+        step=0.1, decay=0.03, keys=None,
+    )  # fmt: skip
+    moved = blocks_of(name, before).double() * (1 - 0.03) - 0.1 * lifted(name, N, P)
+    torch.testing.assert_close(blocks_of(name, tensors), moved.float(), rtol=1e-6, atol=1e-6)
+
+
 def test_infinite_gradients_are_not_finite(device: torch.device) -> None:
     tensors = stored("PLAIN", device, torch.bfloat16)
     tensors[0][3, 3], tensors[2][69, 36] = float("inf"), -float("inf")
