@@ -264,7 +264,7 @@ def _stays(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
 def _refresh(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
     """New bases for equal weights, the same on every process, and their local moments carried over."""
     config, first = optimizer.config, held[0].state["refreshes"] == 0
-    grads = [w.gradient() for w in held]
+    grads = [w.gradient().to(w.factors or w.grad.dtype) for w in held]
     names: list[str] = []
     energies: list[Tensor] = []
     for j in range(len(held[0].matrices)):
@@ -309,7 +309,7 @@ def _bases(held: Sequence[Held], stack: Stack, grads: Sequence[Tensor], config: 
             for part in own
         ]
         return find_bases(stack, filled, config, seed, reduce=ranks.sum)
-    found = grads[0].new_empty(len(held), *lent[0].shape, matrix.columns, dtype=torch.float32)
+    found = grads[0].new_empty(len(held), *lent[0].shape, matrix.columns)
     for here, w, each, G in zip(found, held, lent, grads, strict=True):
         here.copy_(_of_rows(w, each, G))
     return find_bases(stack, list(ranks.sum(found).unbind()), config, seed)
@@ -326,17 +326,17 @@ def _own_rows(w: Held, matrix: LogicalMatrix) -> Any:
 
 
 def _of_rows(w: Held, rows: Tensor, G: Tensor) -> Tensor:
-    """Rows of the whole gradient, zeros where another process owns them, float32: [*rows, n]."""
+    """Rows of the whole gradient, zeros where another process owns them: [*rows, n]."""
     if not w.shard.local_rows:
-        return G.new_zeros(*rows.shape, w.shard.columns, dtype=torch.float32)
+        return G.new_zeros(*rows.shape, w.shard.columns)
     local = rows - w.shard.first
     own = (local >= w.shard.owned.start) & (local < w.shard.owned.stop)
-    return torch.where(own.unsqueeze(-1), G[local.clamp(0, w.shard.local_rows - 1)].float(), 0.0)
+    return torch.where(own.unsqueeze(-1), G[local.clamp(0, w.shard.local_rows - 1)], 0.0)
 
 
 def _energies_of_heads(held: Sequence[Held], rows: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
     """Squared norm of each head's gradient, [blocks, heads] of each weight; rows are [blocks, heads, d]."""
-    own = [_of_rows(w, rows, G).square().sum(dim=(-2, -1)) for w, G in zip(held, grads, strict=True)]
+    own = [_of_rows(w, rows, G).float().square().sum(dim=(-2, -1)) for w, G in zip(held, grads, strict=True)]
     return list(held[0].shard.ranks.sum(torch.stack(own)).unbind())
 
 
@@ -363,10 +363,12 @@ def _carry_over(w: Held, whole: Stack, pieces: Sequence[Piece], P: Tensor, confi
 
 def _energies(w: Held, pieces: Sequence[Piece], G: Tensor, P: Tensor) -> Tensor:
     """Squared norms of what this process owns of a matrix's gradient, and of its projection: [2]."""
-    own = torch.zeros(w.shard.local_rows, 1, device=G.device)
+    own = torch.zeros(w.shard.local_rows, device=G.device)
     own[w.shard.owned] = 1.0
     totals = torch.zeros(2, device=G.device)
     for piece in pieces:
-        X = (G[piece.at].float() * own[piece.at]).view(piece.blocks, piece.block_rows, -1)
-        totals += torch.stack([X.square().sum(), galore.project(X, P[piece.bases], "right").square().sum()])
+        X = G[piece.at].view(piece.blocks, piece.block_rows, -1)
+        R = galore.project(X, P[piece.bases], "right")
+        norms = torch.stack([torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32) for each in (X, R)])
+        totals += (norms.square() * own[piece.at].view(norms.shape[1:])).sum(dim=(1, 2))
     return totals

@@ -104,8 +104,10 @@ def cuts_of(numel: int, columns: int, kind: str, seed: int) -> tuple[int, ...]:
 class Run:
     """A model and its optimizer, cut over the threads; each keeps its own weights and state."""
 
-    def __init__(self, model: Any, config: GaLoreConfig, kind: str) -> None:
-        self.kind, self.config = kind, config
+    def __init__(
+        self, model: Any, config: GaLoreConfig, kind: str, factors: torch.dtype | None = None
+    ) -> None:  # fmt: skip
+        self.kind, self.config, self.factors = kind, config, factors
         self.meeting = Meeting()
         self.optimizers = [build(model, config) for _ in range(WORLD)]
         self.states: list[dict[str, dict[str, Any]]] = [{} for _ in range(WORLD)]
@@ -143,7 +145,8 @@ class Run:
         here = slice(shard.start, shard.stop)
         state = self.states[rank].setdefault(name, {})
         weight = whole.reshape(-1)[here].clone()
-        return Held(name, group, state, shard, weight, grad.reshape(-1)[here].clone(), matrices, pieces)
+        mine = grad.reshape(-1)[here].clone()
+        return Held(name, group, state, shard, weight, mine, matrices, pieces, self.factors)
 
 
 def decaying(rows: int, columns: int, seed: int) -> Tensor:
@@ -213,10 +216,8 @@ def test_equal_weights_find_their_bases_together(settings: dict[str, Any], kind:
     assert max(joined) > 1
 
 
-@needs_triton
-@pytest.mark.parametrize("sharing", ["shared", "per_head"])  # a process may hold several pieces of a weight of blocks
-@pytest.mark.parametrize("kind", ["rows", "anywhere"])
-def test_kernels_move_cut_weights_too(kind: str, sharing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = threading.Lock()
 
     def one_at_a_time(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,7 +230,40 @@ def test_kernels_move_cut_weights_too(kind: str, sharing: str, monkeypatch: pyte
     for name in ("update", "plain_update"):
         monkeypatch.setattr(fused, name, one_at_a_time(getattr(fused, name)))
     monkeypatch.setattr(fused, "LIBRARY", 0)  # eigenvectors by the library: interpreted rotations take long
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("sharing", ["shared", "per_head"])  # a process may hold several pieces of a weight of blocks
+@pytest.mark.parametrize("kind", ["rows", "anywhere"])
+def test_kernels_move_cut_weights_too(kind: str, sharing: str) -> None:
     check_sharding(LLAMA, {"kernels": "triton", "head_sharing": sharing}, kind)
+
+
+@needs_triton
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", ["rows", "anywhere"])
+def test_float32_weights_of_a_bfloat16_model(kind: str) -> None:
+    """Factors have 8 bits, sums 24: most entries move as without rounding but for a bfloat16's distance to the next.
+
+    Not all do: Adam turns a number near zero into a step of full size, of either sign.
+    """
+    config = GaLoreConfig(rank=4, update_proj_gap=3, scale=0.5, proj_type="right", residual_percent=0.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LLAMA)
+    kernels = dataclasses.replace(config, kernels="triton")
+    low, exact = Run(model, kernels, kind, torch.bfloat16), Run(model, config, kind)
+    whole, start = build(model, config), {name: w.clone() for name, w in low.weights.items()}
+    for step in range(STEPS):
+        grads = {name: grad.bfloat16().float() for name, grad in some_gradients(whole, step).items()}
+        low.step(grads)
+        exact.step(grads)
+    for group in whole.param_groups:
+        for name in group["names"] if group["projected"] else []:
+            distance, moved = (
+                (low.weights[name] - x[name]).abs().median() for x in (exact.weights, start)
+            )  # fmt: skip
+            assert 0.0 < distance < 2**-8 * moved
 
 
 def test_cut_weights_find_bases_by_cholesky_factors_too(monkeypatch: pytest.MonkeyPatch) -> None:
