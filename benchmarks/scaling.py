@@ -26,6 +26,7 @@ from scaling_worker import WARM_UP
 
 from galore_trainer.run.bench.weights import SHAPES as WIDTHS
 
+ALONE = {"zero3"}  # whose cells have a launch each: DeepSpeed keeps gigabytes of a ZeRO-3 engine until the process ends
 BACKENDS = ("ddp", "ddp layer-wise", "fsdp2", "zero2", "zero3")
 LLAMA = {**WIDTHS["llama-7b"], "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -68,7 +69,9 @@ class Launch:
 
     def __init__(self, world: int, backend: str, cells: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         self.world, self.backend, self.cells, self.arguments = world, backend, cells, arguments
-        self.folder = arguments.output / f"{arguments.shape}-{world}-{backend.replace(' ', '-')}"
+        which = cells[0]["id"][-2:] if backend in ALONE else ()
+        words = (arguments.shape, world, backend.replace(" ", "-"), *which)
+        self.folder = arguments.output / "-".join(map(str, words))
         self.process: subprocess.Popen[bytes] | None = None
 
     def prepare(self, gpus: list[int]) -> None:
@@ -123,8 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
     done, launches = read(arguments.output), []
     for world, backend in itertools.product(sorted(arguments.worlds), arguments.backends):
         cells = [c for c in cells_of(world, backend, arguments) if c["id"] not in done]
-        if cells:
-            launches.append(Launch(world, backend, cells, arguments))
+        for together in [[c] for c in cells] if backend in ALONE else [cells] if cells else []:
+            launches.append(Launch(world, backend, together, arguments))
     deadline = time.monotonic() + arguments.limit
     rounds = list(rounds_of(launches, gpus))
 

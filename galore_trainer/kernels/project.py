@@ -43,8 +43,8 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
     Args:
         G: gradients, float32 or bfloat16.
         layout: of each.
-        P: [jobs x blocks, n or rows, r], in the dtype of the gradients; or bfloat16, which float32 gradients are rounded
-            to before they are multiplied.
+        P: [jobs x blocks, n or rows, r], in the dtype of the gradients; or in bfloat16, which float32 gradients are
+            rounded to before they are multiplied.
         side: ``right`` or ``left``.
         blocks: of equal height in each matrix.
 

@@ -20,7 +20,7 @@ from galore_trainer.layouts.shard import Ranks, Shard
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A weight's part of a flat tensor: its entries ``shard.start:stop`` lie at ``offset``; ``dtype`` is the model's."""
+    """A weight's part of a flat tensor: its entries ``shard.start:stop`` lie at ``offset``; the model's dtype of it."""
 
     index: int
     shard: Shard

@@ -36,7 +36,7 @@ from galore_trainer.optim.refresh import (
 from galore_trainer.optim.sharded import step_sharded
 from galore_trainer.optim.sharded_state import pack_shards
 from galore_trainer.optim.sides import project_whole
-from galore_trainer.optim.skips import ROW_LIMIT, Flag, count_skips, finite_flags, no_skips, total_skips
+from galore_trainer.optim.skips import Flag, Watch, count_skips, finite_flags, no_skips, total_skips
 from galore_trainer.optim.stack import Job, Stack, make_stacks
 from galore_trainer.optim.state import SLICES, bytes_by_kind, check_same_layout, check_same_method, restore_dtypes
 from galore_trainer.optim.timing import Stopwatch
@@ -99,7 +99,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self._steps = 0
         self._places: dict[str, int] = {}  # of projected weights, by name
         self._locator = Locator(self)
-        self._doubts, self._directions = Doubts(), Directions()
+        self._doubts, self._directions, self._watch = Doubts(), Directions(), Watch()
         self.ranks: Ranks | None = None  # that hold equal weights, under DDP
         self.averager: Averager | None = None
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False))
@@ -149,8 +149,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         flags += self._move_projected(whole)
         count_skips(flags)
         self._steps += 1
-        if self._steps % ROW_LIMIT == 0:
-            self.check_finite()
+        self._watch.look(self._steps, self._counters)
         return loss
 
     def _jobs(self, whole: Iterable[Projected]) -> Iterator[Job]:
@@ -301,8 +300,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def check_finite(self) -> dict[str, int]:
         """Skipped steps by parameter name (those with any); raises after ten non-finite gradients in a row."""
+        return total_skips(self._counters())
+
+    def _counters(self) -> dict[str, Tensor]:
         states = [pair for group in self.param_groups for pair in self._locator.named_states(group)]
-        return total_skips({name: state["skipped"] for name, state in states if "skipped" in state})
+        return {name: state["skipped"] for name, state in states if "skipped" in state}
 
     def projected_weights(self) -> list[tuple[str, Tensor]]:
         """Name and tensor of every projected weight; of a sharded one this process's entries, perhaps none."""
@@ -344,7 +346,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Undo ``__getstate__``; torch calls it at ``load_state_dict`` too."""
         super().__setstate__(state)
         self.__dict__.setdefault("stopwatch", Stopwatch())
-        self._doubts, self._directions = Doubts(), Directions()
+        self._doubts, self._directions, self._watch = Doubts(), Directions(), Watch()
         self.__dict__.setdefault("averager", None)
         self.__dict__.setdefault("ranks", None)
         if "_locator" not in self.__dict__:

@@ -19,8 +19,8 @@ from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.layouts.zero import Slice, flats_of, is_zero, slices_of
+from galore_trainer.optim.held import Held
 from galore_trainer.optim.pieces import Piece, pieces_of
-from galore_trainer.optim.sharded import Held
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -167,7 +167,7 @@ class Locator:
     def _in_flat(self, group: dict[str, Any], flat: Tensor) -> list[Held]:
         slices, found = self._find_slices(group, flat)
         assert flat.grad is not None
-        state = self.optimizer.state[flat]
+        state, weights = self.optimizer.state[flat], flat.detach()
         if not group["projected"]:  # elementwise: the whole slice at once
             ranks = slices[0].shard.ranks
             size = flat.numel()
@@ -176,7 +176,7 @@ class Locator:
         return [
             Held(
                 group["names"][piece.index], group, OneOf(state, group["names"][piece.index]), shard,
-                piece.of(flat.detach()), piece.of(flat.grad), group["matrices"][piece.index], pieces,
+                piece.of(weights), piece.of(flat.grad), group["matrices"][piece.index], pieces,
                 torch.bfloat16 if piece.dtype == torch.bfloat16 else None,  # what its gradients were made in
             )
             for piece, (shard, pieces) in zip(slices, found, strict=True)

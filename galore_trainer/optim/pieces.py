@@ -53,6 +53,15 @@ class Piece(LogicalMatrix):
     bases: Any
     name: str
 
+    @functools.cached_property
+    def follows(self) -> bool:
+        """Whether its rows follow one another among the local ones."""
+        return isinstance(self.at, slice)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Its rows of the local ones, [local rows, ...]: a view where they follow one another, else a copy."""
+        return rows if self.follows and len(rows) == self.length else rows[self.at]
+
 
 def pieces_of(matrix: LogicalMatrix, name: str, total_rows: int, first: int, local_rows: int) -> list[Piece]:
     """The pieces of local rows ``first:first + local_rows`` that belong to a logical matrix.
@@ -115,8 +124,8 @@ class PieceState(MutableMapping[str, Any]):
             raise KeyError(key)
         name, piece = _bare(key), self.piece
         if name in ROW_KEYS:
-            value = self.base[name]
-            return value[piece.at].view(piece.blocks, piece.block_rows, value.shape[-1])
+            value = piece.of(self.base[name])
+            return value.view(piece.blocks, piece.block_rows, value.shape[-1])
         value = self.base[key]
         if self._shares and name in AGE_KEYS:
             self.own[key] = value = value.clone()

@@ -15,28 +15,11 @@ from galore_trainer.core.basis import BASES, decomposes, from_sketch, sketch_wid
 from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, least_error
 from galore_trainer.optim.fused import tools_for
 from galore_trainer.optim.layerwise import norms_of
+from galore_trainer.optim.on_host import OnHost
 from galore_trainer.optim.parts import sketch, sketch_matrices
 from galore_trainer.optim.residual_state import reset_residual
 from galore_trainer.optim.stack import Job, Stack
 from galore_trainer.optim.streams import stream
-
-
-class OnHost:
-    """Numbers on their way to the host, behind nothing that the device is asked for later."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._numbers, self._there = numbers, None
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._there = torch.cuda.current_stream(numbers.device).record_event()
-
-    def tolist(self) -> list[float]:
-        """Wait until they are there."""
-        if self._there is not None:
-            self._there.synchronize()
-        found: list[float] = self._numbers.tolist()
-        return found
 
 
 def norms_on_host(jobs: Sequence[Job]) -> OnHost:

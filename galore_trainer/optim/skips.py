@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from galore_trainer.optim.on_host import OnHost
+
 ROW_LIMIT = 10
 """Steps in a row without a finite gradient that a parameter may have before training is stopped."""
+LATER = ROW_LIMIT // 2  # steps after which no device needs to be waited for
 
 Flag = tuple[MutableMapping[str, Any], Tensor]
 """A parameter's state and a scalar tensor on its device: 1.0 where its gradient was finite, else 0.0."""
@@ -59,6 +62,30 @@ def count_skips(flags: Sequence[Flag]) -> None:
             state["skipped"] = counters
 
 
+class Watch:
+    """Looks every so often for parameters that skip all their steps; on an accelerator it has the answer later."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[list[str], OnHost] | None = None
+
+    def look(self, step: int, counters: Callable[[], Mapping[str, Tensor]]) -> None:
+        """To be called in every step; all processes come to the same answer in the same one.
+
+        Args:
+            step: how many there were.
+            counters: by parameter name.
+
+        Raises:
+            FloatingPointError: a parameter skipped ten steps in a row.
+        """
+        if step % ROW_LIMIT == 0 and (now := counters()):
+            self._asked = list(now), _on_host(now)
+        if self._asked is not None and (step % ROW_LIMIT == LATER or not self._asked[1].waits):
+            names, counts = self._asked
+            self._asked = None
+            _check(names, counts.tolist())
+
+
 def total_skips(counters: Mapping[str, Tensor]) -> dict[str, int]:
     """Skipped steps by parameter name (those with any); waits for the device.
 
@@ -67,16 +94,24 @@ def total_skips(counters: Mapping[str, Tensor]) -> dict[str, int]:
     """
     if not counters:
         return {}
+    counts = _on_host(counters).tolist()
+    _check(list(counters), counts)
+    return {name: total for name, (_, total, _) in zip(counters, counts, strict=True) if total}
+
+
+def _on_host(counters: Mapping[str, Tensor]) -> OnHost:
     device = next(iter(counters.values())).device
-    counts = torch.stack([counter.to(device) for counter in counters.values()]).tolist()
-    stuck = [name for name, (_, _, longest) in zip(counters, counts, strict=True) if longest >= ROW_LIMIT]
+    return OnHost(torch.stack([counter.to(device) for counter in counters.values()]))
+
+
+def _check(names: Sequence[str], counts: Sequence[Sequence[int]]) -> None:
+    stuck = [name for name, (_, _, longest) in zip(names, counts, strict=True) if longest >= ROW_LIMIT]
     if stuck:
         some = ", ".join(stuck[:5]) + (f" and {len(stuck) - 5} more" if len(stuck) > 5 else "")
         raise FloatingPointError(
             f"gradients were not finite in {ROW_LIMIT} steps in a row: {some}. Their weights were left as they were. "
             "Lower the learning rate, look for a bad batch, or train in float32 or bfloat16."
         )
-    return {name: total for name, (_, total, _) in zip(counters, counts, strict=True) if total}
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:

@@ -108,7 +108,7 @@ def test_project(name: str, dtype: torch.dtype, device: torch.device) -> None:
 
 @every_matrix
 def test_bfloat16_factors_of_float32_weights(name: str, device: torch.device) -> None:
-    """Gradients are rounded to nearest before they are multiplied; products are added in float32, to float32 weights."""
+    """Gradients are rounded to nearest before they are multiplied; products are added in float32, and to float32."""
     matrix, P, low = MATRICES[name], basis(name, device, torch.bfloat16), torch.bfloat16
     tensors = stored(name, device, torch.float32)
     R, ok = project(places(tensors, matrix), layout(name, tensors), P, matrix.side, matrix.blocks)

@@ -11,6 +11,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import stochastic_round
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.on_host import OnHost
 
 
 def make(dtype: torch.dtype = torch.float32, seed: int = 0, **settings) -> tuple[list[torch.nn.Parameter], GaLoreAdamW]:
@@ -152,6 +153,17 @@ def test_ten_non_finite_gradients_in_a_row_stop_the_run_naming_the_parameter() -
         p.grad = torch.ones_like(p)
     params[1].grad[0, 0] = float("nan")
     for _ in range(9):
+        optimizer.step()
+    with pytest.raises(FloatingPointError, match=r"10 steps in a row: b\."):
+        optimizer.step()
+
+
+def test_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test-only: as on a GPU, whose counters are read five steps after they were asked for."""
+    monkeypatch.setattr(OnHost, "waits", True)
+    params, optimizer = make()
+    params[1].grad = torch.full_like(params[1], float("nan"))
+    for _ in range(14):
         optimizer.step()
     with pytest.raises(FloatingPointError, match=r"10 steps in a row: b\."):
         optimizer.step()

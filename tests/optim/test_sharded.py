@@ -18,11 +18,12 @@ from galore_trainer.core.linalg import Tools, by_cholesky, by_eigh
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.build import build_optimizer
 from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
-from galore_trainer.optim import fused, sharded
+from galore_trainer.optim import fused, sharded_refresh
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.held import Held
 from galore_trainer.optim.locate import BAR
 from galore_trainer.optim.pieces import ROW_KEYS, pieces_of
-from galore_trainer.optim.sharded import Held, step_sharded
+from galore_trainer.optim.sharded import step_sharded
 from galore_trainer.optim.skips import count_skips
 from galore_trainer.optim.state import SLICES
 from galore_trainer.optim.whole import describe, rows_of_whole, whole_of_slices
@@ -204,14 +205,14 @@ def test_any_sharding_equals_the_whole_weight(architecture: Any, settings: dict[
 def test_equal_weights_find_their_bases_together(settings: dict[str, Any], kind: str) -> None:
     """As on a GPU; on a CPU each is alone."""
     joined = []
-    find = sharded.find_bases
+    find = sharded_refresh.find_bases
 
     def counted(stack: Any, *args: Any, **more: Any) -> Tensor:
         joined.append(len(stack.jobs))
         return find(stack, *args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded, "find_bases", counted)
+        patch.setattr(sharded_refresh, "find_bases", counted)
         check_sharding(LLAMA, settings, kind, most=1 << 20)
     assert max(joined) > 1
 
