@@ -118,12 +118,17 @@ def change_basis(state: MatrixState, P: Tensor, side: str, mode: str, *, betas: 
     return MatrixState(P, M, V, t)
 
 
-def projection_error(G: Tensor, P: Tensor, side: str, parts: int = 1) -> Tensor:
-    """||G - lift(project(G))|| / ||G|| (Frobenius) by part of the blocks, [parts]; norms suffice, P is orthonormal."""
+def error_from_norms(whole: Tensor, kept: Tensor) -> Tensor:
+    """||G - lift(R)|| / ||G|| from the Frobenius norms of G and of R = project(G), which suffice: P is orthonormal."""
+    share = kept / whole.clamp(min=torch.finfo(torch.float32).tiny)
+    return (1.0 - share * share).clamp(min=0.0).sqrt()
+
+
+def projection_error(G: Tensor, P: Tensor, side: str) -> Tensor:
+    """``error_from_norms`` of all blocks together, a scalar tensor."""
     wide = torch.promote_types(G.dtype, torch.float32)
-    whole = torch.linalg.vector_norm(G.reshape(parts, -1), dim=1, dtype=wide).float()
-    kept = torch.linalg.vector_norm(project(G, P, side).reshape(parts, -1), dim=1)
-    return (1.0 - (kept / whole.clamp(min=torch.finfo(torch.float32).tiny)) ** 2).clamp(min=0.0).sqrt()
+    whole = torch.linalg.vector_norm(G, dtype=wide).float()
+    return error_from_norms(whole, torch.linalg.vector_norm(project(G, P, side)))
 
 
 def lost_share(G: Tensor, P: Tensor, side: str, parts: int = 1) -> Tensor:

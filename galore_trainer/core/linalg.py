@@ -46,19 +46,18 @@ def product(G: Sequence[Tensor], X: Tensor) -> Tensor:
         G: parts of one stack, each [its blocks, m, n] as ``factor`` gives them; they are not joined.
         X: [blocks, n, k], float32.
     """
-    found = [_product(part, x) for part, x in zip(G, X.split([len(part) for part in G]), strict=True)]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    low = G[0].dtype == torch.bfloat16
+    factors = (_three_parts(X) if low else X).split([len(part) for part in G])
+    found = [matmul_fp32(part, x) for part, x in zip(G, factors, strict=True)]
+    joined = found[0] if len(found) == 1 else torch.cat(found)
+    return joined.unflatten(-1, (3, -1)).sum(dim=-2) if low else joined
 
 
-def _product(G: Tensor, X: Tensor) -> Tensor:
-    if G.dtype != torch.bfloat16:
-        return G @ X
+def _three_parts(X: Tensor) -> Tensor:
     high = X.bfloat16()
     rest = X - high
     middle = rest.bfloat16()
-    low = (rest - middle).bfloat16()
-    parts: Tensor = matmul_fp32(G, torch.cat([high, middle, low], dim=-1))
-    return parts.unflatten(-1, (3, -1)).sum(dim=-2)
+    return torch.cat([high, middle, (rest - middle).bfloat16()], dim=-1)
 
 
 def by_householder(A: Tensor, reduce: Reduce | None = None) -> Tensor:

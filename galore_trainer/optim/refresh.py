@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
@@ -138,7 +139,7 @@ def find_bases(
     """
     omega, previous = None, None
     if config.svd != "exact":
-        omega = torch.cat([draw_omega(job, config, seed) for job in stack.jobs])
+        omega = draw_omega(stack.jobs, config, seed)
         if config.warm_start and stack.jobs[0].state["refreshes"] > 0:
             previous = stack.get_basis()
     find = functools.partial(
@@ -198,8 +199,10 @@ def lending_rows(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: 
 
 
 def errors_of(stack: Stack, G: Sequence[Tensor], P: Tensor) -> list[Tensor]:
-    """The projection error of every job, [1] each."""
-    return [galore.projection_error(part, own, stack.matrix.side) for part, own in zip(G, stack.split(P), strict=True)]
+    """The projection error of every job, a scalar tensor each."""
+    kept = [galore.project(part, own, stack.matrix.side) for part, own in zip(G, stack.split(P), strict=True)]
+    whole, projected = (torch.stack(norms_of(each)) for each in (G, kept))
+    return list(galore.error_from_norms(whole, projected).unbind())
 
 
 def draw_heads(jobs: Sequence[Job], config: GaLoreConfig, seed: int, energy: Callable[[], Tensor]) -> Tensor:
@@ -246,10 +249,13 @@ def _random_heads(job: Job, seed: int) -> Tensor:
     return heads[:, : matrix.lenders].sort(dim=-1).values
 
 
-def draw_omega(job: Job, config: GaLoreConfig, seed: int) -> Tensor:
-    """The Gaussian test matrices of one job, [blocks, n, k]."""
-    blocks, m, n = job.matrix.lending_shape
-    k = sketch_width(job.matrix.rank, config.resolved_oversampling(job.matrix.rank), m, n)
-    device: Any = job.parameter.device
-    draws = (stream(device, seed, job.name, "omega", job.state["refreshes"], b) for b in range(blocks))
-    return torch.stack([torch.randn(n, k, generator=g, device=device) for g in draws])
+def draw_omega(jobs: Sequence[Job], config: GaLoreConfig, seed: int) -> Tensor:
+    """The Gaussian test matrices of equal matrices, [jobs x blocks, n, k]."""
+    matrix = jobs[0].matrix
+    blocks, m, n = matrix.lending_shape
+    k = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), m, n)
+    device: Any = jobs[0].parameter.device
+    omega = torch.empty(len(jobs) * blocks, n, k, device=device)
+    for i, (job, b) in enumerate(itertools.product(jobs, range(blocks))):
+        omega[i].normal_(generator=stream(device, seed, job.name, "omega", job.state["refreshes"], b))
+    return omega

@@ -70,7 +70,7 @@ def refresh_held(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
         names += [job.name for job in stack.jobs]
         energies += [_energies(w, w.pieces[j], G, P) for w, G, P in zip(held, grads, bases, strict=True)]
     whole, kept = held[0].shard.ranks.sum(torch.stack(energies)).unbind(dim=1)
-    errors = (1.0 - kept / whole.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0.0).sqrt()
+    errors = galore.error_from_norms(whole.sqrt(), kept.sqrt())
     optimizer.projection_errors.update(zip(names, errors.unbind(), strict=True))
     for w in held:
         count_refresh(w.state, config)
