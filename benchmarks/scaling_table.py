@@ -145,15 +145,16 @@ def wire_of_layerwise(rows: dict[Key, dict[str, Any]], shape: str) -> Iterator[s
             continue
         dense = 2 * row["parameters"]["projected"]
         ordinary = [step for step in row["kept"][1:] if "whole" not in step]  # in which no weight is refreshed
-        last = ordinary[-1] if ordinary else {}
-        kinds = ", ".join(f"{kind} {100 * size / dense:.3f}" for kind, size in last.items())
-        usual, first = (100 * sum(step.values()) / dense for step in (last, row["kept"][0]))
+        kinds = {kind: 100 * size / dense for kind, size in (ordinary[-1] if ordinary else {}).items()}
+        told = ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items())
+        usual = f"a step without a refresh hands over {sum(kinds.values()):.3f} % ({told}), " if kinds else ""
+        first = 100 * sum(row["kept"][0].values()) / dense
         mean = 100 * statistics.mean(sum(step.values()) for step in row["kept"][1:]) / dense
         yield (
             f"{key.backend} on {key.world}, {key.scaling}, residual {key.residual} %: of the projected weights' dense "
-            f"bfloat16 gradients ({dense / 1e6:.0f} MB) a step without a refresh hands over {usual:.3f} % ({kinds}), "
-            f"a step on average {mean:.2f} % (gap {GAP}, staggered), the first {first:.2f} %; beside them the plain "
-            f"weights' gradients, {2 * row['parameters']['plain'] / 1e6:.0f} MB.\n"
+            f"bfloat16 gradients ({dense / 1e6:.0f} MB) {usual}a step hands over {mean:.2f} % on average (gap {GAP}, "
+            f"staggered), the first {first:.2f} %; beside them the plain weights' gradients, "
+            f"{2 * row['parameters']['plain'] / 1e6:.0f} MB.\n"
         )
 
 
