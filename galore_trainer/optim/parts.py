@@ -21,10 +21,14 @@ SUPPORTS = ("residual_index", "candidate_index")
 ACROSS: dict[str, Side] = {"right": "left", "left": "right"}
 
 
+def width_of_sketch(matrix: LogicalMatrix, config: GaLoreConfig, m: int, n: int) -> int:
+    """Columns of the test matrix for m x n rows that give a basis of this matrix."""
+    return sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), m, n)
+
+
 def sketch_matrices(matrix: LogicalMatrix, config: GaLoreConfig, seed: int, name: str, device: torch.device) -> Tensor:
     """Gaussian matrices for ``sketch``: [blocks, rows, k] (right) or [blocks, n, k] (left)."""
-    oversampling = config.resolved_oversampling(matrix.rank)
-    k = sketch_width(matrix.rank, oversampling, matrix.block_rows, matrix.columns)
+    k = width_of_sketch(matrix, config, matrix.block_rows, matrix.columns)
     length = matrix.block_rows if matrix.side == "right" else matrix.columns
     draws = (stream(device, seed, name, "sketch", b) for b in range(matrix.blocks))
     return torch.stack([torch.randn(length, k, generator=g, device=device) for g in draws])

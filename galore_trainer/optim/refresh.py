@@ -12,12 +12,12 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.basis import BASES, decomposes, from_sketch, sketch_width
+from galore_trainer.core.basis import BASES, decomposes, from_sketch
 from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, least_error
 from galore_trainer.optim.fused import tools_for
 from galore_trainer.optim.layerwise import norms_of
 from galore_trainer.optim.on_host import OnHost
-from galore_trainer.optim.parts import sketch, sketch_matrices
+from galore_trainer.optim.parts import sketch, sketch_matrices, width_of_sketch
 from galore_trainer.optim.residual_state import reset_residual
 from galore_trainer.optim.stack import Job, Stack
 from galore_trainer.optim.streams import stream
@@ -70,7 +70,7 @@ def _may_fail(job: Job, config: GaLoreConfig) -> bool:
     are as fast there is nothing to gain.
     """
     state, gap, (_, m, n) = job.state, config.update_proj_gap, job.matrix.lending_shape
-    width = sketch_width(job.matrix.rank, config.resolved_oversampling(job.matrix.rank), m, n)
+    width = width_of_sketch(job.matrix, config, m, n)
     kept = state["refreshes"] > config.sketches_first and gap > 1 and (state["calls"] - state["phase"]) % gap == 0
     raises = config.diagnose_refreshes > 0 or decomposes(config.svd, width, m, n, config.momentum_transfer == "keep")
     apt = not raises and config.momentum_transfer != "reset"
@@ -253,7 +253,7 @@ def draw_omega(jobs: Sequence[Job], config: GaLoreConfig, seed: int) -> Tensor:
     """The Gaussian test matrices of equal matrices, [jobs x blocks, n, k]."""
     matrix = jobs[0].matrix
     blocks, m, n = matrix.lending_shape
-    k = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), m, n)
+    k = width_of_sketch(matrix, config, m, n)
     device: Any = jobs[0].parameter.device
     omega = torch.empty(len(jobs) * blocks, n, k, device=device)
     for i, (job, b) in enumerate(itertools.product(jobs, range(blocks))):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.basis import sketch_width
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.optim.held import Held, piece_states
+from galore_trainer.optim.parts import width_of_sketch
 from galore_trainer.optim.pieces import Piece, commit, stored_rows
 from galore_trainer.optim.refresh import count_refresh, draw_heads, find_bases
 from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
@@ -50,7 +50,7 @@ def _stays(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
     """Whether a basis is found from rows where they lie: not where few rows lend it, or all are needed in one place."""
     _, rows, columns = matrix.lending_shape
     smaller = min(rows, columns)
-    thin = sketch_width(matrix.rank, config.resolved_oversampling(matrix.rank), smaller, smaller) < smaller
+    thin = width_of_sketch(matrix, config, smaller, smaller) < smaller
     return config.svd == "randomized" and matrix.blocks == 1 and thin and not matrix.lends_heads
 
 
