@@ -84,6 +84,11 @@ class GaLoreCallback(TrainerCallback):
                 "restores them. Raise learning_rate or galore.scale, or keep galore.stochastic_rounding on."
             )
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop a run in whose last steps a parameter had no finite gradient."""
+        if self._optimizer is not None:
+            self._optimizer.check_finite()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the projection's figures to the log of a training step."""
         if self._optimizer is None or logs is None or "loss" not in logs:

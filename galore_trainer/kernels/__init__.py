@@ -1,8 +1,9 @@
 """Triton kernels for the ordinary step, and for small eigenvectors at a refresh: what ``core/`` spells out, on many
 equal matrices in one launch.
 
-Names and results are those of ``core/``, which stays the truth. What differs is where things lie: weights, gradients
-and moments are read and written at their addresses (``tables.py``), so nothing is joined or copied beforehand.
+Names and results are those of ``core/``, which stays the truth, but that factors may be rounded to bfloat16 where a
+model computes in it (``optim.stack.Job``). What differs is where things lie: weights, gradients and moments are read
+and written at their addresses (``tables.py``), so nothing is joined or copied beforehand.
 Triton is imported with the modules below, not with this one.
 """
 
@@ -17,7 +18,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets kernels on the CPU, as the tests do where there is no GPU."""
 DTYPES = (torch.float32, torch.bfloat16)
-OLDEST = (8, 0)  # compute capability: tensor cores that multiply bfloat16 and TF32
+OLDEST = (8, 0)  # compute capability: tensor cores that multiply bfloat16
 
 
 @functools.cache
@@ -44,6 +45,12 @@ def _hardware(device: torch.device) -> str | None:
         return "it lies on an AMD GPU"
     found = torch.cuda.get_device_capability(device)
     return f"its GPU has compute capability {found[0]}.{found[1]}, below 8.0" if found < OLDEST else None
+
+
+@functools.cache
+def in_groups(device: torch.device) -> bool:
+    """Whether four warps multiply together there, 64 rows at a time (Hopper, and Blackwell but for its small GPUs)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @functools.cache

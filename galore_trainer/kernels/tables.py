@@ -126,18 +126,24 @@ def multiply(a, b, total):
     Six products of these take half the time of three in TF32. Tensor cores cut what they add, so that long sums drift:
     small products come first, and ``total`` takes all of them in one addition of its own.
     """
-    if WIDEN:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     if a.dtype != tl.float32:
-        return tl.dot(a, b, total)
+        return dot(a, b, total)
     high, middle, low = split(a)
     upper, between, lower = split(b)
-    block = tl.dot(low, upper)
-    block = tl.dot(high, lower, block)
-    block = tl.dot(middle, between, block)
-    block = tl.dot(middle, upper, block)
-    block = tl.dot(high, between, block)
-    return total + tl.dot(high, upper, block)
+    block = dot(low, upper, tl.zeros_like(total))
+    block = dot(high, lower, block)
+    block = dot(middle, between, block)
+    block = dot(middle, upper, block)
+    block = dot(high, between, block)
+    return total + dot(high, upper, block)
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a b of bfloat16 factors."""
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total)
 
 
 @triton.jit

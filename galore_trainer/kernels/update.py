@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels import shared_memory
+from galore_trainer.kernels import in_groups, shared_memory
 from galore_trainer.kernels.tables import Layout, Scattered, mixed, multiply, pointer_at, rounded, row_keys, row_starts
 
-TILE = {torch.bfloat16: (32, 128), torch.float32: (64, 64)}  # rows and columns, by the factors of the product
-DEPTH, WARPS = 128, 4  # terms of the product at a time, and who moves a tile
+WARPS = 4  # move a tile
 TILES = 16  # one below the other, of one program: it loads two while it multiplies for a third
 SPARSE_KEY = 0x5851F42D4C957F2D  # tells the noise of the sparse entries from that of the whole weight
 
@@ -35,9 +34,9 @@ def apply_update_(
         keys: int64 [jobs], round bfloat16 weights stochastically; None rounds to nearest.
     """
     total, rank = len(P), P.shape[-1]
-    (tall, wide), rows, columns = TILE[N.dtype], layout.rows // blocks, layout.columns
+    rows, columns = layout.rows // blocks, layout.columns
     width, entry = max(16, triton.next_power_of_2(rank)), N.element_size()
-    depth = min(width, DEPTH)
+    tall, wide, depth = _tile(N, width)
     kept = depth * wide * entry  # bytes, for all tiles; and for each:
     loaded = (tall * width + (width - depth) * wide) * entry + tall * wide * W.dtype.itemsize
     stages = (shared_memory(N.device) - kept) // loaded
@@ -50,6 +49,15 @@ def apply_update_(
         DEPTH=depth, STAGES=max(1, min(3, stages)), STOCHASTIC=keys is not None,
         num_warps=WARPS,
     )  # fmt: skip
+
+
+def _tile(N: Tensor, width: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and how many terms of the product it takes at a time."""
+    if N.dtype == torch.bfloat16:
+        return 32, 128, min(width, 128)
+    if not in_groups(N.device):  # larger ones, in three parts, do not fit into registers
+        return 32, 64, min(width, 64)
+    return 64, 64, width if width <= 128 else 64
 
 
 @triton.jit

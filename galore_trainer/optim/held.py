@@ -55,6 +55,11 @@ class Held:
         """Whether new bases are due."""
         return bool(self.matrices) and self.state["calls"] >= self.state["due"]
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether a step takes copies of its rows: some are cut, or a piece's do not follow one another."""
+        return self.shard.is_ragged or not all(piece.follows for own in self.pieces for piece in own)
+
     def make_state(self, config: GaLoreConfig, phase: int) -> None:
         """The state of a projected weight that has seen nothing."""
         state, rows, device = self.state, self.shard.local_rows, self.weight.device

@@ -167,7 +167,7 @@ class Locator:
     def _in_flat(self, group: dict[str, Any], flat: Tensor) -> list[Held]:
         slices, found = self._find_slices(group, flat)
         assert flat.grad is not None
-        state, weights = self.optimizer.state[flat], flat.detach()
+        state, weights, low = self.optimizer.state[flat], flat.detach(), torch.bfloat16
         if not group["projected"]:  # elementwise: the whole slice at once
             ranks = slices[0].shard.ranks
             size = flat.numel()
@@ -177,7 +177,7 @@ class Locator:
             Held(
                 group["names"][piece.index], group, OneOf(state, group["names"][piece.index]), shard,
                 piece.of(weights), piece.of(flat.grad), group["matrices"][piece.index], pieces,
-                torch.bfloat16 if piece.dtype == torch.bfloat16 else None,  # what its gradients were made in
+                low if piece.dtype == low else None,  # in which gradients are made, whatever adds them up
             )
             for piece, (shard, pieces) in zip(slices, found, strict=True)
         ]  # fmt: skip

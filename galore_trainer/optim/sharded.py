@@ -2,7 +2,7 @@
 
 What crosses processes: rows that are cut in two and two numbers a weight in every step; at a refresh one head's rows
 where heads share a basis, else n x k and k x k products (all rows for an exact SVD, own bases of heads, experts). The
-arithmetic is that of whole weights (``core/``).
+arithmetic is that of whole weights (``core/``), but that kernels round factors to the dtype of ZeRO's models.
 """
 
 from __future__ import annotations
@@ -105,17 +105,17 @@ def _update(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
     """A step of every weight's pieces, each opened when its turn comes: the device works while the host goes on."""
     config, seed, asked = optimizer.config, optimizer.seed, optimizer.max_stack_elements
     most = stack_elements(held[0].weight.device, asked)
-    for chunk in runs(held, lambda w: w.weight.numel() * w.shard.is_ragged, most):  # as many are copied at a time
-        opened: dict[str, Opened] = {}
+    for chunk in runs(held, lambda w: w.weight.numel() * w.is_copied, most):  # as many are copied at a time
+        opened: dict[int, Opened] = {}
         numbered = [(w, i, piece) for w in chunk for i, piece in enumerate(itertools.chain(*w.pieces))]
         numbered.sort(key=lambda each: (each[2].length, each[2].columns), reverse=True)  # equal ones together
 
-        def jobs(follow: bool, numbered: Any = numbered, opened: dict[str, Opened] = opened) -> Iterator[Job]:
+        def jobs(follow: bool, numbered: Any = numbered, opened: dict[int, Opened] = opened) -> Iterator[Job]:
             for w, i, piece in numbered:
                 if piece.follows == follow:
-                    yield (opened.get(w.name) or opened.setdefault(w.name, Opened(w))).job(i)
+                    yield (opened.get(id(w)) or opened.setdefault(id(w), Opened(w))).job(i)
 
         move(jobs(True), config, seed, asked)
         by_core(list(jobs(False)), config, seed, asked)  # kernels write where weights lie, not to copies
         for w in chunk:
-            (opened.get(w.name) or Opened(w)).close(config)
+            (opened.get(id(w)) or Opened(w)).close(config)

@@ -30,7 +30,7 @@ def alike(held: Sequence[Held], optimizer: GaLoreAdamW) -> Iterator[list[Held]]:
     config, asked = optimizer.config, optimizer.max_stack_elements
 
     def elements(w: Held) -> int:
-        """Of rows that stay where they are this process's share; gathered ones are all here, in float32, and copied."""
+        """Of rows that stay where they are this process's share; gathered ones are all here, and copied."""
         per_copy = REFRESH_ELEMENTS // STACK_ELEMENTS
         sizes = (
             m.rows * m.columns // w.shard.ranks.count if _stays(m, config) else per_copy * math.prod(m.lending_shape)
@@ -40,7 +40,8 @@ def alike(held: Sequence[Held], optimizer: GaLoreAdamW) -> Iterator[list[Held]]:
 
     groups: dict[Any, list[Held]] = {}
     for w in held:
-        key = (w.shard.ranks, w.shard.rows, w.shard.columns, tuple(w.matrices), w.state["refreshes"] == 0)
+        dtype = w.factors or w.grad.dtype
+        key = (w.shard.ranks, w.shard.rows, w.shard.columns, dtype, tuple(w.matrices), w.state["refreshes"] == 0)
         groups.setdefault(key, []).append(w)
     for members in groups.values():
         yield from runs(members, elements, stack_elements(members[0].weight.device, asked, REFRESH_ELEMENTS))

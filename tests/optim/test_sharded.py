@@ -217,6 +217,28 @@ def test_equal_weights_find_their_bases_together(settings: dict[str, Any], kind:
     assert max(joined) > 1
 
 
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_equal_weights_of_two_dtypes_find_their_bases_apart(svd: str) -> None:
+    """The bfloat16 layer comes first, and nothing of the float32 one is rounded."""
+    config = GaLoreConfig(rank=4, update_proj_gap=2, proj_type="right", svd=svd, residual_percent=0.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 2}))
+    model.model.layers[0].to(torch.bfloat16)
+    cut, whole = Run(model, config, "rows"), build(model, config)
+    for optimizer in cut.optimizers:
+        optimizer.max_stack_elements = 1 << 20  # together, as on a GPU
+    params = {n: p for g in whole.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+    for step in range(4):
+        grads = {name: grad.to(params[name].dtype) for name, grad in some_gradients(whole, step).items()}
+        cut.step(grads)
+        for name, p in params.items():
+            p.grad = grads[name].clone()
+        whole.step()
+    for name, p in params.items():
+        if p.dtype == torch.float32:
+            torch.testing.assert_close(cut.weights[name], p.detach(), rtol=0, atol=1e-5)
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = threading.Lock()
