@@ -126,8 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
     done, launches = read(arguments.output), []
     for world, backend in itertools.product(sorted(arguments.worlds), arguments.backends):
         cells = [c for c in cells_of(world, backend, arguments) if c["id"] not in done]
-        for together in [[c] for c in cells] if backend in ALONE else [cells] if cells else []:
-            launches.append(Launch(world, backend, together, arguments))
+        groups = [[c] for c in cells] if backend in ALONE else [cells]
+        launches += [Launch(world, backend, own, arguments) for own in groups if own]
     deadline = time.monotonic() + arguments.limit
     rounds = list(rounds_of(launches, gpus))
 

@@ -123,8 +123,8 @@ def row_starts(rows, length, outer_stride, row_stride, EVEN: tl.constexpr):
 def multiply(a, b, total):
     """total + a b in float32; a float32 factor as three bfloat16 numbers, which leave out 2^-24 of a product.
 
-    Six products of these take half the time of three in TF32. Tensor cores cut what they add, so that long sums drift:
-    small products come first, and ``total`` takes all of them in one addition of its own.
+    Hopper multiplies TF32 by rows alone, so that six of these are faster than three of those. Tensor cores cut what
+    they add, so that long sums drift: small products come first, and ``total`` takes all of them in one addition.
     """
     if a.dtype != tl.float32:
         return dot(a, b, total)

@@ -60,6 +60,11 @@ class Held:
         """Whether a step takes copies of its rows: some are cut, or a piece's do not follow one another."""
         return self.shard.is_ragged or not all(piece.follows for own in self.pieces for piece in own)
 
+    @property
+    def made_in(self) -> torch.dtype:
+        """The dtype in which the model makes this gradient, whatever adds it up."""
+        return self.factors or self.grad.dtype
+
     def make_state(self, config: GaLoreConfig, phase: int) -> None:
         """The state of a projected weight that has seen nothing."""
         state, rows, device = self.state, self.shard.local_rows, self.weight.device

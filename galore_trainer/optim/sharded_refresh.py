@@ -40,8 +40,8 @@ def alike(held: Sequence[Held], optimizer: GaLoreAdamW) -> Iterator[list[Held]]:
 
     groups: dict[Any, list[Held]] = {}
     for w in held:
-        dtype = w.factors or w.grad.dtype
-        key = (w.shard.ranks, w.shard.rows, w.shard.columns, dtype, tuple(w.matrices), w.state["refreshes"] == 0)
+        shard, first = w.shard, w.state["refreshes"] == 0
+        key = (shard.ranks, shard.rows, shard.columns, w.made_in, tuple(w.matrices), first)
         groups.setdefault(key, []).append(w)
     for members in groups.values():
         yield from runs(members, elements, stack_elements(members[0].weight.device, asked, REFRESH_ELEMENTS))
@@ -58,7 +58,7 @@ def _stays(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
 def refresh_held(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
     """New bases for equal weights, the same on every process, and their local moments carried over."""
     config, first = optimizer.config, held[0].state["refreshes"] == 0
-    grads = [w.gradient().to(w.factors or w.grad.dtype) for w in held]
+    grads = [w.gradient().to(w.made_in) for w in held]
     names: list[str] = []
     energies: list[Tensor] = []
     for j in range(len(held[0].matrices)):

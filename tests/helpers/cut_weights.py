@@ -11,45 +11,15 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.hf.build import build_optimizer
-from galore_trainer.layouts.shard import Ranks, Shard
+from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.held import Held
 from galore_trainer.optim.pieces import pieces_of
 from galore_trainer.optim.sharded import step_sharded
 from galore_trainer.optim.skips import count_skips
+from threads import Meeting, Thread
 
 WORLD = 3
-
-
-class Meeting:
-    """Where the threads of one group add up."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(WORLD, timeout=60)
-        self.brought: list[Any] = [None] * WORLD
-
-
-class Thread(Ranks):
-    """One of them."""
-
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        super().__init__(id(meeting))
-        object.__setattr__(self, "meeting", meeting)
-        object.__setattr__(self, "rank", rank)
-
-    @property
-    def count(self) -> int:
-        return WORLD
-
-    def differing(self, x: Tensor) -> Tensor:
-        return self.sum(x) != WORLD * x
-
-    def sum(self, x: Tensor) -> Tensor:
-        self.meeting.brought[self.rank] = x.clone()
-        self.meeting.barrier.wait()
-        total = torch.stack(self.meeting.brought).sum(dim=0)
-        self.meeting.barrier.wait()
-        return total
 
 
 def on_every_rank(work: Callable[[int], Any]) -> list[Any]:
@@ -93,7 +63,7 @@ class Run:
         self, model: Any, config: GaLoreConfig, kind: str, factors: torch.dtype | None = None
     ) -> None:  # fmt: skip
         self.kind, self.config, self.factors = kind, config, factors
-        self.meeting = Meeting()
+        self.meeting = Meeting(WORLD)
         self.optimizers = [build(model, config) for _ in range(WORLD)]
         self.states: list[dict[str, dict[str, Any]]] = [{} for _ in range(WORLD)]
         self.weights: dict[str, Tensor] = {}

@@ -8,55 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.averaging import check_bases
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from threads import Meeting, Thread
 
 WORLD, STEPS = 2, 7
 SHAPES = {"tall": (24, 16), "wide": (12, 20), "square": (16, 16)}
 
 
-class Thread(Ranks):
-    """One of two threads that add up."""
-
-    def __init__(self, rank: int, brought: list[Any], barrier: threading.Barrier) -> None:
-        super().__init__(None)
-        object.__setattr__(self, "bring", (rank, brought, barrier))
-
-    @property
-    def count(self) -> int:
-        return WORLD
-
-    @property
-    def hosts(self) -> Thread:  # type: ignore[override]
-        return self
-
-    def gather(self, x: Tensor) -> Tensor:
-        rank, brought, barrier = self.bring
-        brought[rank] = x.clone()
-        barrier.wait()
-        found = torch.stack(brought)
-        barrier.wait()
-        return found
-
-    def sum(self, x: Tensor) -> Tensor:
-        return self.gather(x).sum(dim=0)
-
-    def differing(self, x: Tensor) -> Tensor:
-        return (self.gather(x) != x).any(dim=0)
-
-
 def on_both(work: Callable[[Thread], Any]) -> list[Any]:
     found: list[Any] = [None] * WORLD
-    brought: list[Any] = [None] * WORLD
-    barrier = threading.Barrier(WORLD, timeout=30)
+    meeting = Meeting(WORLD)
 
     def one(rank: int) -> None:
         try:
-            found[rank] = work(Thread(rank, brought, barrier))
+            found[rank] = work(Thread(meeting, rank))
         except Exception as error:
             found[rank] = error
 
@@ -101,7 +69,7 @@ def test_two_processes_take_the_steps_of_one_on_all_micro_batches() -> None:
         seen = []
         for step in range(STEPS):
             for part in range(2):
-                backward(weights, step, 2 * ranks.bring[0] + part)
+                backward(weights, step, 2 * ranks.rank + part)
             seen.append(torch.nn.utils.clip_grad_norm_(weights.values(), 0.5).item())
             own.step()
             own.zero_grad()
@@ -120,7 +88,7 @@ def test_what_is_sent_is_small_and_in_the_weights_precision() -> None:
         weights, own = make(torch.bfloat16)
         own.replicate_over(ranks)
         for step in range(STEPS):
-            backward(weights, step, ranks.bring[0])
+            backward(weights, step, ranks.rank)
             own.step()
         return dict(own.averager.sent)
 
@@ -151,7 +119,7 @@ def test_other_weights_or_a_missing_gradient_are_named() -> None:
     def other_weights(ranks: Thread) -> None:
         weights, own = make()
         own.replicate_over(ranks)
-        if ranks.bring[0] == 1:
+        if ranks.rank == 1:
             weights["wide"].data[0, 0] += 1e-6
         backward(weights, 0, 0)
         own.step()
@@ -159,7 +127,7 @@ def test_other_weights_or_a_missing_gradient_are_named() -> None:
     def no_gradient(ranks: Thread) -> None:
         weights, own = make()
         own.replicate_over(ranks)
-        if ranks.bring[0] == 1:
+        if ranks.rank == 1:
             del weights["square"]
         backward(weights, 0, 0)
         own.step()
@@ -174,7 +142,7 @@ def test_other_weights_or_a_missing_gradient_are_named() -> None:
 def test_bases_that_drift_apart_are_named() -> None:
     def work(ranks: Thread) -> None:
         bases = {n: torch.ones(1, 4, 2) for n in ("q", "k")}
-        bases["k"][0, 0, 0] += 1e-7 * ranks.bring[0]
+        bases["k"][0, 0, 0] += 1e-7 * ranks.rank
         check_bases(ranks, [(f"layer.{n}", f"{n}.", {f"{n}.basis": P, "refreshes": 11}) for n, P in bases.items()])
 
     for error in on_both(work):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config
 
-from cut_weights import WORLD, Meeting, Run, Thread, build, on_every_rank, some_gradients
+from cut_weights import WORLD, Run, build, on_every_rank, some_gradients
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.linalg import Tools, by_cholesky, by_eigh
 from galore_trainer.errors import OptionError
@@ -23,6 +23,7 @@ from galore_trainer.optim.locate import BAR
 from galore_trainer.optim.pieces import ROW_KEYS
 from galore_trainer.optim.state import SLICES
 from galore_trainer.optim.whole import describe, rows_of_whole, whole_of_slices
+from threads import Meeting, Thread
 
 STEPS = 7
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -232,7 +233,7 @@ def test_rows_that_several_processes_hold_come_together() -> None:
         assert shard.cuts == (2,)
         return completed_cut_rows([shard], [whole.view(-1)[start:stop].clone()])[0]
 
-    meeting = Meeting()
+    meeting = Meeting(WORLD)
     found = on_every_rank(rows)
     assert [list(each) for each in found] == [[2], [0], [0]]  # local rows
     assert all(torch.equal(row, whole[2]) for each in found for row in each.values())
