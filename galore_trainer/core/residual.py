@@ -69,12 +69,15 @@ def largest_lost(G: Tensor, R: Tensor, P: Tensor, side: str, lines: int, entries
     return positions, values
 
 
-def lifted_at(R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
-    """lift(R)[S] in float32, in the positions' shape, from rows of R and P alone."""
+def lost_at(G_S: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
+    """D[S] = G[S] - lift(R)[S] in float32, in the positions' shape, from G[S] and rows of R and P alone."""
     left, right = (R, P) if side == "right" else (P, R.mT)  # lift = left right^T; [m, r] and [n, r]
     (blocks, m, r), n = left.shape, right.shape[-2]
     if samples(R.device) and support.by_row(m) and type(R) is Tensor:
-        return _sampled(left, right, support.positions)
+        if blocks == 1:  # as most are: nothing is copied
+            return _sampled(G_S, left[0], right[0], support.positions)
+        each = zip(G_S, left, right, support.positions, strict=True)
+        return torch.stack([_sampled(*block) for block in each])
     start = torch.arange(blocks, device=R.device)[:, None, None]  # blocks one after the other: one index does for all
     row, column = support.coordinates(m)
     left_rows, right_rows = left.reshape(-1, r), right.reshape(-1, r)
@@ -84,7 +87,7 @@ def lifted_at(R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
         left_rows.index_select(0, a).mul_(right_rows.index_select(0, b)).sum(dim=-1)
         for a, b in zip(i.split(width), j.split(width), strict=True)
     ]
-    return torch.cat(lifted).view(support.positions.shape)
+    return G_S - torch.cat(lifted).view(support.positions.shape)
 
 
 def samples(device: torch.device) -> bool:
@@ -92,16 +95,14 @@ def samples(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _sampled(left: Tensor, right: Tensor, positions: Tensor) -> Tensor:
-    """Entries of left right^T [blocks, m, n] at ``positions`` [blocks, m, k], by torch's sampled product."""
-    (_, m, k), n = positions.shape, right.shape[-2]
-    ends, nothing = _ends(m, k, positions.dtype), left.new_zeros(m * k)
-    found = []
+def _sampled(G_S: Tensor, left: Tensor, right: Tensor, positions: Tensor) -> Tensor:
+    """G[S] less the entries of left right^T [m, n] at ``positions`` [..., m, k], by torch's sampled product."""
+    (m, k), n = positions.shape[-2:], len(right)
     _quieten()
-    for a, b, columns in zip(left, right, positions, strict=True):
-        pattern = torch.sparse_csr_tensor(ends, columns.reshape(-1), nothing, (m, n), check_invariants=False)
-        found.append(torch.sparse.sampled_addmm(pattern, a, b.mT, beta=0.0).values())
-    return torch.stack(found).view(positions.shape)
+    pattern = torch.sparse_csr_tensor(
+        _ends(m, k, positions.dtype), positions.view(-1), G_S.reshape(-1), (m, n), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(pattern, left, right.mT, alpha=-1.0).values().view(positions.shape)
 
 
 @functools.lru_cache(maxsize=64)

@@ -67,7 +67,7 @@ def reset_residual(stack: Stack) -> None:
 def _loss_at(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, support: Support) -> Tensor:
     """D[S], from the gradients or from what was sampled of them."""
     at_support = stack.kept("sampled") if G is None else read_at(G, support).float()
-    return at_support - residual.lifted_at(R, P, stack.matrix.side, support)
+    return residual.lost_at(at_support, R, P, stack.matrix.side, support)
 
 
 def _warm_up(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, config: GaLoreConfig) -> None:
