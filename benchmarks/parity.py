@@ -2,9 +2,10 @@
 
 The training is that of the tests (``tests/distributed/script.py``: Trainer, six steps, three refreshes, accumulation 2,
 clipping), in float32 and bfloat16, on two GPUs where there are two, else on CPUs. One process runs under the same
-backend. AdamW's learning rate makes its weights move about as far.
+backend. AdamW's learning rate makes its weights move about as far; in bfloat16 eps is the Trainer's own. What rounding
+does alone is shown beside it: one process that cuts the same batch into four micro-batches, against two.
 
-    python benchmarks/parity.py --output parity.json
+    python benchmarks/parity.py --output parity    # parity.json, parity.md
 """
 
 from __future__ import annotations
@@ -18,53 +19,98 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SCRIPT = Path(__file__).parents[1] / "tests" / "distributed" / "script.py"
 BACKENDS = ("ddp", "ddp layer-wise", "fsdp2", "zero1", "zero2", "zero3")
+ALONE = ("rounding", "rounding layer-wise")  # one process, the batch cut in two ways
 METHODS: dict[str, dict[str, Any]] = {
-    "GaLore+": {"residual_percent": 0.0}, "GaLore+, residual": {}, "AdamW": {"adamw": 1e-2},
+    "GaLore+": {"residual_percent": 0.0}, "GaLore+, residual": {}, "AdamW": {"adamw": 3.5e-3},
 }  # fmt: skip
 
 
-def folder_of(folder: Path, case: tuple[str, str, str, int]) -> Path:
-    """Where a case's training writes."""
-    return folder / "-".join(map(str, case)).replace(" ", "-")
+class Case(NamedTuple):
+    """One training."""
+
+    backend: str
+    dtype: str
+    method: str
+    processes: int = 1
+    accumulation: int = 2
+
+    @property
+    def other(self) -> Case:
+        """What it is compared with: two processes, or, of those alone, smaller micro-batches."""
+        return self._replace(accumulation=4) if self.backend in ALONE else self._replace(processes=2)
+
+    def folder(self, parent: Path) -> Path:
+        """Where it writes."""
+        return parent / "-".join(map(str, self)).replace(" ", "-")
+
+    def weights(self, parent: Path) -> dict[str, Any]:
+        """What it ended with, by name; the run that was resumed comes second."""
+        import torch
+
+        whole, _ = torch.load(self.folder(parent) / "found.pt", weights_only=True)
+        return whole["weights"]
 
 
-def weights_of(folder: Path, case: tuple[str, str, str, int]) -> dict[str, Any]:
-    """What a case ended with, by name; the run that was resumed comes second."""
-    import torch
-
-    whole, _ = torch.load(folder_of(folder, case) / "found.pt", weights_only=True)
-    return whole["weights"]
-
-
-def launch(case: tuple[str, str, str, int], gpus: list[str], model: Path, folder: Path) -> str | None:
+def launch(case: Case, gpus: list[str], model: Path, folder: Path) -> str | None:
     """Train one case; its error's last line where it fails."""
-    backend, dtype, method, world = case
-    settings = {**METHODS[method], "bf16": dtype == "bfloat16"}
-    if backend == "ddp layer-wise":
+    settings = {**METHODS[case.method], "accumulation": case.accumulation}
+    if case.dtype == "bfloat16":
+        settings |= {"bf16": True, "eps": 1e-8}
+    if case.backend.endswith("layer-wise"):
         settings["layerwise"] = True
-    output = folder_of(folder, case)
+    backend, output = "ddp" if case.backend in ALONE else case.backend.split()[0], case.folder(folder)
     output.mkdir()
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(SCRIPT)]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes), str(SCRIPT)]
     where = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     run = subprocess.run(
-        [sys.executable, *words, backend.split()[0], str(model), str(output), json.dumps(settings)],
+        [sys.executable, *words, backend, str(model), str(output), json.dumps(settings)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **where}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     lines = [line for line in run.stderr.split("torch.distributed.elastic")[0].splitlines() if "Error" in line]
     return None if run.returncode == 0 else (lines or ["failed"])[-1][:200]
 
 
+def compare(case: Case, folder: Path, start: dict[str, Any]) -> dict[str, Any]:
+    """How far the weights of a case are from those that it is compared with, and from where they began."""
+    import torch
+
+    one, two = case.weights(folder), case.other.weights(folder)
+    apart = torch.cat([(two[name].float() - w.float()).abs().flatten().cpu() for name, w in one.items()])
+    moved = torch.cat([(w.float().cpu() - start[name]).abs().flatten() for name, w in one.items()])
+    return {
+        "max": apart.max().item(), "mean": apart.mean().item(), "moved": moved.mean().item(),
+        "moved_max": moved.max().item(),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows in Markdown; errors stay in it."""
+    columns = ("backend", "precision", "method", "largest", "mean", "mean / AdamW's", "moved, mean", "moved, largest")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    adamw = {(row["backend"], row["dtype"]): row.get("mean") for row in rows if row["method"] == "AdamW"}
+    for row in rows:
+        name = f"| {row['backend']} | {row['dtype']} | {row['method']} | "
+        if "error" in row:
+            lines.append(f"{name}{row['error'][:60]} |" + " |" * 4)
+            continue
+        peer = adamw.get((row["backend"].split()[0], row["dtype"])) if row["method"] != "AdamW" else None
+        times = f"{row['mean'] / peer:.2f}" if peer else ""
+        figures = (f"{row[key]:.1e}" for key in ("moved", "moved_max"))
+        lines.append(f"{name}{row['max']:.1e} | {row['mean']:.1e} | {times} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Run every case, print a table, write JSON."""
+    """Run every case, print a table, write it and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--backends", nargs="+", choices=[*BACKENDS, *ALONE], default=[*BACKENDS, *ALONE])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--jobs", type=int, default=1, help="launches at a time")
-    parser.add_argument("--output", type=Path, default=Path("parity.json"))
+    parser.add_argument("--output", type=Path, default=Path("parity"), help="a file's name without its ending")
     arguments = parser.parse_args()
 
     import torch
@@ -80,36 +126,29 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     pairs = [visible[i : i + 2] for i in range(0, gpus - 1, 2)] or [[]]
+    device = torch.cuda.get_device_name() if gpus >= 2 else "cpu"
+    kinds = [
+        Case(*kind)
+        for kind in itertools.product(arguments.backends, arguments.dtypes, METHODS)
+        if not (kind[0].endswith("layer-wise") and kind[2] == "AdamW")
+    ]
+    cases = [each for case in kinds for each in (case, case.other)]
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(arguments.jobs) as pool:
         folder, model = Path(temporary), Path(temporary) / "model"
         LlamaForCausalLM(config).save_pretrained(model)
         start = LlamaForCausalLM.from_pretrained(model).state_dict()
-        kinds = [
-            kind
-            for kind in itertools.product(arguments.backends, arguments.dtypes, METHODS)
-            if kind[0] != "ddp layer-wise" or kind[2] != "AdamW"
-        ]
-        cases = [(*kind, world) for kind in kinds for world in (1, 2)]
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            failed = list(pool.map(lambda i: launch(cases[i], pairs[i % len(pairs)], model, folder), range(len(cases))))
-        errors = dict(zip(cases, failed, strict=True))
-        for kind in kinds:
-            row: dict[str, Any] = dict(zip(("backend", "dtype", "method"), kind, strict=True))
-            wrong = errors[(*kind, 1)] or errors[(*kind, 2)]
-            if wrong:
-                rows.append({**row, "error": wrong})
-                print(f"{kind[0]:<16}{kind[1]:<10}{kind[2]:<20}{wrong}")
-                continue
-            one, two = (weights_of(folder, (*kind, world)) for world in (1, 2))
-            apart = torch.cat([(two[name].float() - w.float()).abs().flatten().cpu() for name, w in one.items()])
-            moved = torch.cat([(w.float().cpu() - start[name]).abs().flatten() for name, w in one.items()])
-            row |= {"max": apart.max().item(), "mean": apart.mean().item(), "moved": moved.mean().item()}
-            rows.append(row)
-            print(f"{kind[0]:<16}{kind[1]:<10}{kind[2]:<20}max {row['max']:.2e}  mean {row['mean']:.2e}  "
-                  f"weights moved {row['moved']:.2e}")  # fmt: skip
-    device = torch.cuda.get_device_name() if gpus >= 2 else "cpu"
-    arguments.output.write_text(json.dumps({"device": device, "environment": environment(), "rows": rows}, indent=1))
+        launched = {
+            case: pool.submit(launch, case, pairs[i % len(pairs)], model, folder) for i, case in enumerate(cases)
+        }
+        for case in kinds:
+            wrong = launched[case].result() or launched[case.other].result()
+            found = {"error": wrong} if wrong else compare(case, folder, start)
+            rows.append({"backend": case.backend, "dtype": case.dtype, "method": case.method, **found})
+            told = {"device": device, "gpus": gpus, "environment": environment(), "rows": rows}
+            arguments.output.with_suffix(".json").write_text(json.dumps(told, indent=1))  # a run may be cut off
+    arguments.output.with_suffix(".md").write_text(table(rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Averager:
                 self._reduce(bucket, wire)
 
     def measure(self) -> None:
-        """Find the energies of all gradients, which were averaged, together."""
+        """Estimate the norms of all gradients, which were averaged, together."""
         measure_together(_projected(self._weights()))
 
     def _reduce(self, bucket: list[tuple[str, Tensor]], wire: torch.dtype) -> None:

@@ -250,12 +250,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
             self._directions.of, row=self._places[name], rows=len(self._places), seed=self.seed, calls=state["calls"],
             like=p.grad,
         )  # fmt: skip
-        parts = []
-        with self.stopwatch.measure("update", p.device):
-            for m in matrices:
-                sketches = functools.partial(sketch_matrices, m, self.config, self.seed, m.logical(name), p.device)
-                parts.append(Part(m, state, sketches, direction(m) if state["refreshes"] else None))
-            return ProjectedGradient(p.grad, name, parts, self.averager)
+        parts = []  # no stopwatch: it would take the host a fifth of all this, and device time belongs to backward
+        for m in matrices:
+            sketches = functools.partial(sketch_matrices, m, self.config, self.seed, m.logical(name), p.device)
+            parts.append(Part(m, state, sketches, direction(m) if state["refreshes"] else None))
+        return ProjectedGradient(p.grad, name, parts, self.averager)
 
     def _phase(self, name: str) -> int:
         """Where in the gap this weight's refreshes lie: 0, or spread evenly over all projected weights."""

@@ -45,17 +45,20 @@ class ProjectedGradient(torch.Tensor):
     def __init__(self, grad: Tensor, name: str, parts: Sequence[Part | Whole], averager: Any = None) -> None:
         self.parts, self._name = parts, name
         self.averaged, self._average = False, averager
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        self._batches, self._norm = 0, torch.linalg.vector_norm(grad, dtype=wide).float()
-        self._factor: Tensor | float | None = None  # of the norm
-        self.energy: Tensor | None = None  # while it is known
+        self._batches = 0
+        self._exact: Tensor | None = None  # norm of a single backward's gradient; of a mean over processes nobody knows
+        if averager is None:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            self._exact = torch.linalg.vector_norm(grad, dtype=wide).float()
+        self._factor: Tensor | float | None = None  # of the exact norm
+        self.estimate: Tensor | None = None  # of the norm, while it is known
         self.take_in(grad)
 
     def take_in(self, grad: Tensor) -> None:
         """Add one micro-batch's gradient."""
         if self._average is not None:
             self._average.note(self)
-        self.energy = None
+        self.estimate = None
         for part in self.parts:
             part.take_in(grad if isinstance(part, Whole) else part.matrix.take(grad))
         self._batches += 1
@@ -63,14 +66,14 @@ class ProjectedGradient(torch.Tensor):
     def frobenius(self) -> Tensor:
         """The gradient's norm: exact for a single backward of one process, else estimated, see ``energies``."""
         self.settle()
-        if self._batches == 1 and not self.averaged:
-            return self._norm if self._factor is None else (self._norm * self._factor).abs()
-        if self.energy is None and self.averaged:
+        if self._batches == 1 and self._exact is not None:
+            return self._exact if self._factor is None else (self._exact * self._factor).abs()
+        if self.estimate is None and self._average is not None:
             self._average.measure()
-        elif self.energy is None:
+        elif self.estimate is None:
             measure_together([self])
-        assert self.energy is not None
-        return self.energy.sqrt()
+        assert self.estimate is not None
+        return self.estimate
 
     @property
     def whole(self) -> Tensor | None:
@@ -90,7 +93,7 @@ class ProjectedGradient(torch.Tensor):
     def scale_(self, factor: Tensor | float) -> ProjectedGradient:
         """Multiply by a number, as clipping does."""
         factor = _copy_of(factor) if isinstance(factor, Tensor) else factor
-        self.energy = None
+        self.estimate = None
         for part in self.parts:
             part.scale_(factor)
         self._factor = factor if self._factor is None else self._factor * factor
@@ -100,8 +103,9 @@ class ProjectedGradient(torch.Tensor):
         """Set the gradient to zero."""
         for part in self.parts:
             part.clear()
-        self.energy = None
-        self._norm, self._factor = torch.zeros_like(self._norm), None
+        self.estimate = self._factor = None
+        if self._exact is not None:
+            self._exact = torch.zeros_like(self._exact)
         return self
 
     def finite(self) -> Tensor:
@@ -138,12 +142,15 @@ class ProjectedGradient(torch.Tensor):
 
 
 def measure_together(grads: Iterable[ProjectedGradient]) -> None:
-    """Find the energies that are not known, in few operations for all of them."""
-    asked = [grad for grad in grads if grad.energy is None]
+    """Estimate the norms that are not known, in few operations for all of them."""
+    asked = [grad for grad in grads if grad.estimate is None]
     found = iter(energies([part for grad in asked for part in grad.parts]))
-    for grad in asked:
-        own = [next(found) for _ in grad.parts]
-        grad.energy = own[0] if len(own) == 1 else torch.stack(own).sum()
+    own = [[next(found) for _ in grad.parts] for grad in asked]
+    totals = [each[0] if len(each) == 1 else torch.stack(each).sum() for each in own]
+    for device in dict.fromkeys(total.device for total in totals):
+        here = [i for i, total in enumerate(totals) if total.device == device]
+        for i, norm in zip(here, torch.stack([totals[i] for i in here]).sqrt().unbind(), strict=True):
+            asked[i].estimate = norm
 
 
 def _is_number(factor: Any) -> bool:

@@ -18,6 +18,7 @@ from galore_trainer.optim.streams import stream
 
 SUPPORTS = ("residual_index", "candidate_index")
 """Keys of the positions at which the residual wants the gradient, the newer first."""
+TOGETHER = 1 << 25  # entries of projections whose energies are found together
 ACROSS: dict[str, Side] = {"right": "left", "left": "right"}
 
 
@@ -137,23 +138,22 @@ class Part:
         }  # fmt: skip
         return {kind: x for kind, x in kinds.items() if x is not None}
 
-    def pieces_of_norm(self) -> tuple[list[Tensor], float]:
-        """Tensors whose squares add up to an unbiased estimate of the gradient's squared norm, and a divisor of it.
-
-        With a basis the projected part is known, and what it loses is seen along one random direction; before, the
-        sketch tells all.
-        """
+    def form(self) -> tuple[Any, ...]:
+        """Equal for parts whose energies are found together."""
         self.settle_factor()
-        right = self.matrix.side == "right"
         if self.sketch is not None:
-            return [self.sketch], float(self.sketch.shape[-2 if right else -1])
-        R, along, d, P = self.projected, self._along, self._direction, decode_basis(self._basis)
-        assert R is not None
-        assert along is not None
-        assert d is not None
-        d = d.float().expand(len(P), -1, -1)
-        left, other = (R, P.mT @ d) if right else (d.mT @ P, R)  # their product is lift(R) along d
-        return [R, torch.baddbmm(along, left, other, alpha=-1.0)], 1.0
+            return ("sketch", self.sketch.shape[-2 if self.matrix.side == "right" else -1], self.sketch.device)
+        assert self.projected is not None
+        R, stored = self.projected, self._basis.values
+        return (self.matrix.side, R.shape, stored.shape, stored.dtype, R.device)
+
+    def seen(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Basis and direction in float32, [blocks, ...], R, and G along the direction."""
+        assert self.projected is not None
+        assert self._along is not None
+        assert self._direction is not None
+        P = decode_basis(self._basis)
+        return P, self._direction.float().expand(len(P), -1, -1), self.projected, self._along
 
     def finite(self) -> Tensor:
         """Whether every number of the gradient was finite: a scalar tensor, boolean."""
@@ -185,9 +185,9 @@ class Whole:
         """Everything that is kept, by kind."""
         return [("whole", self._value)]
 
-    def pieces_of_norm(self) -> tuple[list[Tensor], float]:
+    def form(self) -> tuple[Any, ...]:
         """As of a ``Part``."""
-        return [self._value], 1.0
+        return ("whole", self._value.dtype, self._value.device)
 
     def finite(self) -> Tensor:
         """Whether every number is finite: a scalar tensor, boolean."""
@@ -200,18 +200,42 @@ class Whole:
 
 
 def energies(parts: Sequence[Part | Whole]) -> list[Tensor]:
-    """Squared Frobenius norms of gradients of which parts were kept: estimates, see ``Part.pieces_of_norm``."""
-    each = [part.pieces_of_norm() for part in parts]
+    """Squared Frobenius norms of gradients of which parts were kept, scalars: unbiased estimates.
+
+    With a basis the projected part is known, and what it loses is seen along one random direction; before, the sketch
+    tells all. Parts of one form are looked at together, some at a time.
+    """
     found: list[Any] = [None] * len(parts)
-    alike = [(len(tensors), tensors[0].device) for tensors, _ in each]
-    for count, device in dict.fromkeys(alike):
-        here = [i for i, key in enumerate(alike) if key == (count, device)]
-        tensors = [x for i in here for x in each[i][0]]
-        wide = any(x.dtype == torch.float64 for x in tensors)
-        norms = torch.stack(torch._foreach_norm(tensors, 2, None if wide else torch.float32)).float()
-        for i, total in zip(here, norms.view(-1, count).square().sum(dim=1).unbind(), strict=True):
-            found[i] = total if each[i][1] == 1.0 else total / each[i][1]
+    alike: dict[Any, list[int]] = {}
+    for i, part in enumerate(parts):
+        alike.setdefault(part.form(), []).append(i)
+    for (kind, width, *_), members in alike.items():
+        own: Any = [parts[i] for i in members]
+        if kind == "whole":
+            total = _squares([part.value for part in own])
+        elif kind == "sketch":
+            total = _squares([part.sketch for part in own]) / width
+        else:
+            size = max(1, TOGETHER // own[0].projected.numel())
+            total = torch.cat([_estimates(own[k : k + size]) for k in range(0, len(own), size)])
+        for i, energy in zip(members, total.unbind(), strict=True):
+            found[i] = energy
     return found
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Squared norms of tensors of one device, [count]."""
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    return torch.stack(torch._foreach_norm(list(tensors), 2, None if wide else torch.float32)).float().square()
+
+
+def _estimates(parts: Sequence[Part]) -> Tensor:
+    """Squared norms of the gradients of parts of one form, [count]."""
+    P, d, R, along = (torch.cat(each) for each in zip(*(part.seen() for part in parts), strict=True))
+    left, other = (R, P.mT @ d) if parts[0].matrix.side == "right" else (d.mT @ P, R)  # lift(R) along d
+    lost = torch.baddbmm(along, left, other, alpha=-1.0)
+    squares = [torch.linalg.vector_norm(x, dim=(1, 2)).square() for x in (R, lost)]
+    return (squares[0] + squares[1]).view(len(parts), -1).sum(dim=1)
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

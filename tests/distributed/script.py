@@ -1,8 +1,9 @@
 """Trains a tiny model under one backend: ``script.py BACKEND MODEL OUTPUT SETTINGS [CHECKPOINT ...]``, under torchrun.
 
-SETTINGS are GaLoreConfig's, in JSON, and two more: ``bf16`` for the Trainer, ``adamw`` for PyTorch's AdamW instead, at
-this learning rate. Two GPUs are used where there are two. On CPUs DeepSpeed needs no compiler (its shared-memory
-operation is declared missing) and accelerate needs to be told that FSDP may run there: both are for tests alone.
+SETTINGS are GaLoreConfig's, in JSON, and four more: ``bf16``, ``eps`` and ``accumulation`` for the Trainer, ``adamw``
+for PyTorch's AdamW instead, at this learning rate. Two GPUs are used where there are two. On CPUs DeepSpeed needs no
+compiler (its shared-memory operation is declared missing) and accelerate needs to be told that FSDP may run there: both
+are for tests alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from galore_trainer.hf.callback import unwrap_optimizer
 ON_GPU = torch.cuda.device_count() >= 2
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 ROWS, LENGTH, SAVE_AT = 48, 12, 3
+BATCH = 8  # sequences of a step, over all processes and micro-batches
 
 
 def allow_fsdp_on_cpu() -> None:
@@ -78,7 +80,7 @@ def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def make_trainer(backend: str, model_dir: str, output: str, options: dict[str, Any]) -> Trainer:
-    """Six steps of two micro-batches, three refreshes; saves after the third step."""
+    """Six steps of two micro-batches, three refreshes, which move weights by some 0.05; saves after the third step."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 250, (ROWS, LENGTH), generator=generator).tolist()
     rows = [{"input_ids": row, "attention_mask": [1] * LENGTH, "labels": row} for row in ids]
@@ -87,10 +89,12 @@ def make_trainer(backend: str, model_dir: str, output: str, options: dict[str, A
     # their sign (1e-4 seen in one entry of a matrix, under DDP too).
     options = dict(options)
     bf16, adamw = options.pop("bf16", False), options.pop("adamw", None)
+    eps, accumulation = options.pop("eps", 1e-5), options.pop("accumulation", 2)
     args = TrainingArguments(
-        output, max_steps=6, per_device_train_batch_size=4 // WORLD, gradient_accumulation_steps=2, max_grad_norm=0.5,
-        learning_rate=adamw or 4e-3, weight_decay=0.1, adam_epsilon=1e-5, use_cpu=not ON_GPU, bf16=bf16,
-        save_strategy="steps", save_steps=SAVE_AT, report_to="none", disable_tqdm=True, seed=3, logging_steps=1,
+        output, max_steps=6, per_device_train_batch_size=BATCH // WORLD // accumulation, max_grad_norm=0.5,
+        gradient_accumulation_steps=accumulation, learning_rate=adamw or 2e-3, weight_decay=0.1, adam_epsilon=eps,
+        use_cpu=not ON_GPU, bf16=bf16, save_strategy="steps", save_steps=SAVE_AT, report_to="none", disable_tqdm=True,
+        seed=3, logging_steps=1,
         **backend_arguments(backend),
     )  # fmt: skip
     usual = {"rank": 4, "update_proj_gap": 2, "residual_percent": 1.2, "residual_warmup_steps": 2, "proj_type": "right"}

@@ -41,7 +41,7 @@ def test_a_process_without_rows_loses_nothing_at_a_resume(dtype: str, torchrun: 
 
 
 def assert_equal(one: Any, two: Any) -> None:
-    """Six steps move weights by some 0.1; sums over processes come in another order."""
+    """Six steps move weights by some 0.05; sums over processes come in another order."""
     start = one["weights"].keys()
     assert two["weights"].keys() == start
     total = count = 0.0
