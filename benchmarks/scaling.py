@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--scaling", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
     parser.add_argument("--batch", type=int, default=8, help="sequences a GPU (weak), or in all (strong)")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rank", type=int, help="128, or 16 for the tiny shape")
     parser.add_argument("--gap", type=int, default=24, help="update_proj_gap while measuring")
     parser.add_argument("--residual-percent", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=50, help="of a strong cell")
@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=int, default=120, help="seconds that a collective may take")
     parser.add_argument("--output", type=Path, default=Path("scaling"))
     arguments = parser.parse_args()
+    arguments.rank = arguments.rank or (16 if arguments.shape == "tiny" else 128)
     (arguments.output / "weights").mkdir(parents=True, exist_ok=True)
 
     run(arguments)
