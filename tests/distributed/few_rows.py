@@ -67,6 +67,7 @@ def main() -> None:
         for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
             if not torch.equal(p.full_tensor(), q.full_tensor()):  # type: ignore[attr-defined]
                 raise SystemExit(f"saved after {saved_after} steps: {name} differs")
+    dist.barrier()  # nobody leaves while another still receives
     dist.destroy_process_group()
 
 

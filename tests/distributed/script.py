@@ -124,6 +124,8 @@ def main() -> None:
     resume = {f"{output}/{i}": checkpoint for i, checkpoint in enumerate(sys.argv[5:])}
     jobs = resume or {output: None, f"{output}/again": f"{output}/checkpoint-3"}
     found = [train(backend, model_dir, folder, json.loads(options), source) for folder, source in jobs.items()]
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while another still receives
     if RANK == 0:
         torch.save(found, f"{output}/found.pt")
 
