@@ -100,7 +100,7 @@ def _sampled(G_S: Tensor, left: Tensor, right: Tensor, positions: Tensor) -> Ten
     (m, k), n = positions.shape[-2:], len(right)
     _quieten()
     pattern = torch.sparse_csr_tensor(
-        _ends(m, k, positions.dtype), positions.view(-1), G_S.reshape(-1), (m, n), check_invariants=False
+        _ends(m, k, positions.dtype), positions.reshape(-1), G_S.reshape(-1), (m, n), check_invariants=False
     )
     return torch.sparse.sampled_addmm(pattern, left, right.mT, alpha=-1.0).values().view(positions.shape)
 

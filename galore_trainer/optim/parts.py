@@ -18,7 +18,7 @@ from galore_trainer.optim.streams import stream
 
 SUPPORTS = ("residual_index", "candidate_index")
 """Keys of the positions at which the residual wants the gradient, the newer first."""
-TOGETHER = 1 << 25  # entries of projections whose energies are found together
+TOGETHER = 1 << 23  # entries of projections whose energies are found together: they are copied
 ACROSS: dict[str, Side] = {"right": "left", "left": "right"}
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.optim import parts
 from galore_trainer.optim.averaging import check_bases
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.layerwise import ProjectedGradient, measure_together
 from threads import Meeting, Thread
 
 WORLD, STEPS = 2, 7
@@ -81,6 +83,42 @@ def test_two_processes_take_the_steps_of_one_on_all_micro_batches() -> None:
         assert seen == pytest.approx(norms, rel=1e-4)
         for name, p in one.items():
             torch.testing.assert_close(weights[name], p.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [1, 1 << 23])
+def test_norms_estimated_together_are_what_is_kept_and_one_look_at_what_is_lost(
+    together: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(parts, "TOGETHER", together)
+    weights, optimizer = make()
+    weights |= {f"{name} again": torch.nn.Parameter(w.detach().clone()) for name, w in weights.items()}
+    names = [name for name in weights if name.endswith("again")]
+    optimizer.add_param_group({"params": [weights[name] for name in names], "names": names, "projected": True})
+    for part in range(2):
+        backward(weights, 0, part)
+    measure_together(w.grad for w in weights.values())
+    for w in weights.values():  # of a sketch
+        (own,) = w.grad.parts
+        width = own.sketch.shape[-2 if own.matrix.side == "right" else -1]
+        assert w.grad.estimate.item() == pytest.approx((own.sketch.norm() / width**0.5).item(), rel=1e-6)
+    optimizer.step()
+    for part in range(2):
+        backward(weights, 1, part)
+    dense = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for part in range(2):
+        generator = torch.Generator().manual_seed(100 + part)
+        for name, w in weights.items():
+            dense[name] += torch.randn(w.shape, generator=generator) / WORLD
+    found = {name: w.grad for name, w in weights.items() if isinstance(w.grad, ProjectedGradient)}  # others are due
+    measure_together(found.values())
+    assert len(found) >= 4
+    for name, grad in found.items():
+        (own,), G = grad.parts, dense[name]
+        P, d, _, _ = (x.squeeze(0) for x in own.seen())
+        right = own.matrix.side == "right"
+        kept, lost = (G @ P, G - G @ P @ P.T) if right else (P.T @ G, G - P @ P.T @ G)
+        energy = kept.square().sum() + (lost @ d if right else d.T @ lost).square().sum()
+        assert grad.estimate.item() == pytest.approx(energy.sqrt().item(), rel=1e-4), name
 
 
 def test_what_is_sent_is_small_and_in_the_weights_precision() -> None:
