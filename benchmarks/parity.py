@@ -146,8 +146,8 @@ def main() -> None:
             found = {"error": wrong} if wrong else compare(case, folder, start)
             rows.append({"backend": case.backend, "dtype": case.dtype, "method": case.method, **found})
             told = {"device": device, "gpus": gpus, "environment": environment(), "rows": rows}
-            arguments.output.with_suffix(".json").write_text(json.dumps(told, indent=1))  # a run may be cut off
-    arguments.output.with_suffix(".md").write_text(table(rows))
+            Path(f"{arguments.output}.json").write_text(json.dumps(told, indent=1))  # a run may be cut off
+    Path(f"{arguments.output}.md").write_text(table(rows))
     print(table(rows))
 
 

@@ -54,7 +54,7 @@ class GaLoreCallback(TrainerCallback):
         if self._optimizer.config.layerwise and args.gradient_accumulation_steps > 1:
             logger.warning(
                 "layer-wise mode over %d micro-batches: grad_norm, and what is clipped by it, is an unbiased estimate "
-                "from one random direction of each weight; with one micro-batch it is exact",
+                "from one random direction of each weight; with one micro-batch on one process it is exact",
                 args.gradient_accumulation_steps,
             )
         if self.print_table and state.is_world_process_zero:

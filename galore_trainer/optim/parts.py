@@ -18,7 +18,7 @@ from galore_trainer.optim.streams import stream
 
 SUPPORTS = ("residual_index", "candidate_index")
 """Keys of the positions at which the residual wants the gradient, the newer first."""
-TOGETHER = 1 << 23  # entries of projections whose energies are found together: they are copied
+TOGETHER = 1 << 24  # entries of projections and bases that are copied, so that energies are found together
 ACROSS: dict[str, Side] = {"right": "left", "left": "right"}
 
 
@@ -147,6 +147,12 @@ class Part:
         R, stored = self.projected, self._basis.values
         return (self.matrix.side, R.shape, stored.shape, stored.dtype, R.device)
 
+    @property
+    def copied(self) -> int:
+        """Entries of what is joined with that of other parts: projection and basis."""
+        assert self.projected is not None
+        return self.projected.numel() + self._basis.values.numel()
+
     def seen(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Basis and direction in float32, [blocks, ...], R, and G along the direction."""
         assert self.projected is not None
@@ -216,7 +222,7 @@ def energies(parts: Sequence[Part | Whole]) -> list[Tensor]:
         elif kind == "sketch":
             total = _squares([part.sketch for part in own]) / width
         else:
-            size = max(1, TOGETHER // own[0].projected.numel())
+            size = max(1, TOGETHER // own[0].copied)
             total = torch.cat([_estimates(own[k : k + size]) for k in range(0, len(own), size)])
         for i, energy in zip(members, total.unbind(), strict=True):
             found[i] = energy
@@ -231,7 +237,9 @@ def _squares(tensors: Sequence[Tensor]) -> Tensor:
 
 def _estimates(parts: Sequence[Part]) -> Tensor:
     """Squared norms of the gradients of parts of one form, [count]."""
-    P, d, R, along = (torch.cat(each) for each in zip(*(part.seen() for part in parts), strict=True))
+    P, d, R, along = (
+        each[0] if len(each) == 1 else torch.cat(each) for each in zip(*(part.seen() for part in parts), strict=True)
+    )
     left, other = (R, P.mT @ d) if parts[0].matrix.side == "right" else (d.mT @ P, R)  # lift(R) along d
     lost = torch.baddbmm(along, left, other, alpha=-1.0)
     squares = [torch.linalg.vector_norm(x, dim=(1, 2)).square() for x in (R, lost)]

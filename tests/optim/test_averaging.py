@@ -85,7 +85,7 @@ def test_two_processes_take_the_steps_of_one_on_all_micro_batches() -> None:
             torch.testing.assert_close(weights[name], p.detach(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("together", [1, 1 << 23])
+@pytest.mark.parametrize("together", [1, 1 << 24])
 def test_norms_estimated_together_are_what_is_kept_and_one_look_at_what_is_lost(
     together: int, monkeypatch: Any
 ) -> None:
