@@ -3,7 +3,8 @@
 The training is that of the tests (``tests/distributed/script.py``: Trainer, six steps, three refreshes, accumulation 2,
 clipping), in float32 and bfloat16, on two GPUs where there are two, else on CPUs. One process runs under the same
 backend. AdamW's learning rate makes its weights move about as far; in bfloat16 eps is the Trainer's own. What rounding
-does alone is shown beside it: one process that cuts the same batch into four micro-batches, against two.
+does alone is shown beside it: one process that cuts the same batch into four micro-batches, against two, for each
+backend ("ddp, rounding").
 
     python benchmarks/parity.py --output parity    # parity.json, parity.md
 """
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 
 SCRIPT = Path(__file__).parents[1] / "tests" / "distributed" / "script.py"
 BACKENDS = ("ddp", "ddp layer-wise", "fsdp2", "zero1", "zero2", "zero3")
-ALONE = ("rounding", "rounding layer-wise")  # one process, the batch cut in two ways
+ALONE = ", rounding"  # after a backend's name: one process, the batch cut in two ways
+CHOICES = [backend + ending for ending in ("", ALONE) for backend in BACKENDS]
 METHODS: dict[str, dict[str, Any]] = {
     "GaLore+": {"residual_percent": 0.0}, "GaLore+, residual": {}, "AdamW": {"adamw": 3.5e-3},
 }  # fmt: skip
@@ -40,12 +42,12 @@ class Case(NamedTuple):
 
     @property
     def other(self) -> Case:
-        """What it is compared with: two processes, or, of those alone, smaller micro-batches."""
-        return self._replace(accumulation=4) if self.backend in ALONE else self._replace(processes=2)
+        """What it is compared with: two processes, or one with smaller micro-batches."""
+        return self._replace(accumulation=4) if self.backend.endswith(ALONE) else self._replace(processes=2)
 
     def folder(self, parent: Path) -> Path:
         """Where it writes."""
-        return parent / "-".join(map(str, self)).replace(" ", "-")
+        return parent / "-".join(map(str, self)).replace(",", "").replace(" ", "-")
 
     def weights(self, parent: Path) -> dict[str, Any]:
         """What it ended with, by name; the run that was resumed comes second."""
@@ -60,9 +62,9 @@ def launch(case: Case, gpus: list[str], model: Path, folder: Path) -> str | None
     settings = {**METHODS[case.method], "accumulation": case.accumulation}
     if case.dtype == "bfloat16":
         settings |= {"bf16": True, "eps": 1e-8}
-    if case.backend.endswith("layer-wise"):
+    if "layer-wise" in case.backend:
         settings["layerwise"] = True
-    backend, output = "ddp" if case.backend in ALONE else case.backend.split()[0], case.folder(folder)
+    backend, output = case.backend.removesuffix(ALONE).split()[0], case.folder(folder)
     output.mkdir()
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes), str(SCRIPT)]
     where = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
@@ -97,7 +99,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "error" in row:
             lines.append(f"{name}{row['error'][:60]} |" + " |" * 4)
             continue
-        peer = adamw.get((row["backend"].split()[0], row["dtype"])) if row["method"] != "AdamW" else None
+        kind = (row["backend"].replace(" layer-wise", ""), row["dtype"])
+        peer = adamw.get(kind) if row["method"] != "AdamW" else None
         times = f"{row['mean'] / peer:.2f}" if peer else ""
         figures = (f"{row[key]:.1e}" for key in ("moved", "moved_max"))
         lines.append(f"{name}{row['max']:.1e} | {row['mean']:.1e} | {times} | {' | '.join(figures)} |")
@@ -107,7 +110,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run every case, print a table, write it and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backends", nargs="+", choices=[*BACKENDS, *ALONE], default=[*BACKENDS, *ALONE])
+    parser.add_argument("--backends", nargs="+", choices=CHOICES, default=CHOICES)
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--jobs", type=int, default=1, help="launches at a time")
     parser.add_argument("--output", type=Path, default=Path("parity"), help="a file's name without its ending")
@@ -130,7 +133,7 @@ def main() -> None:
     kinds = [
         Case(*kind)
         for kind in itertools.product(arguments.backends, arguments.dtypes, METHODS)
-        if not (kind[0].endswith("layer-wise") and kind[2] == "AdamW")
+        if not ("layer-wise" in kind[0] and kind[2] == "AdamW")
     ]
     cases = [each for case in kinds for each in (case, case.other)]
     rows: list[dict[str, Any]] = []
