@@ -40,11 +40,6 @@ class Case(NamedTuple):
     processes: int = 1
     accumulation: int = 2
 
-    @property
-    def other(self) -> Case:
-        """What it is compared with: two processes, or one with smaller micro-batches."""
-        return self._replace(accumulation=4) if self.backend.endswith(ALONE) else self._replace(processes=2)
-
     def folder(self, parent: Path) -> Path:
         """Where it writes."""
         return parent / "-".join(map(str, self)).replace(",", "").replace(" ", "-")
@@ -64,7 +59,7 @@ def launch(case: Case, gpus: list[str], model: Path, folder: Path) -> str | None
         settings |= {"bf16": True, "eps": 1e-8}
     if "layer-wise" in case.backend:
         settings["layerwise"] = True
-    backend, output = case.backend.removesuffix(ALONE).split()[0], case.folder(folder)
+    backend, output = case.backend.split()[0], case.folder(folder)
     output.mkdir()
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes), str(SCRIPT)]
     where = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
@@ -76,11 +71,17 @@ def launch(case: Case, gpus: list[str], model: Path, folder: Path) -> str | None
     return None if run.returncode == 0 else (lines or ["failed"])[-1][:200]
 
 
-def compare(case: Case, folder: Path, start: dict[str, Any]) -> dict[str, Any]:
-    """How far the weights of a case are from those that it is compared with, and from where they began."""
+def pair_of(backend: str, dtype: str, method: str) -> tuple[Case, Case]:
+    """What a row compares: one process with two, or with itself on smaller micro-batches."""
+    one = Case(backend.removesuffix(ALONE), dtype, method)
+    return one, one._replace(accumulation=4) if backend.endswith(ALONE) else one._replace(processes=2)
+
+
+def compare(cases: tuple[Case, Case], folder: Path, start: dict[str, Any]) -> dict[str, Any]:
+    """How far the weights of two cases are from each other, and those of the first from where they began."""
     import torch
 
-    one, two = case.weights(folder), case.other.weights(folder)
+    one, two = (case.weights(folder) for case in cases)
     apart = torch.cat([(two[name].float() - w.float()).abs().flatten().cpu() for name, w in one.items()])
     moved = torch.cat([(w.float().cpu() - start[name]).abs().flatten() for name, w in one.items()])
     return {
@@ -131,11 +132,11 @@ def main() -> None:
     pairs = [visible[i : i + 2] for i in range(0, gpus - 1, 2)] or [[]]
     device = torch.cuda.get_device_name() if gpus >= 2 else "cpu"
     kinds = [
-        Case(*kind)
+        kind
         for kind in itertools.product(arguments.backends, arguments.dtypes, METHODS)
         if not ("layer-wise" in kind[0] and kind[2] == "AdamW")
     ]
-    cases = [each for case in kinds for each in (case, case.other)]
+    cases = dict.fromkeys(case for kind in kinds for case in pair_of(*kind))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(arguments.jobs) as pool:
         folder, model = Path(temporary), Path(temporary) / "model"
@@ -144,10 +145,11 @@ def main() -> None:
         launched = {
             case: pool.submit(launch, case, pairs[i % len(pairs)], model, folder) for i, case in enumerate(cases)
         }
-        for case in kinds:
-            wrong = launched[case].result() or launched[case.other].result()
-            found = {"error": wrong} if wrong else compare(case, folder, start)
-            rows.append({"backend": case.backend, "dtype": case.dtype, "method": case.method, **found})
+        for kind in kinds:
+            one, other = pair_of(*kind)
+            wrong = launched[one].result() or launched[other].result()
+            found = {"error": wrong} if wrong else compare((one, other), folder, start)
+            rows.append({**dict(zip(("backend", "dtype", "method"), kind, strict=True)), **found})
             told = {"device": device, "gpus": gpus, "environment": environment(), "rows": rows}
             Path(f"{arguments.output}.json").write_text(json.dumps(told, indent=1))  # a run may be cut off
     Path(f"{arguments.output}.md").write_text(table(rows))

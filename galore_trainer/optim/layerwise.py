@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.parts import Part, Whole, energies
+from galore_trainer.optim.parts import Part, Whole, energies, norms_of_tensors
 
 aten = torch.ops.aten
 ADDITIONS = (aten.add_.Tensor, aten.add.Tensor)
@@ -216,10 +216,8 @@ def is_finite(grad: Tensor) -> Tensor:
 
 def norms_of(grads: Sequence[Tensor]) -> list[Tensor]:
     """The Frobenius norms of gradients, whole or projected, in float32."""
-    whole = [g for g in grads if not isinstance(g, ProjectedGradient)]
-    wide = any(g.dtype == torch.float64 for g in whole)
-    known = iter(torch._foreach_norm(whole, 2, None if wide else torch.float32) if whole else ())
-    return [g.frobenius() if isinstance(g, ProjectedGradient) else next(known).float() for g in grads]
+    known = iter(norms_of_tensors([g for g in grads if not isinstance(g, ProjectedGradient)]))
+    return [g.frobenius() if isinstance(g, ProjectedGradient) else next(known) for g in grads]
 
 
 def is_zero(grad: Tensor) -> bool:

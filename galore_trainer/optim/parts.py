@@ -218,9 +218,9 @@ def energies(parts: Sequence[Part | Whole]) -> list[Tensor]:
     for (kind, width, *_), members in alike.items():
         own: Any = [parts[i] for i in members]
         if kind == "whole":
-            total = _squares([part.value for part in own])
+            total = torch.stack(norms_of_tensors([part.value for part in own])).square()
         elif kind == "sketch":
-            total = _squares([part.sketch for part in own]) / width
+            total = torch.stack(norms_of_tensors([part.sketch for part in own])).square() / width
         else:
             size = max(1, TOGETHER // own[0].copied)
             total = torch.cat([_estimates(own[k : k + size]) for k in range(0, len(own), size)])
@@ -229,10 +229,11 @@ def energies(parts: Sequence[Part | Whole]) -> list[Tensor]:
     return found
 
 
-def _squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Squared norms of tensors of one device, [count]."""
+def norms_of_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Their Frobenius norms, scalars in float32, from few operations."""
     wide = any(x.dtype == torch.float64 for x in tensors)
-    return torch.stack(torch._foreach_norm(list(tensors), 2, None if wide else torch.float32)).float().square()
+    norms = torch._foreach_norm(list(tensors), 2, None if wide else torch.float32) if tensors else ()
+    return [norm.float() for norm in norms]
 
 
 def _estimates(parts: Sequence[Part]) -> Tensor:
