@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from galore_trainer.core.galore import compute_dtype, widen
 from galore_trainer.core.linalg import (
     CERTAIN,
     Reduce,
@@ -70,7 +71,7 @@ def exact(
     """The leading singular vectors of the blocks of ``G``.
 
     Args:
-        G: parts of [blocks, m, n], float32 or bfloat16.
+        G: parts of [blocks, m, n] in one dtype: float32, bfloat16 or float64.
         rank: r, at most min(m, n).
         side: ``right`` or ``left``.
         omega: not used; every basis function takes the same arguments.
@@ -83,7 +84,7 @@ def exact(
     Returns:
         P [..., n, r] for the right side, [..., m, r] for the left.
     """
-    whole = G[0].float() if len(G) == 1 else torch.cat([part.float() for part in G])
+    whole = widen(G[0] if len(G) == 1 else torch.cat(list(G)))
     m, n = whole.shape[-2:]
     if _by_gram(m, n, raw_signs):
         thin, wide = thin_singular_vectors(whole if m <= n else whole.mT, rank, tools)
@@ -108,7 +109,7 @@ def randomized(
     """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 
     Args:
-        G: parts of [blocks, m, n], float32 or bfloat16.
+        G: parts of [blocks, m, n] in one dtype: float32, bfloat16 or float64.
         rank: r, at most k.
         side: ``right`` or ``left``.
         omega: Gaussian test matrix [..., n, k]; k = min(m, n) takes the exact path, since nothing would be saved.
@@ -126,6 +127,7 @@ def randomized(
         assert side == "right"
     elif omega.shape[-1] >= min(G[0].shape[-2:]):
         return exact(G, rank, side, raw_signs=raw_signs, tools=tools)
+    omega = omega.to(compute_dtype(G[0].dtype))
     if previous is not None and side == "right":
         omega = torch.cat([previous, omega[..., rank:]], dim=-1)
     G = [factor(part) for part in G]

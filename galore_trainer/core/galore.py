@@ -4,7 +4,7 @@ Legend (shapes without the leading ``blocks`` dimension):
     W  weight            m x n        P  basis, orthonormal columns   n x r (right) | m x r (left)
     G  gradient          m x n        R  projected gradient           m x r (right) | r x n (left)
     M, V  moments of R, same shape    N  normalised update            same shape as R
-    t  steps in the moments           ok  1.0 where R is finite, else 0.0: then nothing moves
+    t  steps in the moments           ok  1.0 where R is usable, else 0.0: then nothing moves
                                       (t and ok: [blocks, 1, 1])
 
 One step, with P fixed between two refreshes:
@@ -33,8 +33,27 @@ MULTIPLIES_BF16 = {"cuda"}  # types of devices that multiply bfloat16 factors in
 CHUNK = 1 << 24  # entries of a weight that is not float32 held in float32 at a time
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight's state and of its step: float64 for float64 weights, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """A tensor in its ``compute_dtype``."""
+    return x.to(compute_dtype(x.dtype))
+
+
+def largest_usable(dtype: torch.dtype) -> float:
+    """The magnitude below which the second moment of an entry stays finite, with room for sums of a few squares.
+
+    About 1e18 for float32 state. A gradient above it would make second moments infinite, and a later change of basis
+    would turn them into NaN; its step is skipped like that of a gradient that is not finite.
+    """
+    return math.sqrt(torch.finfo(compute_dtype(dtype)).max) / 16.0
+
+
 class MatrixState(NamedTuple):
-    """What is kept of a matrix between steps, in float32: basis, two moments, and their age."""
+    """What is kept of a matrix between steps, in ``compute_dtype``: basis, two moments, and their age (float32)."""
 
     P: Tensor
     M: Tensor
@@ -42,40 +61,43 @@ class MatrixState(NamedTuple):
     t: Tensor
 
 
-def matmul_fp32(A: Tensor, B: Tensor) -> Tensor:
-    """A B accumulated and returned in float32; bfloat16 factors stay bfloat16 where the device multiplies them so."""
-    if A.dtype == B.dtype == torch.float32:
+def matmul_wide(A: Tensor, B: Tensor) -> Tensor:
+    """A B, accumulated and returned in ``compute_dtype``; bfloat16 factors are multiplied as such where devices can."""
+    if A.dtype == B.dtype and A.dtype in (torch.float32, torch.float64):
         return A @ B
     if A.device.type in MULTIPLIES_BF16 and A.dtype == torch.bfloat16:
         return torch.bmm(A, B.to(A.dtype), out_dtype=torch.float32)
-    return A.float() @ B.float()
+    wide = compute_dtype(torch.promote_types(A.dtype, B.dtype))
+    return A.to(wide) @ B.to(wide)
 
 
 def project(G: Tensor, P: Tensor, side: str) -> Tensor:
     """R = G P (right) or P^T G (left)."""
     P = P.to(G.dtype)
-    return matmul_fp32(G, P) if side == "right" else matmul_fp32(P.mT, G)
+    return matmul_wide(G, P) if side == "right" else matmul_wide(P.mT, G)
 
 
 def lift(N: Tensor, P: Tensor, side: str) -> Tensor:
     """N P^T (right) or P N (left): back to the weight's shape."""
-    return matmul_fp32(N, P.mT) if side == "right" else matmul_fp32(P, N)
+    return matmul_wide(N, P.mT) if side == "right" else matmul_wide(P, N)
 
 
 def decay_sum(beta: float, t: Tensor) -> Tensor:
-    """1 - beta^t, accurate in float32 for small t and beta near one."""
+    """1 - beta^t, accurate for small t and beta near one."""
     return -torch.expm1(t * math.log(beta)) if beta > 0.0 else torch.ones_like(t)
 
 
-def finite_parts(R: Tensor, parts: int) -> Tensor:
-    """[parts]: 1.0 where a part of the blocks of R holds finite numbers alone, else 0.0.
+def usable_parts(R: Tensor, parts: int) -> Tensor:
+    """float32 [parts]: 1.0 where all entries of a part of the blocks of R are below ``largest_usable``, else 0.0.
 
-    A non-finite entry of G makes its row or column of R non-finite, so looking at R is enough. Zero times a number is
-    not zero only where the number is infinite or none; on a CPU a finite sum shows it, in a third of the time.
+    A non-finite entry of G makes its row or column of R non-finite, so looking at R is enough.
     """
-    if type(R) is Tensor and R.device.type == "cpu" and math.isfinite(R.sum().item()):
+    limit = largest_usable(R.dtype)
+    # A norm below the limit shows it for all parts. It is the faster pass on a CPU, where reading it costs nothing.
+    if type(R) is Tensor and R.device.type == "cpu" and torch.linalg.vector_norm(R).item() < limit:
         return torch.ones(parts, dtype=torch.float32, device=R.device)
-    return ((R * 0.0).reshape(parts, -1).sum(dim=1) == 0.0).to(torch.float32)
+    largest = torch.linalg.vector_norm(R.reshape(parts, -1), float("inf"), dim=1)
+    return (largest < limit).to(torch.float32)  # False for NaN too
 
 
 def adam(
@@ -87,10 +109,11 @@ def adam(
     """
     b1, b2 = betas
     R = torch.where(ok > 0.0, R, 0.0)
+    t = t + ok
+    ok = ok.to(R.dtype)
     M = torch.lerp(M, R, ok * (1.0 - b1))
     V = torch.lerp(V, R * R, ok * (1.0 - b2))
-    t = t + ok
-    t1 = t.clamp(min=1.0)  # t = 0 only before the first finite gradient: M = V = 0, and N must be 0, not NaN
+    t1 = t.to(R.dtype).clamp(min=1.0)  # t = 0 only before the first usable gradient: M = V = 0, and N must be 0
     N = ok * (M / decay_sum(b1, t1)) / ((V / decay_sum(b2, t1)).sqrt() + eps).clamp(min=torch.finfo(R.dtype).tiny)
     return M, V, t, N
 
@@ -110,7 +133,7 @@ def change_basis(state: MatrixState, P: Tensor, side: str, mode: str, *, betas: 
     elif mode == "rotate":
         C = old.mT @ P  # r x r
         along = (lambda A, C: A @ C) if side == "right" else (lambda A, C: C.mT @ A)
-        t1 = t.clamp(min=1.0)
+        t1 = t.to(M.dtype).clamp(min=1.0)
         f1, f2 = decay_sum(betas[0], t1), decay_sum(betas[1], t1)
         Mh, Vh = M / f1, V / f2
         M = along(M, C)
@@ -133,8 +156,9 @@ def projection_error(G: Tensor, P: Tensor, side: str) -> Tensor:
 
 def lost_share(G: Tensor, P: Tensor, side: str, parts: int = 1) -> Tensor:
     """``projection_error`` from the lost part itself: exact for small errors too, where norms of wholes cancel."""
-    D = G.float() - lift(project(G.float(), P, side), P, side)
-    lost, whole = (torch.linalg.vector_norm(x.reshape(parts, -1), dim=1) for x in (D, G.float()))
+    G = widen(G)
+    D = G - lift(project(G, P, side), P, side)
+    lost, whole = (torch.linalg.vector_norm(x.reshape(parts, -1), dim=1) for x in (D, G))
     return lost / whole.clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -154,15 +178,15 @@ def apply_update_(
     """W <- W - lr wd W - lr scale (lift(N) + N_S at S), in place; not at all where ``ok`` is 0 (N, N_S are 0 there).
 
     Args:
-        W: [blocks, m, n]. float32 takes the product in place; other dtypes go through float32.
+        W: [blocks, m, n]. float32 and float64 take the product in place; other dtypes go through float32.
         N, P, side: as returned by ``adam`` and kept in the state.
         ok: [blocks, 1, 1], 1.0 or 0.0.
         sparse: S and N_S, the residual's support and update (``core/residual.py``).
         generator: rounds a bfloat16 weight stochastically; None rounds to nearest.
     """
-    if W.dtype == torch.float32:
+    if W.dtype in (torch.float32, torch.float64):
         if weight_decay != 0.0:
-            W.mul_(1.0 - ok * (lr * weight_decay))
+            W.mul_(1.0 - ok.to(W.dtype) * (lr * weight_decay))
         left, right = (N, P.mT) if side == "right" else (P, N)
         W.baddbmm_(left, right, alpha=-lr * scale)
         if sparse is not None:

@@ -24,6 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from galore_trainer.core.galore import widen
+
 Side = Literal["right", "left"]
 
 
@@ -147,9 +149,10 @@ class LogicalMatrix:
         if heads is None:
             return blocks
         by_head = blocks.unflatten(1, (self.heads_per_block, self.head_dim))  # [blocks, heads, d, n]
-        block = torch.arange(len(heads), device=heads.device)[:, None]
+        block = torch.arange(len(heads), dtype=torch.int64, device=heads.device)[:, None]
         return by_head[block, heads].flatten(1, 2)
 
     def energy(self, blocks: Tensor) -> Tensor:
         """Squared norm of each head's gradient, [blocks, heads]."""
-        return blocks.unflatten(1, (self.heads_per_block, self.head_dim)).float().square().sum(dim=(-2, -1))
+        by_head = blocks.unflatten(1, (self.heads_per_block, self.head_dim))
+        return widen(by_head).square().sum(dim=(-2, -1))

@@ -1,7 +1,8 @@
 """Small dense linear algebra on stacks of matrices: orthonormal columns, thin singular vectors, subspace iteration.
 
 Legend: ``G`` is a gradient [..., m, n], ``Q`` has orthonormal columns, ``k`` is the width of a sketch, ``r`` the rank.
-All functions take leading batch dimensions, compute in float32 unless said otherwise, and change no argument.
+All functions take leading batch dimensions, change no argument, and compute in float32 unless said otherwise, in
+float64 for float64 arguments.
 
 Where the rows of ``G`` lie on several processes, each passes its own rows and ``reduce``, which sums a tensor over the
 processes. Only n x k and k x k tensors are summed.
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from galore_trainer.core.galore import MULTIPLIES_BF16, matmul_fp32
+from galore_trainer.core.galore import MULTIPLIES_BF16, matmul_wide, widen
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the processes that hold a matrix's rows; each gets the sum."""
@@ -25,30 +26,31 @@ Orthonormalize = Callable[[Tensor, Reduce | None], Tensor]
 ``Reduce`` both are this process's rows."""
 
 Eigenvectors = Callable[[Tensor], Tensor]
-"""Eigenvectors of symmetric matrices [..., k, k], float64: columns by falling eigenvalue, float32, of any sign."""
+"""Eigenvectors of symmetric matrices [..., k, k] in float64: columns by falling eigenvalue, of any sign, in float32 or
+float64."""
 
 NEARLY = 1e-3  # of one: how far columns may be from orthonormal before the last Cholesky factor
 LEAST_SHARE = 1e-12  # of the largest eigenvalue of a Gram matrix: directions below it are noise of float32
 
 
 def factor(G: Tensor) -> Tensor:
-    """A gradient as ``product`` multiplies it: in bfloat16 where it is and the device can, else in float32."""
-    return G if G.dtype == torch.bfloat16 and G.device.type in MULTIPLIES_BF16 else G.float()
+    """A gradient as ``product`` multiplies it: in bfloat16 where it is and the device can, else widened."""
+    return G if G.dtype == torch.bfloat16 and G.device.type in MULTIPLIES_BF16 else widen(G)
 
 
 def product(G: Sequence[Tensor], X: Tensor) -> Tensor:
-    """G X in float32, [blocks, m, k].
+    """G X in the dtype of X, [blocks, m, k].
 
     Where the device multiplies bfloat16, a bfloat16 ``G`` stays what it is, and the 24 bits of ``X`` become three
     bfloat16 numbers beside each other: tensor cores, and nothing rounded away.
 
     Args:
         G: parts of one stack, each [its blocks, m, n] as ``factor`` gives them; they are not joined.
-        X: [blocks, n, k], float32.
+        X: [blocks, n, k], float32, or float64 where G is.
     """
     low = G[0].dtype == torch.bfloat16
     factors = (_three_parts(X) if low else X).split([len(part) for part in G])
-    found = [matmul_fp32(part, x) for part, x in zip(G, factors, strict=True)]
+    found = [matmul_wide(part, x) for part, x in zip(G, factors, strict=True)]
     joined = found[0] if len(found) == 1 else torch.cat(found)
     return joined.unflatten(-1, (3, -1)).sum(dim=-2) if low else joined
 
@@ -99,7 +101,7 @@ def by_whitening(A: Tensor, reduce: Reduce) -> Tensor:
 
 def by_eigh(C: Tensor) -> Tensor:
     """``Eigenvectors`` by the library, one matrix after the other."""
-    return torch.linalg.eigh(C).eigenvectors.flip(-1).float()  # it sorts them rising
+    return torch.linalg.eigh(C).eigenvectors.flip(-1)  # it sorts them rising
 
 
 class Tools(NamedTuple):
@@ -118,15 +120,15 @@ def thin_singular_vectors(B: Tensor, rank: int, tools: Tools = CERTAIN) -> tuple
     The Gram matrix squares the condition number, so it is formed and decomposed in float64. Signs are arbitrary.
 
     Args:
-        B: [..., k, n] with k <= n, float32.
+        B: [..., k, n] with k <= n, float32 or float64.
         rank: at most k.
         tools: for the Gram matrix, and for columns that are orthogonal but for rounding.
 
     Returns:
-        U [..., k, rank] and V [..., n, rank], in float32.
+        U [..., k, rank] and V [..., n, rank], in the dtype of B.
     """
     wide = B.double()
-    U = tools.eigenvectors(wide @ wide.mT)[..., :rank]  # [..., k, rank]
+    U = tools.eigenvectors(wide @ wide.mT)[..., :rank].to(B.dtype)  # [..., k, rank]
     return U, tools.orthonormalize(B.mT @ U, None)  # orthogonal already but for rounding: scaled to length one
 
 

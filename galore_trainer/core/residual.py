@@ -49,7 +49,7 @@ def best_candidates(index: Tensor, mean: Tensor, entries: int) -> Tensor:
 
 
 def dense_loss(G: Tensor, R: Tensor, P: Tensor, side: str) -> Tensor:
-    """D in float32: formed for a moment while candidates are found and averaged, never kept."""
+    """D in the dtype of R: formed for a moment while candidates are found and averaged, never kept."""
     return lift(R, P, side).neg_().add_(G)
 
 
@@ -70,7 +70,7 @@ def largest_lost(G: Tensor, R: Tensor, P: Tensor, side: str, lines: int, entries
 
 
 def lost_at(G_S: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
-    """D[S] = G[S] - lift(R)[S] in float32, in the positions' shape, from G[S] and rows of R and P alone."""
+    """D[S] = G[S] - lift(R)[S] in the dtype of R, in the positions' shape, from G[S] and rows of R and P alone."""
     left, right = (R, P) if side == "right" else (P, R.mT)  # lift = left right^T; [m, r] and [n, r]
     (blocks, m, r), n = left.shape, right.shape[-2]
     if samples(R.device) and support.by_row(m) and type(R) is Tensor:
@@ -78,7 +78,8 @@ def lost_at(G_S: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -> T
             return _sampled(G_S, left[0], right[0], support.positions)
         each = zip(G_S, left, right, support.positions, strict=True)
         return torch.stack([_sampled(*block) for block in each])
-    start = torch.arange(blocks, device=R.device)[:, None, None]  # blocks one after the other: one index does for all
+    # blocks one after the other: one index does for all
+    start = torch.arange(blocks, dtype=torch.int64, device=R.device)[:, None, None]
     row, column = support.coordinates(m)
     left_rows, right_rows = left.reshape(-1, r), right.reshape(-1, r)
     i, j = (start * m + row).flatten(), (start * n + column).flatten()
@@ -116,5 +117,6 @@ def _quieten() -> None:
     """Let torch say once, unheard, that sparse tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ends = torch.tensor([0, 1])
-        torch.sparse_csr_tensor(ends, ends[:1], torch.ones(1), (1, 1), check_invariants=False)
+        ends = torch.tensor([0, 1], dtype=torch.int64, device="cpu")
+        one = torch.ones(1, dtype=torch.float32, device="cpu")
+        torch.sparse_csr_tensor(ends, ends[:1], one, (1, 1), check_invariants=False)

@@ -34,7 +34,7 @@ class Support(NamedTuple):
         """Row and column of every entry of matrices with ``rows`` rows, int64, each of the positions' shape."""
         index = self.positions.long()
         if self.by_row(rows):
-            return torch.arange(rows, device=index.device)[:, None].expand_as(index), index
+            return torch.arange(rows, dtype=torch.int64, device=index.device)[:, None].expand_as(index), index
         return index // self.columns, index % self.columns
 
 

@@ -12,6 +12,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.hf.table import weight_table
 from galore_trainer.layouts.shard import checksum
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.group_settings import scale_of
 from galore_trainer.optim.state import OTHER_LAYOUT
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class GaLoreCallback(TrainerCallback):
         """Note the weights before the first step that should move them."""
         if self._optimizer is None or self._steps_with_lr >= STEPS_TO_MOVE:
             return
-        if any(g["projected"] and g["lr"] * self._optimizer.config.scale > 0.0 for g in self._optimizer.param_groups):
+        config, groups = self._optimizer.config, self._optimizer.param_groups
+        if any(g["projected"] and g["lr"] * scale_of(g, config) > 0.0 for g in groups):
             self._steps_with_lr += 1
             if self._steps_with_lr == 1:
                 self._before = {name: checksum(p) for name, p in self._projected()}
@@ -77,10 +79,11 @@ class GaLoreCallback(TrainerCallback):
         still = [n for n, p in self._projected() if self._had_gradient(n) and torch.equal(before[n], checksum(p))]
         if still:
             assert self._optimizer is not None
-            lr = max(g["lr"] for g in self._optimizer.param_groups if g["projected"])
+            groups, config = self._optimizer.param_groups, self._optimizer.config
+            lr, scale = max((float(g["lr"]), scale_of(g, config)) for g in groups if g["projected"])
             raise RuntimeError(
                 f"{len(still)} projected weights did not change in {STEPS_TO_MOVE} steps, among them {still[0]}: "
-                f"lr {lr:.3g} x scale {self._optimizer.config.scale:g} is too small for their precision, or something "
+                f"lr {lr:.3g} x scale {scale:g} is too small for their precision, or something "
                 "restores them. Raise learning_rate or galore.scale, or keep galore.stochastic_rounding on."
             )
 

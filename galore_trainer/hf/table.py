@@ -13,6 +13,7 @@ from torch import nn
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.group_settings import scale_of
 from galore_trainer.optim.groups import Weight
 from galore_trainer.optim.streams import logical_name
 
@@ -75,10 +76,10 @@ _ORDER = ("projected", "plain", "frozen")
 def _weights(optimizer: GaLoreAdamW, model: nn.Module | None) -> Iterable[tuple[Weight, str]]:
     seen = set()
     for group in optimizer.param_groups:
-        factor = optimizer.config.scale if group["projected"] else 1.0
+        factor = scale_of(group, optimizer.config) if group["projected"] else 1.0
         lr = group.get("initial_lr", group["lr"]) * factor
         matrices = group.get("matrices", [()] * len(group["names"]))
-        for name, shape, m in zip(group["names"], group["shapes"], matrices, strict=True):
+        for name, shape, m in zip(group["names"], optimizer.shapes_of(group), matrices, strict=True):
             seen.add(name)
             yield Weight(name, _stand_in(shape, trained=True), tuple(m)), f"{lr:.3g}"
     for full_name, p in model.named_parameters() if model is not None else ():
@@ -88,7 +89,7 @@ def _weights(optimizer: GaLoreAdamW, model: nn.Module | None) -> Iterable[tuple[
 
 def _stand_in(shape: Iterable[int], *, trained: bool) -> nn.Parameter:
     """A weight of a shape: the one in the group may be a shard by now."""
-    return nn.Parameter(torch.empty(tuple(shape), device="meta"), requires_grad=trained)
+    return nn.Parameter(torch.empty(tuple(shape), dtype=torch.float32, device="meta"), requires_grad=trained)
 
 
 def _side(m: LogicalMatrix) -> str:

@@ -34,7 +34,7 @@ def eigenvectors(C: Tensor) -> Tensor:
     size = C.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()[:, None, None]  # so that float32 holds all squares
     rows = torch.zeros(count, k, 4 * triton.cdiv(k, 4), dtype=torch.float32, device=C.device)  # aligned for wide loads
     rows[..., :k] = torch.where(possible, R / size, 0.0)  # rows of zeros are done at once
-    cosines = torch.full((count,), float("nan"), device=C.device)
+    cosines = torch.full((count,), float("nan"), dtype=torch.float32, device=C.device)
     pairs = triton.next_power_of_2(triton.cdiv(k, 2))
     kernel: Any = _orthogonalize
     kernel[(count,)](

@@ -1,7 +1,8 @@
-"""R = G P or P^T G for gradients that lie anywhere, and whether they are finite."""
+"""R = G P or P^T G for gradients that lie anywhere, and whether moments can take it in."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ def _join(addresses, out, entries, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BL
     tl.store(out + job.to(tl.int64) * entries + at, rounded(x, 0, to, False), mask=at < entries)
 
 
-def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> tuple[Tensor, Tensor]:
-    """Projected gradients, and where they are finite.
+def project(
+    G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int, limit: float = math.inf
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Projected gradients, and where moments can take them in.
 
     Args:
         G: gradients, float32 or bfloat16.
@@ -47,6 +50,7 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
             rounded to before they are multiplied.
         side: ``right`` or ``left``.
         blocks: of equal height in each matrix.
+        limit: magnitude that moments cannot take in.
 
     Returns:
         R, float32 [jobs x blocks, rows, r] or [jobs x blocks, r, n], and 1.0 or 0.0 for each job, [jobs].
@@ -55,7 +59,7 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
     right, single = side == "right", P.dtype == torch.float32
     lines = rows if right else layout.columns
     R = torch.empty((total, lines, rank) if right else (total, rank, lines), dtype=torch.float32, device=P.device)
-    ok = torch.ones(len(G.addresses), device=P.device)
+    ok = torch.ones(len(G.addresses), dtype=torch.float32, device=P.device)
     width = max(16, triton.next_power_of_2(rank))
     tall = max(16, min(WIDEST, ACCUMULATORS // (2 if single else 1) // width))
     while tall > 64 and total * triton.cdiv(lines, tall) < ENOUGH:
@@ -64,8 +68,8 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
     stages = shared_memory(P.device) // (deep * (tall * G.dtype.itemsize + width * P.element_size()))
     kernel: Any = _project
     kernel[(total * triton.cdiv(lines, tall),)](
-        G.addresses, P, R, ok, rows, lines, inner, blocks, **layout.strides, **G.pointer, RIGHT=right,
-        RANK=rank, LINES=tall, DEPTH=deep, WIDTH=width,
+        G.addresses, P, R, ok, rows, lines, inner, blocks, limit, **layout.strides, **G.pointer, RIGHT=right, RANK=rank,
+        LINES=tall, DEPTH=deep, WIDTH=width,
         num_warps=8 if single or tall * width > 16384 else 4, num_stages=max(1, min(3, stages)),
     )  # fmt: skip
     return R, ok
@@ -73,7 +77,7 @@ def project(G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int) -> 
 
 @triton.jit
 def _project(
-    gradients, P, R, ok, rows, lines, inner, blocks,
+    gradients, P, R, ok, rows, lines, inner, blocks, limit,
     length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr,
     LINES: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
@@ -114,5 +118,5 @@ def _project(
     else:
         out = R + column.to(tl.int64)[None, :] * lines + line[:, None]
     tl.store(out, total, mask=here)
-    finite = tl.min(tl.min((tl.abs(total) < float("inf")).to(tl.int32), axis=1), axis=0)
-    tl.store(ok + job, 0.0, mask=finite == 0)
+    usable = tl.min(tl.min((tl.abs(total) < limit).to(tl.int32), axis=1), axis=0)
+    tl.store(ok + job, 0.0, mask=usable == 0)

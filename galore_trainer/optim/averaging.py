@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_trainer.core.galore import compute_dtype
 from galore_trainer.layouts.shard import Ranks, checksum
 from galore_trainer.optim.layerwise import ProjectedGradient, measure_together
 from galore_trainer.optim.stack import runs
@@ -65,12 +66,12 @@ class Averager:
         if not self._checked:
             self._checked = True
             self._refuse(named, self.ranks.differing(torch.stack([checksum(p) for _, p in named])), "other weights")
-        there = torch.tensor([p.grad is not None for _, p in named], dtype=torch.int64)
+        there = torch.tensor([p.grad is not None for _, p in named], dtype=torch.int64, device="cpu")
         self._refuse(named, self.ranks.hosts.differing(there), "no gradient where another has one")
         by_dtype: dict[torch.dtype, list[tuple[str, Tensor]]] = defaultdict(list)
         for grad in _projected(named):
             grad.averaged = True
-            by_dtype[torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32] += grad.kept()
+            by_dtype[grad.dtype if grad.dtype == torch.bfloat16 else compute_dtype(grad.dtype)] += grad.kept()
         for wire, tensors in by_dtype.items():
             for bucket in runs(tensors, lambda pair: pair[1].numel(), BUCKET):
                 self._reduce(bucket, wire)

@@ -19,6 +19,7 @@ from galore_trainer.core.linalg import Tools, by_cholesky, by_eigh, by_household
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual_state
+from galore_trainer.optim.group_settings import scale_of
 from galore_trainer.optim.native import Incoming, take_in
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.skips import Flag
@@ -28,6 +29,7 @@ from galore_trainer.optim.streams import rounding_key
 FIRST_ELEMENTS = 1 << 29  # ``stack.entries`` that move in one go at first, then twice as many each time,
 STACK_ELEMENTS = 1 << 30  # and at most: what is made of their projections is held meanwhile
 INDEX, SKIPPED = "residual_index", "skipped"
+LIMIT = galore.largest_usable(torch.float32)
 _LAYOUTS: dict[tuple[Any, ...], Any] = {}  # a few, by form, shape and strides
 LIBRARY = 3_000_000  # k^3 / this: so many k x k matrices the library decomposes while the kernel does them all
 
@@ -127,20 +129,20 @@ def _update(stack: Stack, config: GaLoreConfig, seed: int) -> None:
     layout = places.layout(first.parameter)
     if first.part is None:
         G = places["gradients"]
-        R, ok = project(G, places.layout(first.grad), places.bases(first.factors or G.dtype), side, blocks)
+        R, ok = project(G, places.layout(first.grad), places.bases(first.factors or G.dtype), side, blocks, LIMIT)
     else:
         R = stack.kept("projected")
-        ok = galore.finite_parts(R, len(jobs))
+        ok = galore.usable_parts(R, len(jobs))
     if first.grad_ok is not None:
         ok = ok * torch.stack([job.grad_ok for job in jobs if job.grad_ok is not None])
+    D = _lost(stack, places, R, ok) if places.has_residual else None  # before moments move: it can be unusable too
     W, low = places["weights"], first.factors or first.parameter.dtype
     N = _moments(stack, places, MOMENTS, AGE, R, ok, low)
     lr = float(group["lr"])  # torch takes tensors, too
-    movement: dict[str, Any] = {"step": lr * config.scale, "keys": places.keys}
+    movement: dict[str, Any] = {"step": lr * scale_of(group, config), "keys": places.keys}
     decay = lr * group["weight_decay"]
     apply_update_(W, layout, N, places.bases(low), side, ok, blocks, decay=decay, **movement)
-    if places.has_residual:
-        D = _lost(stack, places, R)
+    if D is not None:
         N = _moments(stack, places, residual_state.MOMENTS, residual_state.AGE, D, ok, torch.float32)
         movement["step"] *= config.residual_scale
         add_at_(W, layout, places[INDEX], N, ok, **movement)
@@ -160,8 +162,8 @@ def _moments(
     return adam_(M, V, places[age], R, ok, dtype=dtype, betas=group["betas"], eps=group["eps"])
 
 
-def _lost(stack: Stack, places: Places, R: Tensor) -> Tensor:
-    """D[S], [jobs x blocks, rows, k]; the basis in the precision that projected."""
+def _lost(stack: Stack, places: Places, R: Tensor, ok: Tensor) -> Tensor:
+    """D[S], [jobs x blocks, rows, k], the basis in the precision that projected; ``ok`` is 0 where it is unusable."""
     from galore_trainer.kernels.residual import loss_at
 
     first, matrix = stack.jobs[0], stack.matrix
@@ -171,7 +173,7 @@ def _lost(stack: Stack, places: Places, R: Tensor) -> Tensor:
     else:
         G, layout = places["sampled"], None
     P = places.bases(first.factors or first.grad.dtype)
-    return loss_at(G, layout, places[INDEX], R, P, matrix.side, matrix.blocks, count)
+    return loss_at(G, layout, places[INDEX], R, P, matrix.side, matrix.blocks, count, ok, LIMIT)
 
 
 class Places:
@@ -290,10 +292,11 @@ def _plain_update(jobs: list[PlainJob], config: GaLoreConfig, seed: int) -> list
     return [(job.state, job.ok) for job in jobs]
 
 
-def tools_for(config: GaLoreConfig, device: torch.device) -> Tools:
-    """What to try first at a refresh on a device; ``CERTAIN`` where nothing is faster."""
+def tools_for(config: GaLoreConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Tools:
+    """What to try first at a refresh on a device, for state of a dtype; ``CERTAIN`` where nothing is faster."""
     cuda = device.type == "cuda"
-    find = _eigenvectors if wanted(config, device) and obstacle(device) is None else _by_library if cuda else by_eigh
+    by_kernel = wanted(config, device) and obstacle(device, dtype) is None
+    find = _eigenvectors if by_kernel else _by_library if cuda else by_eigh
     return Tools(by_cholesky if cuda else by_householder, find)
 
 

@@ -18,8 +18,15 @@ from galore_trainer.errors import OptionError
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.averaging import Averager, check_bases
 from galore_trainer.optim.fused import check_wanted
+from galore_trainer.optim.group_settings import (
+    check_optimizer_options,
+    complete_group,
+    gap_of,
+    prepare_group,
+    warn_if_plain,
+)
 from galore_trainer.optim.jobs import Projected, jobs_of, with_gradients
-from galore_trainer.optim.layerwise import ProjectedGradient, attach, drop_projected, is_finite
+from galore_trainer.optim.layerwise import ProjectedGradient, attach_group, drop_projected, is_usable, norms_of
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Directions, Part, Whole, sketch_matrices
 from galore_trainer.optim.plain import PlainJob
@@ -31,14 +38,14 @@ from galore_trainer.optim.refresh import (
     first_basis,
     norms_on_host,
     part_due,
+    projection_report,
     refresh_stack,
 )
 from galore_trainer.optim.sharded import step_sharded
-from galore_trainer.optim.sharded_state import pack_shards
-from galore_trainer.optim.sides import project_whole
-from galore_trainer.optim.skips import Flag, Watch, count_skips, finite_flags, no_skips, total_skips
+from galore_trainer.optim.skips import Flag, count_skips, no_skips, total_skips, usable_flags
 from galore_trainer.optim.stack import Job, Stack, make_stacks
-from galore_trainer.optim.state import SLICES, bytes_by_kind, check_same_layout, check_same_method, restore_dtypes
+from galore_trainer.optim.state import bytes_by_kind
+from galore_trainer.optim.state_dict import pack, unpack
 from galore_trainer.optim.timing import Stopwatch
 from galore_trainer.optim.update import (
     REFRESH_ELEMENTS,
@@ -48,7 +55,7 @@ from galore_trainer.optim.update import (
     move_plain,
     stack_elements,
 )
-from galore_trainer.optim.whole import describe, slices_for_saving
+from galore_trainer.optim.watch import Watch
 
 
 class GaLoreAdamW(torch.optim.Optimizer):
@@ -56,20 +63,23 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     Args:
         params: parameter groups. ``galore_trainer.optim.groups.parameter_groups`` makes them from a model. By hand, a
-            group ``{"params": [...], "projected": True}`` projects each of its 2-D weights whole; a group without
-            ``projected`` takes ordinary AdamW. ``names`` (one a parameter) seed the random streams.
+            group ``{"params": [...], "projected": True}`` projects each of its 2-D weights whole; so does a group with
+            ``rank``, ``update_proj_gap``, ``scale`` or ``proj_type``, as for galore-torch, which win over ``config``.
+            Any other group takes ordinary AdamW. Names seed the random streams: those of
+            ``model.named_parameters()``, or ``names`` in a group (one a parameter).
         config: how to project; see ``GaLoreConfig``.
         lr: learning rate as for AdamW; projected weights move with ``lr * config.scale``.
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled and in full space.
         seed: seeds heads, test matrices and rounding.
 
     Raises:
-        OptionError: an impossible setting, or (at ``load_state_dict``) a state made under another one.
-        FloatingPointError: a parameter's gradient was not finite ten steps in a row.
+        OptionError: an impossible setting; a parameter that cannot be trained, or (at ``step``) that has changed its
+            shape, device or precision since its state was made; (at ``load_state_dict``) a state that does not fit.
+        FloatingPointError: a parameter's gradient was not usable ten steps in a row (``core.galore.largest_usable``).
 
     State of a parameter: tensors and integers only. ``calls`` counts steps, ``refreshes`` changes of basis, ``due`` is
     the value of ``calls`` at which the next one happens, ``born`` that of the first one from a whole gradient,
-    ``phase`` the place of its refreshes within the gap; ``skipped`` [in a row, in all, longest row] counts non-finite
+    ``phase`` the place of its refreshes within the gap; ``skipped`` [in a row, in all, longest row] counts unusable
     gradients.
     """
 
@@ -84,12 +94,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        for option, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0.0:
-                raise OptionError(option, value, "a number of at least 0")
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise OptionError(f"betas[{i}]", beta, "a number in [0, 1)")
+        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False)
+        check_optimizer_options(defaults)
         self.config = config or GaLoreConfig()
         self.seed = seed
         self.stopwatch = Stopwatch()
@@ -102,27 +108,35 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self._doubts, self._directions, self._watch = Doubts(), Directions(), Watch()
         self.ranks: Ranks | None = None  # that hold equal weights, under DDP
         self.averager: Averager | None = None
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False))
+        super().__init__(params, defaults)
+        warn_if_plain(self.param_groups)
 
+    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; fills in names, logical matrices and the settings that a resume must find again."""
+        """Add a group; fills in names, logical matrices and the settings that a resume must find again.
+
+        Raises:
+            OptionError: a key of the group or one of its parameters cannot be honoured; no group is added then.
+        """
+        if isinstance(param_group, dict):
+            prepare_group(param_group)
         super().add_param_group(param_group)
-        index, group = len(self.param_groups) - 1, self.param_groups[-1]
-        group.setdefault("names", [f"{index}.{i}" for i in range(len(group["params"]))])
+        group = self.param_groups[-1]
+        try:
+            complete_group(group, self.param_groups[:-1], self.config, self.seed)
+        except BaseException:
+            self.param_groups.pop()
+            raise
         self._locator.note(group)
         if group["projected"]:
             for name in group["names"]:
                 self._places.setdefault(name, len(self._places))
-            if "matrices" not in group:
-                pairs = zip(group["shapes"], group["names"], strict=True)
-                group["matrices"] = [[project_whole(shape, name, self.config)] for shape, name in pairs]
             if self.config.layerwise:
-                self._attach(group)
-            fields = self.config.to_dict()
-            group["galore"] = {k: fields[k] for k in GaLoreConfig.trajectory_fields()} | {"seed": self.seed}
+                attach_group(self, group)
 
     # ------------------------------------------------------------------ step
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
@@ -140,16 +154,17 @@ class GaLoreAdamW(torch.optim.Optimizer):
         flags = step_sharded(self, self._locator.held() if held else [])
         if plain:
             with self.stopwatch.measure("plain", plain[0][0].device):
-                finite = finite_flags([grad for _, grad, _, _ in plain])
+                usable = usable_flags([grad for _, grad, _, _ in plain])
                 moving_plain = [
                     PlainJob(*each, ok, self.state[each[0]])
-                    for each, ok in zip(plain, finite, strict=True) if self._wakes(*each)
-                ]  # fmt: skip
+                    for each, ok in zip(plain, usable, strict=True)
+                    if self._wakes(*each)
+                ]
                 flags += move_plain(moving_plain, self.config, self.seed)
         flags += self._move_projected(whole)
         count_skips(flags)
         self._steps += 1
-        self._watch.look(self._steps, self._counters)
+        self._watch.look(self._steps, self._counters, self._locator.leaves)
         return loss
 
     def _jobs(self, whole: Iterable[Projected]) -> Iterator[Job]:
@@ -174,16 +189,25 @@ class GaLoreAdamW(torch.optim.Optimizer):
         norms = norms_on_host(careful) if careful else None  # on their way while the others move
         flags = self._update(self._jobs(kept))
         self._refresh(bold, self._doubts)
-        waiting: list[Job] = []  # had no basis when the step began, and a sketch gives the first
+        waiting: list[Job] = []  # have no basis in this step: a sketch gives the first, or the gradient is unusable
         if norms is not None:
-            waiting = [job for job in careful if self.config.sketches_first and job.state["refreshes"] == 0]
-            usable = (0.0 < norm < float("inf") for norm in norms.tolist())  # else the refresh stays due
-            self._refresh([job for job, good in zip(careful, usable, strict=True) if good])
-        flags += [(job.state, is_finite(job.grad)) for job in waiting if job.last]
+            without = [job.state["refreshes"] == 0 for job in careful]
+            known = norms.tolist()
+            # a refresh from zeros, or from entries that are not finite, stays due
+            self._refresh([job for job, norm in zip(careful, known, strict=True) if 0.0 < norm < math.inf])
+            waits = [self.config.sketches_first or not norm < math.inf for norm in known]
+            waiting = [job for job, *both in zip(careful, without, waits, strict=True) if all(both)]
+        flags += [(job.state, self._usable(job)) for job in waiting if job.last]
         still = {id(job) for job in waiting}
         flags += self._update(job for job in bold + careful if id(job) not in still)
         _count(waiting)
         return flags
+
+    @staticmethod
+    def _usable(job: Job) -> Tensor:
+        """The flag of a weight that waits for its first basis; a norm that overflows tells as much as an entry."""
+        norm = norms_of([job.grad])[0]
+        return is_usable(job.grad) * torch.isfinite(norm)
 
     def _update(self, jobs: Iterator[Job]) -> list[Flag]:
         first = next(jobs, None)
@@ -208,7 +232,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state = self.state[p]
         if state:
             return state
-        state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(name), skipped=no_skips(p.device))
+        state.update(calls=0, refreshes=0, due=0, born=0, phase=self._phase(name, group), skipped=no_skips(p.device))
         for matrix in matrices:
             Stack([Job(p, p, name, matrix, state, group)]).create()
         return state
@@ -222,18 +246,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
         own, self.ranks = weakref.ref(self), ranks
         if self.config.layerwise:
             self.averager = Averager(ranks, lambda: optimizer.projected_weights() if (optimizer := own()) else [])
-
-    def _attach(self, group: dict[str, Any]) -> None:
-        """Hook every parameter of a projected group, for as long as this optimizer lives."""
-        own = weakref.ref(self)
-        for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
-
-            def take(p: Tensor, name: str = name, matrices: list[LogicalMatrix] = matrices) -> ProjectedGradient | None:
-                optimizer = own()
-                return optimizer._take(p, name, matrices, group) if optimizer is not None else None
-
-            if p.requires_grad:
-                weakref.finalize(self, attach(p, name, take).remove)
 
     def _take(
         self, p: Tensor, name: str, matrices: list[LogicalMatrix], group: dict[str, Any]
@@ -256,9 +268,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             parts.append(Part(m, state, sketches, direction(m) if state["refreshes"] else None))
         return ProjectedGradient(p.grad, name, parts, self.averager)
 
-    def _phase(self, name: str) -> int:
+    def _phase(self, name: str, group: dict[str, Any]) -> int:
         """Where in the gap this weight's refreshes lie: 0, or spread evenly over all projected weights."""
-        return self._places[name] * self.config.update_proj_gap // len(self._places) if self.config.staggers else 0
+        return self._places[name] * gap_of(group) // len(self._places) if self.config.staggers else 0
 
     def _wakes(self, p: Tensor, grad: Tensor, name: str, group: dict[str, Any]) -> bool:
         """Whether a plain parameter moves; its state is made, which may be all that checkpoint tools want."""
@@ -291,15 +303,22 @@ class GaLoreAdamW(torch.optim.Optimizer):
                         self.excess_errors[job.name] = (excess, sharing)
         for job in jobs:
             if job.last:
-                count_refresh(job.state, self.config)
+                count_refresh(job.state, job.group, self.config)
         if self.ranks is not None:
             check_bases(self.ranks, [(job.name, job.prefix, job.state) for job in jobs])
 
     # ------------------------------------------------------------------ diagnostics and state
 
     def check_finite(self) -> dict[str, int]:
-        """Skipped steps by parameter name (those with any); raises after ten non-finite gradients in a row."""
-        return total_skips(self._counters())
+        """Skipped steps by parameter name (those with any); raises after ten unusable gradients in a row."""
+        return total_skips(self._counters(), self.bad_gradients())
+
+    def bad_gradients(self) -> list[str]:
+        """Names of weights whose own gradients are known to have been unusable, before clipping spread it to others.
+
+        Gradients are looked at only once a step was skipped, until one is found.
+        """
+        return list(self._watch.culprits.found)
 
     def _counters(self) -> dict[str, Tensor]:
         states = [pair for group in self.param_groups for pair in self._locator.named_states(group)]
@@ -308,6 +327,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def projected_weights(self) -> list[tuple[str, Tensor]]:
         """Name and tensor of every projected weight; of a sharded one this process's entries, perhaps none."""
         return [pair for g in self.param_groups if g["projected"] for pair in self._locator.weights(g)]
+
+    def shapes_of(self, group: dict[str, Any]) -> list[torch.Size]:
+        """The whole shapes of the weights of one of ``param_groups``, however they are cut."""
+        return self._locator.shapes(group)
 
     def state_of(self, name: str) -> Mapping[str, Any]:
         """The state of a weight by its name; empty before its first step."""
@@ -319,17 +342,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         ``excess`` and ``sharing_excess`` (see ``optim/refresh.py``) are None unless ``diagnose_refreshes`` is set;
         the whole is None before the first refresh.
         """
-        if not self.projection_errors:
-            return None
-        values = [error.item() for error in self.projection_errors.values()]
-        errors = {name: e for name, e in zip(self.projection_errors, values, strict=True) if math.isfinite(e)}
-        excess, sharing = zip(*self.excess_errors.values(), strict=True) if self.excess_errors else ((), ())
-        return {
-            "mean": sum(errors.values()) / max(1, len(errors)),
-            "excess": sum(excess) / len(excess) if excess else None,
-            "sharing_excess": sum(sharing) / len(sharing) if sharing else None,
-            "by_matrix": errors,
-        }
+        return projection_report(self.projection_errors, self.excess_errors)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind: basis, moments, residual, plain (AdamW of what is not projected)."""
@@ -345,7 +358,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Undo ``__getstate__``; torch calls it at ``load_state_dict`` too."""
         super().__setstate__(state)
         self.__dict__.setdefault("stopwatch", Stopwatch())
-        self._doubts, self._directions, self._watch = Doubts(), Directions(), Watch()
+        skips = [own["skipped"][1] for own in self.state.values() if "skipped" in own]  # of flat tensors: none is known
+        self._doubts, self._directions, self._watch = Doubts(), Directions(), Watch(sum(map(int, skips)))
         self.__dict__.setdefault("averager", None)
         self.__dict__.setdefault("ranks", None)
         if "_locator" not in self.__dict__:
@@ -353,37 +367,34 @@ class GaLoreAdamW(torch.optim.Optimizer):
             for group in self.param_groups:
                 self._locator.note(group)
 
+    @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state as tensors, numbers and strings, readable with ``torch.load(weights_only=True)``."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         self._doubts.settle()
-        saved = super().state_dict()
-        own = ("shapes", "gid")
-        saved["param_groups"] = [{k: v for k, v in g.items() if k not in own} for g in saved["param_groups"]]
-        pack_shards(saved, self.param_groups, self.config)
-        if any(self._locator.is_flat(group) for group in self.param_groups):
-            saved[SLICES] = slices_for_saving(self.param_groups, self._locator)
-        for group in saved["param_groups"]:
-            if group["projected"]:
-                group["matrices"] = describe(group["matrices"])
+        saved = pack(self)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, saved)
+            saved = saved if changed is None else changed
         return saved
 
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state made under the same method; every tensor keeps its dtype.
 
         Raises:
-            OptionError: rank, gap, seed, names or another setting that shapes the state differs; both values and the
-                way out are named.
+            OptionError: rank, gap, seed, names or another setting that shapes the state differs (both values and the
+                way out are named), or the state is not whole.
         """
-        check_same_method(state_dict["param_groups"], self.param_groups)
-        check_same_layout(state_dict, self.param_groups, any(self._locator.is_flat(g) for g in self.param_groups))
-        kept_keys = ("matrices", "galore", "shapes", "gid")
-        own: list[dict[str, Any]] = [{k: g[k] for k in kept_keys if k in g} for g in self.param_groups]
-        super().load_state_dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        loaded = unpack(self, state_dict)
         drop_projected(p for group in self.param_groups for p in group["params"])  # they belong to the state before
-        for group, kept in zip(self.param_groups, own, strict=True):
-            group.update(kept)
-            group["betas"] = tuple(group["betas"])
-        restore_dtypes(self, state_dict)
+        self.__setstate__(loaded)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 def _count(jobs: Sequence[Job]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from galore_trainer.config import ALL_LINEAR, GaLoreConfig
+from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.precision import stored_basis_bytes, stored_bytes
 from galore_trainer.errors import OptionError
@@ -48,14 +49,16 @@ class Weight:
     def state_bytes(self, config: GaLoreConfig) -> dict[str, int]:
         """Bytes of optimizer state by kind, before any step (residual: after its warm-up); counters are left out."""
         found = {"basis": 0, "moments": 0, "residual": 0, "plain": 0}
+        wide = compute_dtype(self.parameter.dtype)
         for matrix in self.matrices:
-            found["basis"] += stored_basis_bytes(matrix.basis_shape, config.basis_bits)
-            found["moments"] += 2 * stored_bytes(matrix.moment_shape, config.state_bits)
+            found["basis"] += stored_basis_bytes(matrix.basis_shape, config.basis_bits, wide)
+            found["moments"] += 2 * stored_bytes(matrix.moment_shape, config.state_bits, wide)
             if has_residual(matrix, config):
                 shape = support_shape(matrix, config)
-                found["residual"] += POSITION_BYTES * math.prod(shape) + 2 * stored_bytes(shape, config.state_bits)
+                moments = 2 * stored_bytes(shape, config.state_bits, wide)
+                found["residual"] += POSITION_BYTES * math.prod(shape) + moments
         if self.kind == "plain":
-            found["plain"] = 2 * stored_bytes((1, self.parameter.numel()), config.plain_state_bits)
+            found["plain"] = 2 * stored_bytes((1, self.parameter.numel()), config.plain_state_bits, wide)
         return found
 
 

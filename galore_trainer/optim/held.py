@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.pieces import Piece, PieceState, commit
@@ -16,8 +17,6 @@ from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
 from galore_trainer.optim.residual_state import has_residual
 from galore_trainer.optim.skips import no_skips
 from galore_trainer.optim.stack import AGE, Job, Stack
-
-MOMENT_DTYPES = {32: torch.float32, 16: torch.bfloat16}
 
 
 class Held:
@@ -43,7 +42,7 @@ class Held:
         self.weight, self.grad, self.matrices, self.pieces = weight, grad, matrices, pieces
         self.factors = factors
         self.cut_rows: dict[int, Tensor] = {}
-        self.ok = self.energy = torch.zeros(())
+        self.ok = self.energy = torch.zeros((), dtype=torch.float32, device=weight.device)
 
     @property
     def fresh(self) -> bool:
@@ -71,9 +70,10 @@ class Held:
         state.update(calls=0, refreshes=0, due=0, born=0, phase=phase, skipped=no_skips(device))
         for matrix in self.matrices:
             whole = self.stack(matrix, state)
-            whole.put_basis(torch.zeros(matrix.basis_shape, device=device))
-            whole.put_count(AGE, torch.zeros(matrix.blocks, 1, 1, device=device))
-        shape, dtype = (rows, self.matrices[0].rank), MOMENT_DTYPES[config.state_bits]
+            whole.put_basis(torch.zeros(matrix.basis_shape, dtype=whole.dtype, device=device))
+            whole.put_count(AGE, whole.ages(1))
+        wide = compute_dtype(self.weight.dtype)
+        shape, dtype = (rows, self.matrices[0].rank), {32: wide, 16: torch.bfloat16}[config.state_bits]
         state.update({key: torch.zeros(shape, dtype=dtype, device=device) for key in ("exp_avg", "exp_avg_sq")})
 
     def gradient(self) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
-from galore_trainer.optim.layerwise import ProjectedGradient, is_finite, is_zero
-from galore_trainer.optim.locate import Locator
+from galore_trainer.optim.layerwise import ProjectedGradient, is_usable, is_zero
+from galore_trainer.optim.locate import Locator, address_of
 from galore_trainer.optim.stack import Job
 
 
@@ -42,20 +43,23 @@ def with_gradients(
     Projected weights of one shape come one after the other, large ones first: a device has most to do when it begins.
 
     Raises:
-        OptionError: a gradient is sparse.
+        OptionError: a gradient is sparse, or a parameter is no longer what its state was made for.
     """
     plain: list[Plain] = []
     whole: list[Projected] = []
     held = False
     for group in groups:
-        params, names, flat = group["params"], group["names"], locator.is_flat(group)
+        params, names, flat, noted = group["params"], group["names"], locator.is_flat(group), locator.noted(group)
+        shapes, addresses = noted.shapes, noted.addresses
         projected = group["projected"] and not flat
         for i in locator.by_size(group) if projected else range(len(params)):
             p = params[i]
             if (grad := p.grad) is None:
                 continue
-            if grad.is_sparse:
+            if grad.layout is not torch.strided:
                 raise OptionError(names[i], "a sparse gradient", "a dense one", "Use sparse=False.")
+            if not flat and (p.shape != shapes[i] or address_of(p) != addresses[i]):
+                locator.check(group, i)
             if flat or is_dtensor(p):
                 held = True
             elif projected:
@@ -77,6 +81,6 @@ def jobs_of(
     if len(matrices) == 1:
         return [Job(p, grad, name, matrices[0], state, group, parts[0] if parts else None)]
     parts = parts or [None] * len(matrices)
-    ok, last = is_finite(grad), matrices[-1]
+    ok, last = is_usable(grad), matrices[-1]
     pairs = zip(matrices, parts, strict=True)
     return [Job(p, grad, m.logical(name), m, state, group, part, m is last, ok) for m, part in pairs]

@@ -8,14 +8,17 @@ due in this step keeps its dense gradient; refreshes are spread over the gap, so
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from galore_trainer.core.galore import compute_dtype
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.parts import Part, Whole, energies, norms_of_tensors
+from galore_trainer.optim.skips import usable_flags
 
 aten = torch.ops.aten
 ADDITIONS = (aten.add_.Tensor, aten.add.Tensor)
@@ -48,8 +51,7 @@ class ProjectedGradient(torch.Tensor):
         self._batches = 0
         self._exact: Tensor | None = None  # norm of a single backward's gradient; of a mean over processes nobody knows
         if averager is None:
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            self._exact = torch.linalg.vector_norm(grad, dtype=wide).float()
+            self._exact = torch.linalg.vector_norm(grad, dtype=compute_dtype(grad.dtype))
         self._factor: Tensor | float | None = None  # of the exact norm
         self.estimate: Tensor | None = None  # of the norm, while it is known
         self.take_in(grad)
@@ -108,9 +110,9 @@ class ProjectedGradient(torch.Tensor):
             self._exact = torch.zeros_like(self._exact)
         return self
 
-    def finite(self) -> Tensor:
-        """Scalar tensor: 1.0 where every number of the gradient was finite, else 0.0."""
-        return torch.stack([part.finite() for part in self.parts]).all().float()
+    def usable(self) -> Tensor:
+        """Scalar tensor: 1.0 where moments can take the gradient in, else 0.0; see ``core.galore.largest_usable``."""
+        return torch.stack([part.usable() for part in self.parts]).all().float()
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Name and shape: there are no entries to show."""
@@ -197,6 +199,7 @@ def attach(
         got = f"{name}, which has a post-accumulate-grad hook"
         raise OptionError("galore.layerwise", got, "weights that nobody else hooks", way_out)
 
+    @torch._disable_dynamo
     def hook(p: Tensor) -> None:
         if p.grad is not None and not isinstance(p.grad, ProjectedGradient):
             kept = take(p)
@@ -207,15 +210,32 @@ def attach(
     return p.register_post_accumulate_grad_hook(hook)
 
 
-def is_finite(grad: Tensor) -> Tensor:
-    """Scalar tensor: 1.0 where every number of a gradient, whole or projected, is finite, else 0.0."""
+def attach_group(optimizer: Any, group: dict[str, Any]) -> None:
+    """Hook every trained parameter of the newest group, a projected one, for as long as its ``GaLoreAdamW`` lives."""
+    own, place = weakref.ref(optimizer), len(optimizer.param_groups) - 1
+    for i, (p, name) in enumerate(zip(group["params"], group["names"], strict=True)):
+
+        def take(p: Tensor, i: int = i, name: str = name) -> ProjectedGradient | None:
+            living = own()
+            if living is None:
+                return None
+            current = living.param_groups[place]  # ``load_state_dict`` puts new groups there
+            living._locator.check_if_changed(current, i)
+            return living._take(p, name, current["matrices"][i], current)
+
+        if p.requires_grad:
+            weakref.finalize(optimizer, attach(p, name, take).remove)
+
+
+def is_usable(grad: Tensor) -> Tensor:
+    """Scalar tensor: 1.0 where moments can take in a gradient, whole or projected, else 0.0."""
     if isinstance(grad, ProjectedGradient):
-        return grad.finite()
-    return torch.isfinite(torch.linalg.vector_norm(grad, float("inf"))).float()  # one pass, nothing in between
+        return grad.usable()
+    return usable_flags([grad])[0]
 
 
 def norms_of(grads: Sequence[Tensor]) -> list[Tensor]:
-    """The Frobenius norms of gradients, whole or projected, in float32."""
+    """The Frobenius norms of gradients, whole or projected, in their ``compute_dtype``."""
     known = iter(norms_of_tensors([g for g in grads if not isinstance(g, ProjectedGradient)]))
     return [g.frobenius() if isinstance(g, ProjectedGradient) else next(known) for g in grads]
 

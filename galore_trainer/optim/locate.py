@@ -1,20 +1,20 @@
 """Which weights in an optimizer's group this process holds in part, and where: asked in every step.
 
 accelerate swaps parameters after the optimizer is built (FSDP2 puts DTensors in their place, ZeRO one flat tensor a
-group), so nothing is known before. Names, shapes and logical matrices ride on the group.
+group), so nothing is known before. Names and logical matrices ride on the group.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.galore import compute_dtype
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
 from galore_trainer.layouts.shard import Shard
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
 Found = tuple[Shard, list[list[Piece]]]
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 BAR = "|"  # between a weight's name and a key, in the state of a flat tensor
 
 
@@ -54,6 +55,33 @@ class OneOf(MutableMapping[str, Any]):
         return self.prefix + "calls" in self.whole  # without looking at every key of every weight
 
 
+class Noted:
+    """What a group's parameters were when they were added, or when they were last found to fit.
+
+    Attributes:
+        originals: the parameters themselves.
+        shapes, dtypes, addresses: of each; an address is 0 where it is of no use.
+        by_size: places, large shapes first, equal ones in their order.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.originals = [weakref.ref(p) for p in params]
+        self.shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p in params]
+        self.dtypes = [p.dtype for p in params]
+        self.addresses = [address_of(p) for p in params]
+        keys = [(shape.numel(), tuple(shape)) for shape in self.shapes]
+        self.by_size = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+
+    def note(self, i: int, p: Tensor) -> None:
+        """Remember a parameter as it is now."""
+        self.shapes[i], self.dtypes[i], self.addresses[i] = p.shape, p.dtype, address_of(p)
+
+
+def address_of(p: Tensor) -> int:
+    """Where a parameter lies in memory; 0 for tensors that stand for others (DTensors, fake ones)."""
+    return p.data_ptr() if type(p) in PLAIN_TYPES else 0
+
+
 class Locator:
     """Finds weights that are held in part, and remembers where they lie.
 
@@ -63,30 +91,86 @@ class Locator:
 
     def __init__(self, optimizer: GaLoreAdamW) -> None:
         self.optimizer: GaLoreAdamW = weakref.proxy(optimizer)
-        self._originals: list[list[weakref.ref[Tensor]]] = []
-        self._by_size: list[list[int]] = []
+        self._noted: list[Noted] = []
         self._shards: dict[int, tuple[weakref.ref[Tensor], Found]] = {}
-        self._slices: dict[int, tuple[weakref.ref[Tensor], int, list[Slice], list[Found]]] = {}
+        self._slices: dict[int, tuple[weakref.ref[Tensor], Noted, list[Slice], list[Found]]] = {}
 
     def note(self, group: dict[str, Any]) -> None:
-        """Remember the parameters that a group began with; ZeRO keeps what it knows of its slices on them."""
-        group["gid"] = len(self._originals)
-        group["shapes"] = [tuple(getattr(p, "ds_shape", p.shape)) for p in group["params"]]
-        self._originals.append([weakref.ref(p) for p in group["params"]])
-        shapes = group["shapes"]
-        self._by_size.append(sorted(range(len(shapes)), key=lambda i: (math.prod(shapes[i]), shapes[i]), reverse=True))
+        """Remember the parameters that the newest group began with; ZeRO keeps what it knows of its slices on them."""
+        self._noted.append(Noted(group["params"]))
+
+    def noted(self, group: dict[str, Any]) -> Noted:
+        """What was noted of a group.
+
+        Raises:
+            OptionError: it was put into ``param_groups`` by hand.
+        """
+        for known, noted in zip(self.optimizer.param_groups, self._noted, strict=False):
+            if known is group:
+                return noted
+        raise OptionError("param_groups", "a group put in by hand", "groups as they were added", "Use add_param_group.")
+
+    def shapes(self, group: dict[str, Any]) -> list[torch.Size]:
+        """The whole shapes of a group's weights."""
+        return self.noted(group).shapes
 
     def by_size(self, group: dict[str, Any]) -> list[int]:
-        """The places of a group's parameters, large ones first, equal shapes one after the other in their order."""
-        found, count = self._by_size[group["gid"]], len(group["params"])
-        if len(found) != count:
-            got = f"{count} parameters in a group of {len(found)}"
+        """The places of a group's parameters, large ones first, equal shapes one after the other in their order.
+
+        Raises:
+            OptionError: parameters were added or taken away by hand.
+        """
+        noted, count = self.noted(group), len(group["params"])
+        if len(noted.by_size) != count:
+            got = f"{count} parameters in a group of {len(noted.by_size)}"
             raise OptionError("param_groups", got, "groups as they were added", "Use add_param_group.")
-        return found
+        return noted.by_size
 
     def is_flat(self, group: dict[str, Any]) -> bool:
         """Whether DeepSpeed has put a flat tensor in the place of a group's parameters."""
-        return bool(self._originals[group["gid"]]) and is_zero(self._originals[group["gid"]][0]())
+        originals = self.noted(group).originals
+        return bool(originals) and is_zero(originals[0]())
+
+    def leaves(self) -> list[tuple[str, Tensor]]:
+        """Name and tensor of every weight, as autograd knows it: under ZeRO the model's own parameters."""
+        found: list[tuple[str, Tensor]] = []
+        for group in self.optimizer.param_groups:
+            flat = self.is_flat(group)
+            params = [ref() for ref in self.noted(group).originals] if flat else group["params"]
+            found += [(n, p) for n, p in zip(group["names"], params, strict=True) if p is not None]
+        return found
+
+    def check_if_changed(self, group: dict[str, Any], i: int) -> None:
+        """``check`` a parameter whose shape or place in memory is no longer what was noted."""
+        noted, p = self.noted(group), group["params"][i]
+        if p.shape != noted.shapes[i] or address_of(p) != noted.addresses[i]:
+            self.check(group, i)
+
+    def check(self, group: dict[str, Any], i: int) -> None:
+        """Look at a parameter again whose shape or place in memory has changed since it was noted.
+
+        Raises:
+            OptionError: it does not fit its state, its logical matrices or its gradient any more.
+        """
+        noted, p, name = self.noted(group), group["params"][i], group["names"][i]
+        way_out = "Change a model before its optimizer is built, or build a new one."
+        state = self.optimizer.state.get(p)
+        if p.shape != noted.shapes[i] and (state or group["projected"]):
+            now, before = list(p.shape), list(noted.shapes[i])
+            raise OptionError("parameters", f"{name} of shape {now}", f"shape {before}, as when it was added", way_out)
+        if p.grad is not None and p.grad.shape != p.shape:
+            got = f"{name} of shape {list(p.shape)} with a gradient of shape {list(p.grad.shape)}"
+            raise OptionError("parameters", got, "a gradient of its own shape", "Call zero_grad and backward again.")
+        if state:
+            own = state["skipped"].device
+            if own != p.device:
+                wanted = f"{own}, where its state lies"
+                raise OptionError("parameters", f"{name} on {p.device}", wanted, way_out)
+            kinds = {compute_dtype(dtype) for dtype in (p.dtype, noted.dtypes[i])}
+            if len(kinds) > 1:
+                wanted = f"{noted.dtypes[i]}, which its state was made for"
+                raise OptionError("parameters", f"{name} in {p.dtype}", wanted, way_out)
+        noted.note(i, p)
 
     def held(self) -> list[Held]:
         """The weights with gradients that are held in part, the same on every process, in the same order."""
@@ -141,14 +225,14 @@ class Locator:
 
         Each process has the same weights, in the same order; the slice of some may be empty.
         """
-        originals: Any = [ref() for ref in self._originals[group["gid"]]]
+        originals: Any = [ref() for ref in self.noted(group).originals]
         flats = flats_of(group["params"], originals)
         return [(flat, [(group["names"][s.index], s) for s in self._find_slices(group, flat)[0]]) for flat in flats]
 
     def _flats(self, group: dict[str, Any]) -> list[Tensor]:
         """The flat tensors of a group that were seen in steps: between them ZeRO-3 leaves its groups empty."""
-        known = [(ref(), gid) for ref, gid, _, _ in self._slices.values()]
-        return [flat for flat, gid in known if flat is not None and gid == group["gid"]]
+        noted = self.noted(group)
+        return [flat for ref, owner, _, _ in self._slices.values() if owner is noted and (flat := ref()) is not None]
 
     def _dtensor(self, group: dict[str, Any], p: Any, i: int) -> Held:
         matrices = group["matrices"][i] if group["projected"] else []
@@ -185,12 +269,12 @@ class Locator:
     def _find_slices(self, group: dict[str, Any], flat: Tensor) -> tuple[list[Slice], list[Found]]:
         known = self._slices.get(id(flat))
         if known is None or known[0]() is not flat:
-            originals = [ref() for ref in self._originals[group["gid"]]]
-            slices = slices_of(flat, originals, group["shapes"])
+            noted = self.noted(group)
+            slices = slices_of(flat, [ref() for ref in noted.originals], noted.shapes)
             names = group["names"]
             matrices = group["matrices"] if group["projected"] else [[] for _ in names]
             found = [(s.shard, self._pieces(names[s.index], matrices[s.index], s.shard)) for s in slices]
-            known = (weakref.ref(flat), group["gid"], slices, found)
+            known = (weakref.ref(flat), noted, slices, found)
             self._slices[id(flat)] = known
         return known[2], known[3]
 

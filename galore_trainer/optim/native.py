@@ -18,7 +18,7 @@ class Incoming(NamedTuple):
 
     Attributes:
         stack: equal matrices.
-        R: projected gradients, or the residual's entries, float32 in the moments' shape.
+        R: projected gradients, or the residual's entries, in the moments' shape and dtype.
         ok: [jobs x blocks, 1, 1], 1.0, or 0.0: there the moments stay, bit for bit, and N is 0.
     """
 
@@ -57,7 +57,7 @@ def take_in(incoming: Sequence[Incoming], moments: Sequence[tuple[str, bool]], a
 
 
 def _is_simple(stack: Stack) -> bool:
-    """One matrix on a CPU with float32 moments. Without eps 0 / 0 must give 0, which ``core`` alone sees to."""
+    """One matrix on a CPU with unrounded moments. Without eps 0 / 0 must give 0, which ``core`` alone sees to."""
     bits, eps = stack.group["galore"]["state_bits"], stack.group["eps"]
     return len(stack.jobs) == 1 and stack.device.type == "cpu" and bits == 32 and eps > 0.0
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.basis import sketch_width
-from galore_trainer.core.galore import project
+from galore_trainer.core.galore import compute_dtype, project, usable_parts, widen
 from galore_trainer.core.heads import LogicalMatrix, Side
 from galore_trainer.core.precision import Stored, decode_basis
 from galore_trainer.core.sparse import Support, read_at
+from galore_trainer.optim.skips import usable_flags
 from galore_trainer.optim.streams import stream
 
 SUPPORTS = ("residual_index", "candidate_index")
@@ -32,11 +33,11 @@ def sketch_matrices(matrix: LogicalMatrix, config: GaLoreConfig, seed: int, name
     k = width_of_sketch(matrix, config, matrix.block_rows, matrix.columns)
     length = matrix.block_rows if matrix.side == "right" else matrix.columns
     draws = (stream(device, seed, name, "sketch", b) for b in range(matrix.blocks))
-    return torch.stack([torch.randn(length, k, generator=g, device=device) for g in draws])
+    return torch.stack([torch.randn(length, k, generator=g, dtype=torch.float32, device=device) for g in draws])
 
 
 def sketch(G: Tensor, T: Tensor, side: str) -> Tensor:
-    """T^T G [blocks, k, n] (right) or G T [blocks, rows, k] (left), float32: linear in G, and enough for a basis."""
+    """T^T G [blocks, k, n] (right) or G T [blocks, rows, k] (left), widened: linear in G, and enough for a basis."""
     return project(G, T, ACROSS[side])
 
 
@@ -61,7 +62,7 @@ class Directions:
         drawn = self._drawn.get(key)
         if drawn is None or drawn[0] != calls or len(drawn[1]) != rows:
             generator = stream(like.device, seed, matrix.label, "direction", calls, length)
-            numbers = torch.randn(rows, length, 1, generator=generator, device=like.device)
+            numbers = torch.randn(rows, length, 1, generator=generator, dtype=torch.float32, device=like.device)
             drawn = self._drawn[key] = calls, numbers.to(like.dtype)
         return drawn[1].narrow(0, row, 1)
 
@@ -108,7 +109,7 @@ class Part:
         self.projected = _plus(self.projected, project(G, decode_basis(self._basis), side))
         self._along = _plus(self._along, project(G, self._direction.expand(len(G), -1, -1), side))
         if self._support is not None:
-            self.sampled = _plus(self.sampled, read_at(G, self._support).float())
+            self.sampled = _plus(self.sampled, widen(read_at(G, self._support)))
 
     def scale_(self, factor: Tensor | float) -> None:
         """Multiply the gradient by a number; nothing is done on the device before the product is needed."""
@@ -154,19 +155,19 @@ class Part:
         return self.projected.numel() + self._basis.values.numel()
 
     def seen(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Basis and direction in float32, [blocks, ...], R, and G along the direction."""
+        """Basis and direction in the dtype of R, [blocks, ...], R, and G along the direction."""
         assert self.projected is not None
         assert self._along is not None
         assert self._direction is not None
-        P = decode_basis(self._basis)
-        return P, self._direction.float().expand(len(P), -1, -1), self.projected, self._along
+        P = decode_basis(self._basis).to(self.projected.dtype)
+        return P, self._direction.to(P.dtype).expand(len(P), -1, -1), self.projected, self._along
 
-    def finite(self) -> Tensor:
-        """Whether every number of the gradient was finite: a scalar tensor, boolean."""
+    def usable(self) -> Tensor:
+        """Whether moments can take the gradient in: a scalar tensor, boolean."""
         self.settle_factor()
         kept = self.sketch if self.sketch is not None else self.projected
         assert kept is not None
-        return torch.isfinite(kept).all()
+        return usable_parts(kept, 1)[0] > 0.0
 
 
 class Whole:
@@ -195,9 +196,9 @@ class Whole:
         """As of a ``Part``."""
         return ("whole", self._value.dtype, self._value.device)
 
-    def finite(self) -> Tensor:
-        """Whether every number is finite: a scalar tensor, boolean."""
-        return torch.isfinite(self._value).all()
+    def usable(self) -> Tensor:
+        """Whether moments can take the gradient in: a scalar tensor, boolean."""
+        return usable_flags([self._value])[0] > 0.0
 
     @property
     def _value(self) -> Tensor:
@@ -230,10 +231,14 @@ def energies(parts: Sequence[Part | Whole]) -> list[Tensor]:
 
 
 def norms_of_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Their Frobenius norms, scalars in float32, from few operations."""
-    wide = any(x.dtype == torch.float64 for x in tensors)
-    norms = torch._foreach_norm(list(tensors), 2, None if wide else torch.float32) if tensors else ()
-    return [norm.float() for norm in norms]
+    """Their Frobenius norms, scalars in ``compute_dtype``, from few operations."""
+    found: list[Any] = [None] * len(tensors)
+    for dtype in {compute_dtype(x.dtype) for x in tensors}:
+        members = [i for i, x in enumerate(tensors) if compute_dtype(x.dtype) == dtype]
+        norms = torch._foreach_norm([tensors[i] for i in members], 2, dtype)
+        for i, norm in zip(members, norms, strict=True):
+            found[i] = norm
+    return found
 
 
 def _estimates(parts: Sequence[Part]) -> Tensor:

@@ -34,8 +34,8 @@ def _bare(key: str) -> str:
 
 def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
     """Row of the stored weight of every logical row, [blocks, block rows]."""
-    outer = torch.arange(matrix.outer)[:, None] * (total_rows // matrix.outer)
-    inner = matrix.start + torch.arange(matrix.length)
+    outer = torch.arange(matrix.outer, dtype=torch.int64, device="cpu")[:, None] * (total_rows // matrix.outer)
+    inner = matrix.start + torch.arange(matrix.length, dtype=torch.int64, device="cpu")
     return (outer + inner).reshape(matrix.blocks, matrix.block_rows)
 
 
@@ -97,7 +97,7 @@ def pieces_of(matrix: LogicalMatrix, name: str, total_rows: int, first: int, loc
 def _as_slice(index: Tensor) -> Any:
     """A slice where indices follow one another, since it makes views."""
     start, length = int(index[0]), len(index)
-    follows = torch.equal(index, torch.arange(start, start + length))
+    follows = torch.equal(index, torch.arange(start, start + length, dtype=torch.int64, device="cpu"))
     return slice(start, start + length) if follows else index
 
 

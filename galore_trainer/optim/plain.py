@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from galore_trainer.core.galore import stochastic_round
+from galore_trainer.core.galore import compute_dtype, stochastic_round
 from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, zero_code
 from galore_trainer.optim.stack import MOMENTS
 
-CHUNK = 1 << 22  # entries that are held in float32 at a time, where weight or moments are stored otherwise
+CHUNK = 1 << 22  # entries that are widened at a time, where weight, gradient or moments are stored otherwise
 
 
 class PlainJob(NamedTuple):
@@ -28,14 +28,14 @@ class PlainJob(NamedTuple):
 
 
 def plain_state(p: Tensor, bits: int = 32) -> dict[str, Any]:
-    """Fresh moments of a parameter in ``bits`` bits, whatever the weight's dtype; 8 bits have scales beside them."""
-    dtype = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8}[bits]
+    """Fresh moments of a parameter in ``bits`` bits (of a float64 one in float64 for 32); 8 bits have scales too."""
+    dtype = {32: compute_dtype(p.dtype), 16: torch.bfloat16, 8: torch.uint8}[bits]
     state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     for key, signed in MOMENTS:
         state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
         if bits == 8:
             state[key].fill_(zero_code(signed=signed))
-            state[f"{key}_scale"] = torch.zeros(-(-p.numel() // BLOCK), device=p.device)
+            state[f"{key}_scale"] = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
     return state
 
 
@@ -51,8 +51,9 @@ def plain_step(
     """One AdamW step in place.
 
     Args:
-        p: parameter of any shape; float32 with float32 moments is updated directly, all else in chunks of float32.
-        grad: its gradient.
+        p: parameter of any shape and strides. A contiguous one is updated directly where it, its gradient and its
+            moments have its ``compute_dtype``; all else goes through chunks of that dtype.
+        grad: its gradient, of any strides.
         state: from ``plain_state``.
         group: gives lr, betas, eps and weight_decay.
         ok: scalar tensor, 1.0, or 0.0 to leave everything as it is.
@@ -61,25 +62,27 @@ def plain_step(
     """
     options = dict(
         found_inf=1.0 - ok, fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
-        lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        lr=float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
-    if p.dtype == state["exp_avg"].dtype == torch.float32 and p.is_contiguous():
+    wide = compute_dtype(p.dtype)
+    grad = grad.contiguous()  # torch's fused function reads its arguments in memory order, whatever their strides
+    if p.dtype == grad.dtype == state["exp_avg"].dtype == wide and p.is_contiguous():
         adamw([p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], **options)
         return
     before = state["step"].clone()
-    weight, gradient = p.contiguous().view(-1), grad.reshape(-1)
+    weight, gradient = p.contiguous().view(-1), grad.view(-1)
     state["step"].add_(ok)  # also where this process has no entry
     for start in range(0, p.numel(), CHUNK):
         here = slice(start, start + CHUNK)
         state["step"].copy_(before)
         stored = [_chunk(state, key, here) for key, _ in MOMENTS]
-        wide = weight[here].float()
-        m, v = (decode(x, signed=signed)[0] for x, (_, signed) in zip(stored, MOMENTS, strict=True))
-        adamw([wide], [gradient[here].float()], [m], [v], [], [state["step"]], **options)
-        weight[here] = stochastic_round(wide, rounding) if rounding is not None and p.dtype == torch.bfloat16 else wide
-        if state["exp_avg"].dtype != torch.float32:
-            for old, new, (_, signed) in zip(stored, (m, v), MOMENTS, strict=True):
-                _replace_(old, new.unsqueeze(0), signed, ok, noise)
+        new = weight[here].to(wide)
+        m, v = (decode(x, signed=signed)[0].to(wide) for x, (_, signed) in zip(stored, MOMENTS, strict=True))
+        adamw([new], [gradient[here].to(wide)], [m], [v], [], [state["step"]], **options)
+        weight[here] = stochastic_round(new, rounding) if rounding is not None and p.dtype == torch.bfloat16 else new
+        if state["exp_avg"].dtype != wide:
+            for old, moment, (_, signed) in zip(stored, (m, v), MOMENTS, strict=True):
+                _replace_(old, moment.unsqueeze(0), signed, ok, noise)
     if not p.is_contiguous():
         p.copy_(weight.view(p.shape))
 

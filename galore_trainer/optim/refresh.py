@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.basis import BASES, decomposes, from_sketch
+from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, least_error
 from galore_trainer.optim.fused import tools_for
+from galore_trainer.optim.group_settings import gap_of
 from galore_trainer.optim.layerwise import norms_of
 from galore_trainer.optim.on_host import OnHost
 from galore_trainer.optim.parts import sketch, sketch_matrices, width_of_sketch
@@ -69,12 +72,12 @@ def _may_fail(job: Job, config: GaLoreConfig) -> bool:
     its moments anew twice; the library's SVDs raise an error at numbers that are none; and where tools that never fail
     are as fast there is nothing to gain.
     """
-    state, gap, (_, m, n) = job.state, config.update_proj_gap, job.matrix.lending_shape
+    state, gap, (_, m, n) = job.state, gap_of(job.group), job.matrix.lending_shape
     width = width_of_sketch(job.matrix, config, m, n)
     kept = state["refreshes"] > config.sketches_first and gap > 1 and (state["calls"] - state["phase"]) % gap == 0
     raises = config.diagnose_refreshes > 0 or decomposes(config.svd, width, m, n, config.momentum_transfer == "keep")
     apt = not raises and config.momentum_transfer != "reset"
-    return kept and apt and tools_for(config, job.parameter.device) != CERTAIN
+    return kept and apt and tools_for(config, job.parameter.device, compute_dtype(job.parameter.dtype)) != CERTAIN
 
 
 def next_due(calls: int, gap: int, phase: int) -> int:
@@ -131,7 +134,7 @@ def find_bases(
 
     Args:
         stack: matrices that are due.
-        rows: of each job's gradient, float32 or bfloat16; with ``reduce`` this process's alone (``core.basis``).
+        rows: of each job's gradient, in its dtype; with ``reduce`` this process's alone (``core.basis``).
         config: how.
         seed: of the run.
         reduce: sums over the processes that hold the rows.
@@ -148,7 +151,7 @@ def find_bases(
     )  # fmt: skip
     if reduce is not None:
         find = functools.partial(find, reduce=reduce)
-    tools = tools_for(config, stack.device)
+    tools = tools_for(config, stack.device, stack.dtype)
     return certain(find, tools, reduce) if certainly else find(tools=tools)
 
 
@@ -164,12 +167,12 @@ def certain(find: Callable[..., Tensor], tools: Tools, reduce: Reduce | None = N
     return find(tools=CERTAIN) if bool(failed if reduce is None else reduce(failed)) else found
 
 
-def count_refresh(state: MutableMapping[str, Any], config: GaLoreConfig) -> None:
-    """Note in a weight's state that it has new bases, and when the next ones are due."""
+def count_refresh(state: MutableMapping[str, Any], group: Mapping[str, Any], config: GaLoreConfig) -> None:
+    """Note in the state of a weight of this group that it has new bases, and when the next ones are due."""
     if state["refreshes"] == config.sketches_first:  # the first one from a whole gradient
         state["born"] = state["calls"]
     state["refreshes"] += 1
-    state["due"] = next_due(state["calls"], config.update_proj_gap, state["phase"])
+    state["due"] = next_due(state["calls"], gap_of(group), state["phase"])
 
 
 def first_basis(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> None:
@@ -186,7 +189,7 @@ def first_basis(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: i
             for part, job in zip(G, stack.jobs, strict=True)
         ])  # fmt: skip
     find = functools.partial(from_sketch, S, stack.matrix.rank, side)
-    stack.put_basis(certain(find, tools_for(config, stack.device)))
+    stack.put_basis(certain(find, tools_for(config, stack.device, stack.dtype)))
 
 
 def lending_rows(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> Sequence[Tensor]:
@@ -205,6 +208,28 @@ def errors_of(stack: Stack, G: Sequence[Tensor], P: Tensor) -> list[Tensor]:
     return list(galore.error_from_norms(whole, projected).unbind())
 
 
+def projection_report(
+    errors: Mapping[str, Tensor], excess_errors: Mapping[str, tuple[float, float]]
+) -> dict[str, Any] | None:  # fmt: skip
+    """What ``GaLoreAdamW.projection_report`` returns.
+
+    Args:
+        errors: projection error of the newest refresh, by matrix.
+        excess_errors: excess and sharing excess, by matrix, where diagnosed.
+    """
+    if not errors:
+        return None
+    values = [error.item() for error in errors.values()]
+    finite = {name: e for name, e in zip(errors, values, strict=True) if math.isfinite(e)}
+    excess, sharing = zip(*excess_errors.values(), strict=True) if excess_errors else ((), ())
+    return {
+        "mean": sum(finite.values()) / max(1, len(finite)),
+        "excess": sum(excess) / len(excess) if excess else None,
+        "sharing_excess": sum(sharing) / len(sharing) if sharing else None,
+        "by_matrix": finite,
+    }
+
+
 def draw_heads(jobs: Sequence[Job], config: GaLoreConfig, seed: int, energy: Callable[[], Tensor]) -> Tensor:
     """The heads that lend their rows, [jobs x blocks, lenders], rising.
 
@@ -220,7 +245,7 @@ def draw_heads(jobs: Sequence[Job], config: GaLoreConfig, seed: int, energy: Cal
     if config.head_choice == "random":
         heads = torch.cat([_random_heads(job, seed) for job in jobs])
         return heads.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else heads.to(device)
-    return torch.arange(matrix.lenders, device=device).expand(len(jobs) * matrix.blocks, -1)
+    return torch.arange(matrix.lenders, dtype=torch.int64, device=device).expand(len(jobs) * matrix.blocks, -1)
 
 
 def diagnose(stack: Stack, each: Sequence[Tensor], P: Tensor, config: GaLoreConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -245,7 +270,8 @@ def _random_heads(job: Job, seed: int) -> Tensor:
     """Drawn on the CPU, so that every type of device lends the same heads: [blocks, lenders]."""
     matrix, refresh = job.matrix, job.state["refreshes"]
     draws = (stream("cpu", seed, job.name, "head", refresh, b) for b in range(matrix.blocks))
-    heads = torch.stack([torch.randperm(matrix.heads_per_block, generator=g) for g in draws])
+    count = matrix.heads_per_block
+    heads = torch.stack([torch.randperm(count, generator=g, dtype=torch.int64, device="cpu") for g in draws])
     return heads[:, : matrix.lenders].sort(dim=-1).values
 
 
@@ -255,7 +281,7 @@ def draw_omega(jobs: Sequence[Job], config: GaLoreConfig, seed: int) -> Tensor:
     blocks, m, n = matrix.lending_shape
     k = width_of_sketch(matrix, config, m, n)
     device: Any = jobs[0].parameter.device
-    omega = torch.empty(len(jobs) * blocks, n, k, device=device)
+    omega = torch.empty(len(jobs) * blocks, n, k, dtype=torch.float32, device=device)
     for i, (job, b) in enumerate(itertools.product(jobs, range(blocks))):
         omega[i].normal_(generator=stream(device, seed, job.name, "omega", job.state["refreshes"], b))
     return omega

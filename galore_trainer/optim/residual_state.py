@@ -11,6 +11,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import residual
+from galore_trainer.core.galore import widen
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.optim.stack import Job, Stack
@@ -66,7 +67,7 @@ def reset_residual(stack: Stack) -> None:
 
 def _loss_at(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, support: Support) -> Tensor:
     """D[S], from the gradients or from what was sampled of them."""
-    at_support = stack.kept("sampled") if G is None else read_at(G, support).float()
+    at_support = stack.kept("sampled") if G is None else widen(read_at(G, support))
     return residual.lost_at(at_support, R, P, stack.matrix.side, support)
 
 
@@ -78,17 +79,18 @@ def _warm_up(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor, ok: Tensor, c
         wide = entries if config.residual_warmup_steps == 0 else entries * residual.CANDIDATES
         index, D = residual.largest_lost(G, R, P, stack.matrix.side, lines, wide)
         stack.put("candidate_index", index)
-        stack.put("candidate_mean", torch.zeros(index.shape, device=R.device))
+        stack.put("candidate_mean", torch.zeros(index.shape, dtype=R.dtype, device=R.device))
     else:
         D = _at_candidates(stack, G, R, P)
     D = torch.where(ok > 0.0, D, 0.0)
-    stack.put("candidate_mean", torch.lerp(stack.get("candidate_mean"), D, ok * (1.0 - stack.group["betas"][0])))
+    share = ok.to(D.dtype) * (1.0 - stack.group["betas"][0])
+    stack.put("candidate_mean", torch.lerp(stack.get("candidate_mean"), D, share))
     if state["calls"] - state["born"] + 1 >= config.residual_warmup_steps:
         index = residual.best_candidates(stack.pop("candidate_index"), stack.pop("candidate_mean"), entries)
         stack.put("residual_index", index)
         for key, signed in MOMENTS:
-            stack.put_moment(key, torch.zeros(index.shape, device=R.device), signed=signed)
-        stack.put_count(AGE, torch.zeros(len(index), 1, 1, device=R.device))
+            stack.put_moment(key, torch.zeros(index.shape, dtype=R.dtype, device=R.device), signed=signed)
+        stack.put_count(AGE, stack.ages(len(stack.jobs)))
 
 
 def _at_candidates(stack: Stack, G: Tensor | None, R: Tensor, P: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from galore_trainer.layouts.shard import completed_cut_rows
 from galore_trainer.optim.averaging import check_bases
 from galore_trainer.optim.held import Held, Opened
+from galore_trainer.optim.parts import norms_of_tensors
 from galore_trainer.optim.plain import PlainJob
 from galore_trainer.optim.sharded_refresh import alike, refresh_held
-from galore_trainer.optim.skips import Flag, finite_flags
+from galore_trainer.optim.skips import Flag, usable_flags
 from galore_trainer.optim.stack import Job, runs
 from galore_trainer.optim.update import by_core, make_plain_state, move, move_plain, stack_elements
 
@@ -30,7 +31,7 @@ def step_sharded(optimizer: GaLoreAdamW, held: Sequence[Held]) -> list[Flag]:
     """One step of every weight; all processes pass the same weights in the same order.
 
     Returns:
-        The weights' states with whether their gradients were finite on every process.
+        The weights' states with whether their gradients were usable on every process.
     """
     if not held:
         return []
@@ -74,12 +75,12 @@ def _by_ranks(held: Sequence[Held]) -> Iterator[list[Held]]:
 
 
 def _count_up(held: list[Held]) -> None:
-    """Sum over processes: whether every number of a gradient is finite, and, where it is asked, its squared norm."""
+    """Sum over processes: whether moments can take a gradient in, and, where it is asked, its squared norm."""
     flats = [w.grad for w in held]
-    numbers = [1.0 - torch.stack(finite_flags(flats)).double()]
+    numbers = [1.0 - torch.stack(usable_flags(flats)).double()]
     if any(w.fresh or w.due for w in held):  # the same on every process
         filled = [flat if flat.numel() else flat.new_zeros(1) for flat in flats]
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm(filled, 2, torch.float32)])
+        norms = torch.stack([norm.double() for norm in norms_of_tensors(filled)])
         numbers.append(norms * norms)
     bad, *energy = held[0].shard.ranks.sum(torch.stack(numbers)).unbind()
     for w, ok in zip(held, (bad == 0.0).float().unbind(), strict=True):
@@ -94,7 +95,7 @@ def _create_states(optimizer: GaLoreAdamW, held: Sequence[Held]) -> set[int]:
     zero = (torch.stack([w.energy for w in asked]) == 0.0).tolist() if asked else []
     for w in held:
         if not w.state and w.matrices:
-            w.make_state(optimizer.config, optimizer._phase(w.name))
+            w.make_state(optimizer.config, optimizer._phase(w.name, w.group))
     for w in asked:
         if not w.matrices and not w.state:
             make_plain_state(w.weight, w.state, optimizer.config)

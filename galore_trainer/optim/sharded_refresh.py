@@ -11,6 +11,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
+from galore_trainer.core.galore import widen
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.optim.held import Held, piece_states
 from galore_trainer.optim.parts import width_of_sketch
@@ -74,7 +75,7 @@ def refresh_held(optimizer: GaLoreAdamW, held: Sequence[Held]) -> None:
     errors = galore.error_from_norms(whole.sqrt(), kept.sqrt())
     optimizer.projection_errors.update(zip(names, errors.unbind(), strict=True))
     for w in held:
-        count_refresh(w.state, config)
+        count_refresh(w.state, w.group, config)
 
 
 def _bases(held: Sequence[Held], stack: Stack, grads: Sequence[Tensor], config: GaLoreConfig, seed: int) -> Tensor:
@@ -91,7 +92,7 @@ def _bases(held: Sequence[Held], stack: Stack, grads: Sequence[Tensor], config: 
     if matrix.lends_heads:
         by_head = rows.unflatten(1, (matrix.heads_per_block, matrix.head_dim))
         heads = draw_heads(stack.jobs, config, seed, lambda: torch.cat(_energies_of_heads(held, by_head, grads)))
-        block = torch.arange(matrix.blocks, device=rows.device)[:, None]
+        block = torch.arange(matrix.blocks, dtype=torch.int64, device=rows.device)[:, None]
         lent = [by_head[block, own].flatten(1) for own in stack.split(heads)]
     else:
         lent = [rows] * len(held)
@@ -130,7 +131,7 @@ def _of_rows(w: Held, rows: Tensor, G: Tensor) -> Tensor:
 
 def _energies_of_heads(held: Sequence[Held], rows: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
     """Squared norm of each head's gradient, [blocks, heads] of each weight; rows are [blocks, heads, d]."""
-    own = [_of_rows(w, rows, G).float().square().sum(dim=(-2, -1)) for w, G in zip(held, grads, strict=True)]
+    own = [widen(_of_rows(w, rows, G)).square().sum(dim=(-2, -1)) for w, G in zip(held, grads, strict=True)]
     return list(held[0].shard.ranks.sum(torch.stack(own)).unbind())
 
 
@@ -157,12 +158,12 @@ def _carry_over(w: Held, whole: Stack, pieces: Sequence[Piece], P: Tensor, confi
 
 def _energies(w: Held, pieces: Sequence[Piece], G: Tensor, P: Tensor) -> Tensor:
     """Squared norms of what this process owns of a matrix's gradient, and of its projection: [2]."""
-    own = torch.zeros(w.shard.local_rows, device=G.device)
+    own = torch.zeros(w.shard.local_rows, dtype=P.dtype, device=G.device)
     own[w.shard.owned] = 1.0
-    totals = torch.zeros(2, device=G.device)
+    totals = torch.zeros(2, dtype=P.dtype, device=G.device)
     for piece in pieces:
         X = piece.of(G).view(piece.blocks, piece.block_rows, -1)
         R = galore.project(X, P[piece.bases], "right")
-        norms = torch.stack([torch.linalg.vector_norm(each, dim=-1, dtype=torch.float32) for each in (X, R)])
+        norms = torch.stack([torch.linalg.vector_norm(each, dim=-1, dtype=P.dtype) for each in (X, R)])
         totals += (norms.square() * own[piece.at].view(norms.shape[1:])).sum(dim=(1, 2))
     return totals

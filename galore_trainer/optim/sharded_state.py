@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.residual import CANDIDATES
 from galore_trainer.layouts.dtensor import is_dtensor, like
 from galore_trainer.optim.pieces import ROW_KEYS
@@ -45,11 +46,11 @@ def _pack(state: Mapping[str, Any], p: Any, matrices: Any, config: GaLoreConfig)
         for key in ROW_KEYS[2:]:
             wide = entries * (CANDIDATES if key in LIVES_IN and config.residual_warmup_steps else 1)
             dtype = torch.int32 if key.endswith("index") else state["exp_avg"].dtype
-            dtype = torch.float32 if key == "candidate_mean" else dtype
+            dtype = compute_dtype(p.dtype) if key == "candidate_mean" else dtype
             wide = min(wide, columns)
             packed.setdefault(key, torch.zeros(rows, wide, dtype=dtype, device=device))
         for matrix in with_residual:
-            packed.setdefault(matrix.prefix + AGE, torch.zeros((), device=device))
+            packed.setdefault(matrix.prefix + AGE, torch.zeros((), dtype=torch.float32, device=device))
     sharded = ROW_KEYS if matrices else tuple(key for key, _ in MOMENTS)
     return {key: like(value, p) if key in sharded else value for key, value in packed.items()}
 

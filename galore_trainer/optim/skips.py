@@ -1,4 +1,7 @@
-"""Steps that a non-finite gradient skips: found on the device, by parameter, counted without waiting for it.
+"""Steps that an unusable gradient skips: found on the device, by parameter, counted without waiting for it.
+
+A gradient is usable where all of its entries are below ``core.galore.largest_usable``: it is finite, and so are its
+second moments.
 
 ``state["skipped"]`` of a parameter holds int32 [in a row, in all, longest row].
 """
@@ -12,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_trainer.core.galore import compute_dtype, largest_usable
 from galore_trainer.optim.on_host import OnHost
 
 ROW_LIMIT = 10
-"""Steps in a row without a finite gradient that a parameter may have before training is stopped."""
-LATER = ROW_LIMIT // 2  # steps after which no device needs to be waited for
+"""Steps in a row without a usable gradient that a parameter may have before training is stopped."""
 
 Flag = tuple[MutableMapping[str, Any], Tensor]
-"""A parameter's state and a scalar tensor on its device: 1.0 where its gradient was finite, else 0.0."""
+"""A parameter's state and a scalar tensor on its device: 1.0 where its gradient was usable, else 0.0."""
 
 
 def no_skips(device: torch.device) -> Tensor:
@@ -27,32 +30,34 @@ def no_skips(device: torch.device) -> Tensor:
     return torch.zeros(3, dtype=torch.int32, device=device)
 
 
-def finite_flags(grads: Sequence[Tensor]) -> list[Tensor]:
-    """1.0 for each gradient that holds finite numbers alone, else 0.0: scalar tensors, in a few launches a device."""
-    flags: list[Tensor] = [torch.ones(())] * len(grads)
-    for device, members in _by_device(grads).items():
+def usable_flags(grads: Sequence[Tensor]) -> list[Tensor]:
+    """1.0 for each usable gradient, else 0.0: float32 scalar tensors, in a few launches a device."""
+    flags: list[Any] = [None] * len(grads)
+    for (device, wide), members in _alike(grads, lambda x: (x.device, compute_dtype(x.dtype))).items():
+        limit = largest_usable(wide)
         if device.type == "cpu" and all(type(grads[i]) is Tensor for i in members):
             for i in members:
-                flags[i] = torch.tensor(float(_all_finite(grads[i])))
+                flags[i] = torch.tensor(float(_all_below(grads[i], limit)), dtype=torch.float32, device=device)
             continue
-        # the largest magnitude is finite if all are; an empty gradient has none
+        # an empty gradient has no largest magnitude
         tops = [grads[i] if grads[i].numel() else grads[i].new_zeros(1) for i in members]
-        wide = any(top.dtype == torch.float64 for top in tops)
-        norms = torch._foreach_norm(tops, float("inf"), None if wide else torch.float32)
-        largest = torch.stack([norm.float() for norm in norms] if wide else list(norms))
-        for i, flag in zip(members, torch.isfinite(largest).float().unbind(), strict=True):
+        largest = torch.stack(list(torch._foreach_norm(tops, float("inf"), wide)))
+        for i, flag in zip(members, (largest < limit).float().unbind(), strict=True):
             flags[i] = flag
     return flags
 
 
-def _all_finite(x: Tensor) -> bool:
-    """A finite sum shows it; only where that is none each entry is looked at, as large ones overflow together."""
-    return bool(torch.isfinite(x.sum()) or torch.isfinite(x).all())
+def _all_below(x: Tensor, limit: float) -> bool:
+    """Whether all magnitudes are below a limit, by the fastest passes on a CPU; False for NaN."""
+    if x.numel() == 0 or (x.dtype in (torch.float32, torch.float64) and torch.linalg.vector_norm(x).item() < limit):
+        return True
+    low, high = torch.aminmax(x)
+    return -limit < low.item() and high.item() < limit
 
 
 def count_skips(flags: Sequence[Flag]) -> None:
     """Take one step's flags into the counters."""
-    for members in _by_device([ok for _, ok in flags]).values():
+    for members in _alike([ok for _, ok in flags], lambda ok: ok.device).values():
         states = [flags[i][0] for i in members]
         bad = 1 - torch.stack([flags[i][1] for i in members]).int()
         in_a_row, total, longest = torch.stack([state["skipped"] for state in states]).unbind(1)
@@ -62,61 +67,49 @@ def count_skips(flags: Sequence[Flag]) -> None:
             state["skipped"] = counters
 
 
-class Watch:
-    """Looks every so often for parameters that skip all their steps; on an accelerator it has the answer later."""
-
-    def __init__(self) -> None:
-        self._asked: tuple[list[str], OnHost] | None = None
-
-    def look(self, step: int, counters: Callable[[], Mapping[str, Tensor]]) -> None:
-        """To be called in every step; all processes come to the same answer in the same one.
-
-        Args:
-            step: how many there were.
-            counters: by parameter name.
-
-        Raises:
-            FloatingPointError: a parameter skipped ten steps in a row.
-        """
-        if step % ROW_LIMIT == 0 and (now := counters()):
-            self._asked = list(now), _on_host(now)
-        if self._asked is not None and (step % ROW_LIMIT == LATER or not self._asked[1].waits):
-            names, counts = self._asked
-            self._asked = None
-            _check(names, counts.tolist())
-
-
-def total_skips(counters: Mapping[str, Tensor]) -> dict[str, int]:
+def total_skips(counters: Mapping[str, Tensor], culprits: Sequence[str] = ()) -> dict[str, int]:
     """Skipped steps by parameter name (those with any); waits for the device.
+
+    Args:
+        counters: by parameter name.
+        culprits: names of weights whose own gradients are known to have been unusable, for the error.
 
     Raises:
         FloatingPointError: a parameter skipped ten steps in a row.
     """
     if not counters:
         return {}
-    counts = _on_host(counters).tolist()
-    _check(list(counters), counts)
+    counts = on_host(counters).tolist()
+    check_counts(list(counters), counts, culprits)
     return {name: total for name, (_, total, _) in zip(counters, counts, strict=True) if total}
 
 
-def _on_host(counters: Mapping[str, Tensor]) -> OnHost:
+def some_of(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def on_host(counters: Mapping[str, Tensor]) -> OnHost:
+    """Counters of parameters on their way to the host, [parameters, 3]."""
     device = next(iter(counters.values())).device
     return OnHost(torch.stack([counter.to(device) for counter in counters.values()]))
 
 
-def _check(names: Sequence[str], counts: Sequence[Sequence[int]]) -> None:
+def check_counts(names: Sequence[str], counts: Sequence[Sequence[int]], culprits: Sequence[str] = ()) -> None:
+    """Raise ``FloatingPointError`` where a parameter skipped ten steps in a row; see ``total_skips``."""
     stuck = [name for name, (_, _, longest) in zip(names, counts, strict=True) if longest >= ROW_LIMIT]
     if stuck:
-        some = ", ".join(stuck[:5]) + (f" and {len(stuck) - 5} more" if len(stuck) > 5 else "")
+        first = f" It began in the gradients of {some_of(culprits)}, before clipping." if culprits else ""
         raise FloatingPointError(
-            f"gradients were not finite in {ROW_LIMIT} steps in a row: {some}. Their weights were left as they were. "
+            f"gradients were not finite, or above {largest_usable(torch.float32):.0e}, in {ROW_LIMIT} steps in a row: "
+            f"{some_of(stuck)}.{first} Their weights were left as they were. "
             "Lower the learning rate, look for a bad batch, or train in float32 or bfloat16."
         )
 
 
-def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
-    """Which of the tensors lie on each device."""
-    found: dict[torch.device, list[int]] = defaultdict(list)
+def _alike(tensors: Sequence[Tensor], key: Callable[[Tensor], Any]) -> dict[Any, list[int]]:
+    """Places of the tensors that have equal keys."""
+    found: dict[Any, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
-        found[tensor.device].append(i)
+        found[key(tensor)].append(i)
     return found

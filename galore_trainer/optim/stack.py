@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from galore_trainer.core.galore import MatrixState
+from galore_trainer.core.galore import MatrixState, compute_dtype
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.precision import NOISE, Stored, decode, decode_basis, encode, encode_basis
 from galore_trainer.optim.parts import Part
@@ -73,6 +73,7 @@ class Stack:
         self.jobs = jobs
         self.matrix, self.group = jobs[0].matrix, jobs[0].group
         self.device = jobs[0].parameter.device
+        self.dtype = compute_dtype(jobs[0].parameter.dtype)  # of state and step
 
     def each_gradient(self) -> list[Tensor]:
         """[blocks, rows, n] of every job, where they lie; none where they were not kept whole."""
@@ -136,15 +137,15 @@ class Stack:
             job.state[job.prefix + key] = part
 
     def get_moment(self, key: str, *, signed: bool) -> Tensor:
-        """A moment of every job, joined, in float32."""
-        return decode(self._stored(key), signed=signed)
+        """A moment of every job, joined, in the stack's dtype."""
+        return decode(self._stored(key), signed=signed).to(self.dtype)
 
     def put_moment(self, key: str, value: Tensor, *, signed: bool, ok: Tensor | None = None, purpose: str = "") -> None:
         """Store a moment in as many bits as the group says.
 
         Args:
             key: of the state.
-            value: [jobs x blocks, ...], float32.
+            value: [jobs x blocks, ...], in the stack's dtype.
             signed: as in ``encode``.
             ok: [jobs x blocks, 1, 1], 0.0 where what is stored shall stay, bit for bit; None changes all.
             purpose: tells random streams apart where a key is stored twice in a step.
@@ -163,17 +164,17 @@ class Stack:
         self._store(key, new)
 
     def put_basis(self, P: Tensor) -> Tensor:
-        """Store bases in as many bits as the group says; what was stored, in float32.
+        """Store bases in as many bits as the group says; what was stored, in the stack's dtype.
 
         Contiguous: products round by the strides of their factors, and not every checkpoint keeps strides.
         """
         stored = encode_basis(P.contiguous(), self.group["galore"]["basis_bits"])
         self._store(BASIS, stored)
-        return decode_basis(stored)
+        return decode_basis(stored).to(self.dtype)
 
     def get_basis(self) -> Tensor:
-        """The bases in float32."""
-        return decode_basis(self._stored(BASIS))
+        """The bases in the stack's dtype."""
+        return decode_basis(self._stored(BASIS)).to(self.dtype)
 
     def read(self) -> MatrixState:
         """Basis, moments and their age."""
@@ -190,10 +191,15 @@ class Stack:
         """The state of matrices that have seen nothing: zeros."""
         jobs, matrix = len(self.jobs), self.matrix
         P, R = (
-            torch.zeros(jobs * n, *rest, device=self.device) for n, *rest in (matrix.basis_shape, matrix.moment_shape)
+            torch.zeros(jobs * n, *rest, dtype=self.dtype, device=self.device)
+            for n, *rest in (matrix.basis_shape, matrix.moment_shape)
         )
         self.put_basis(P)
-        self.write_moments(MatrixState(P, R, R.clone(), torch.zeros(jobs * matrix.blocks, 1, 1, device=self.device)))
+        self.write_moments(MatrixState(P, R, R.clone(), self.ages(jobs)))
+
+    def ages(self, jobs: int) -> Tensor:
+        """The age 0 of so many matrices, as ``get_count`` gives it."""
+        return torch.zeros(jobs * self.matrix.blocks, 1, 1, dtype=torch.float32, device=self.device)
 
     def _stored(self, key: str) -> Stored:
         return Stored(self.get(key), self.get(key + SCALE) if self.has(key + SCALE) else None)

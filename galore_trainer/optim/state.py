@@ -1,17 +1,20 @@
-"""What ``torch.optim.Optimizer.load_state_dict`` does not do: keep dtypes, and refuse a state of another method."""
+"""What a parameter's state holds, and which saved states fit an optimizer.
+
+Inside the optimizer, counters (``calls``, ``refreshes``, ``due``, ``born``, ``phase``) are integers. A state dict holds
+them as tensors without dimensions, on the CPU, since ``torch.distributed.checkpoint`` loads nothing else in place.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.layouts.dtensor import is_dtensor
-from galore_trainer.optim.sharded_state import unpack_shard
+from galore_trainer.optim.locate import BAR
 
 WAY_OUT = (
     "Resume with the saved value, or start a new run from the checkpoint's weights "
@@ -24,9 +27,43 @@ OTHER_LAYOUT = (
 SLICES = "slices"  # in a state dict: of each flat tensor, by its number, name, shape, start, stop and offset of weights
 
 
+COUNTERS = ("calls", "refreshes", "due", "born", "phase")
+AGES = ("step", "residual_step")
+
+
+def bare(key: str) -> str:
+    """A key of a state without the names of a flat tensor's weight and of a matrix."""
+    return key.rsplit(BAR, 1)[-1].rsplit(".", 1)[-1]
+
+
+def packed_counters(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state with its counters as tensors."""
+    return {
+        key: torch.tensor(value, dtype=torch.int64, device="cpu") if bare(key) in COUNTERS else value
+        for key, value in state.items()
+    }
+
+
+def restored(state: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
+    """A saved state of a parameter as the optimizer keeps it.
+
+    Counters become integers, ages tensors; every tensor is a contiguous copy on the parameter's device.
+    """
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        if bare(key) in COUNTERS:
+            found[key] = int(value)
+        elif isinstance(value, Tensor) or bare(key) in AGES:
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
+            found[key] = tensor.detach().to(p.device, copy=True).contiguous()
+        else:
+            found[key] = value
+    return found
+
+
 def check_same_method(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
     """Raise ``OptionError`` where saved groups belong to another method, other settings or other parameters."""
-    if not any("projected" in g for g in saved):
+    if not any(isinstance(g, Mapping) and "projected" in g for g in saved):
         raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
     for before, now in zip([g for g in saved if g["projected"]], [g for g in own if g["projected"]], strict=False):
         saved_settings = {**GaLoreConfig().to_dict(), **before.get("galore", {})}  # fields younger than the checkpoint
@@ -66,29 +103,15 @@ def bytes_by_kind(states: Iterable[tuple[bool, Mapping[str, Any]]]) -> dict[str,
     kinds = {"basis": 0, "moments": 0, "residual": 0, "plain": 0}
     for projected, state in states:
         for key, value in state.items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 kinds[_kind(key, projected)] += value.numel() * value.element_size()
     return kinds
 
 
 def _kind(key: str, projected: bool) -> str:
-    name = re.split(r"[.|]", key)[-1]
+    name = bare(key)
     if not projected:
         return "plain"
     if name.startswith(("residual", "candidate")):
         return "residual"
     return "basis" if name.startswith("basis") else "moments"
-
-
-def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put saved state tensors back in their own dtype (torch casts them to the parameter's)."""
-    saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-    for i, p in zip(saved_ids, params, strict=True):
-        saved = state_dict["state"].get(i, {})
-        if is_dtensor(p) and saved:
-            saved = unpack_shard(saved, p)
-            optimizer.state[p] = dict(saved)
-        for key, value in saved.items():
-            if isinstance(value, torch.Tensor):
-                optimizer.state[p][key] = value.to(device=p.device, copy=True)

@@ -12,6 +12,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.sparse import Support, part_of
 from galore_trainer.optim import fused, residual_state
+from galore_trainer.optim.group_settings import scale_of
 from galore_trainer.optim.native import Incoming, take_in
 from galore_trainer.optim.plain import PlainJob, plain_state, plain_step
 from galore_trainer.optim.skips import Flag, no_skips
@@ -30,7 +31,7 @@ def stack_elements(device: torch.device, asked: int | None = None, most: int = S
 
 
 def move(jobs: Iterable[Job], config: GaLoreConfig, seed: int, asked: int | None = None) -> list[Flag]:
-    """One step of matrices with the bases they have; whose gradients were finite, where it was not counted already.
+    """One step of matrices with the bases they have; whose gradients were usable, where it was not counted already.
 
     Args:
         jobs: of one device.
@@ -79,7 +80,8 @@ def update(stacks: Sequence[Stack], config: GaLoreConfig, seed: int) -> list[Fla
         for i, (job, N_job, P_job, ok_job) in enumerate(parts):
             W = job.matrix.take(job.parameter)
             galore.apply_update_(
-                W, N_job, P_job, matrix.side, lr=group["lr"], scale=config.scale, weight_decay=group["weight_decay"],
+                W, N_job, P_job, matrix.side, lr=float(group["lr"]), scale=scale_of(group, config),
+                weight_decay=group["weight_decay"],
                 ok=ok_job, sparse=part_of(residual, i, job.matrix.blocks),
                 generator=_rounding(job.parameter, job.name, job.state["calls"], config, seed),
             )  # fmt: skip
@@ -98,17 +100,19 @@ def _begin(stack: Stack, config: GaLoreConfig) -> Begun:
         R = galore.project(G.mT, P, "right").mT  # the same, a quarter faster there
     else:
         R = galore.project(G, P, side)
-    by_job = galore.finite_parts(R, len(stack.jobs))  # [jobs]
+    by_job = galore.usable_parts(R, len(stack.jobs))  # [jobs]
     if stack.jobs[0].grad_ok is not None:
         by_job = by_job * torch.stack([job.grad_ok for job in stack.jobs if job.grad_ok is not None])
-    ok = stack.spread(by_job)
-    lives = residual_state.residual_lives(stack.jobs[0], config)
-    lost = residual_state.lost_part(stack, G, R, P, ok, config) if lives else None
-    return Begun(stack, P, R, by_job, ok, lost)
+    lost = None
+    if residual_state.residual_lives(stack.jobs[0], config):
+        lost = residual_state.lost_part(stack, G, R, P, stack.spread(by_job), config)
+    if lost is not None:  # what the basis does not see can be too large all the same
+        by_job = by_job * galore.usable_parts(lost[1], len(stack.jobs))
+    return Begun(stack, P, R, by_job, stack.spread(by_job), lost)
 
 
 def move_plain(jobs: Sequence[PlainJob], config: GaLoreConfig, seed: int) -> list[Flag]:
-    """One step of AdamW on what is not projected; whose gradients were finite."""
+    """One step of AdamW on what is not projected; whose gradients were usable."""
     flags, rest = fused.plain_update(jobs, config, seed)
     return flags + [update_plain(job, config, seed) for job in rest]
 

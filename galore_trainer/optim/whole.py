@@ -24,7 +24,7 @@ from galore_trainer.optim.pieces import ROW_KEYS, stored_rows
 from galore_trainer.optim.plain import plain_state
 from galore_trainer.optim.sharded_state import living
 from galore_trainer.optim.stack import MOMENTS
-from galore_trainer.optim.state import SLICES, check_same_method
+from galore_trainer.optim.state import SLICES, check_same_method, restored
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -91,7 +91,7 @@ def slices_for_saving(groups: Sequence[dict[str, Any]], locator: Locator) -> dic
         first += len(number)
         for flat, members in locator.slices(group):
             if id(flat) in number:
-                shapes = dict(zip(group["names"], group["shapes"], strict=True))
+                shapes = dict(zip(group["names"], locator.shapes(group), strict=True))
                 found[number[id(flat)]] = [
                     [name, list(shapes[name]), s.shard.start, s.shard.stop, s.offset] for name, s in members
                 ]
@@ -234,7 +234,7 @@ def put_whole(optimizer: GaLoreAdamW, saved: Mapping[str, Any], weights: Mapping
             elif own:
                 keys = [key for key, _ in MOMENTS]
                 own = {k: v.reshape(-1)[shard.start : shard.stop].clone() if k in keys else v for k, v in own.items()}
-            optimizer.state[p] = _on(own, p.device)
+            optimizer.state[p] = restored(own, p)
 
 
 def _check_cuttable(group: Mapping[str, Any], before: Mapping[str, Any]) -> None:
@@ -273,8 +273,4 @@ def _fill_flats(optimizer: GaLoreAdamW, group: dict[str, Any], states: Mapping[s
             state["step"] = torch.stack([whole["step"] for whole, _ in own]).max()
             state["calls"] = max(whole["calls"] for whole, _ in own)
             state["skipped"] = torch.stack([whole["skipped"] for whole, _ in own]).amax(dim=0)
-        optimizer.state[flat] = _on(state, flat.device)
-
-
-def _on(state: State, device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+        optimizer.state[flat] = restored(state, flat)
