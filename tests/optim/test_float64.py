@@ -23,7 +23,7 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_plain_weights_equal_torch_to_1e_14(contiguous: bool) -> None:
     ours, theirs = (nn.Parameter(numbers(0, 12, 7) if contiguous else numbers(0, 7, 12).mT) for _ in range(2))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="projects nothing"):
         mine = GaLoreAdamW([ours], lr=1e-2, weight_decay=0.1)
     other = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1, foreach=False)
     for step in range(20):

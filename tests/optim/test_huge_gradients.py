@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
+NOTHING: Mapping[str, float] = {}
 SHAPES = {"q": (24, 16), "mlp": (16, 40), "bias": (16,)}
 
 
@@ -25,7 +27,9 @@ def make(dtype: torch.dtype = torch.float32, **settings) -> tuple[dict[str, nn.P
     return params, GaLoreAdamW(groups, GaLoreConfig(**{**usual, **settings}), lr=1e-2, weight_decay=0.01)
 
 
-def step(params: dict[str, nn.Parameter], optimizer: GaLoreAdamW, seed: int, factor: dict[str, float] = {}) -> None:
+def step(
+    params: dict[str, nn.Parameter], optimizer: GaLoreAdamW, seed: int, factor: Mapping[str, float] = NOTHING
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, p in params.items():
         numbers = torch.randn(p.shape, generator=generator).to(p.dtype) * factor.get(name, 1.0)
@@ -34,8 +38,13 @@ def step(params: dict[str, nn.Parameter], optimizer: GaLoreAdamW, seed: int, fac
     optimizer.zero_grad()
 
 
-SETTINGS = [{}, {"layerwise": True}, {"state_bits": 16, "plain_state_bits": 16}, {"state_bits": 8, "plain_state_bits": 8},
-            {"momentum_transfer": "keep", "svd": "exact"}]  # fmt: skip
+SETTINGS = [
+    {},
+    {"layerwise": True},
+    {"state_bits": 16, "plain_state_bits": 16},
+    {"state_bits": 8, "plain_state_bits": 8},
+    {"momentum_transfer": "keep", "svd": "exact"},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
