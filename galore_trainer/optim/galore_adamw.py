@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,7 +25,7 @@ from galore_trainer.optim.group_settings import (
     warn_if_plain,
 )
 from galore_trainer.optim.jobs import Projected, jobs_of, with_gradients
-from galore_trainer.optim.layerwise import ProjectedGradient, attach_group, drop_projected, is_usable, norms_of
+from galore_trainer.optim.layerwise import ProjectedGradient, attach_group, drop_projected
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Directions, Part, Whole, sketch_matrices
 from galore_trainer.optim.plain import PlainJob
@@ -37,14 +36,16 @@ from galore_trainer.optim.refresh import (
     errors_of,
     first_basis,
     norms_on_host,
+    part_by_norm,
     part_due,
     projection_report,
     refresh_stack,
+    usable_at_first,
 )
 from galore_trainer.optim.sharded import step_sharded
 from galore_trainer.optim.skips import Flag, count_skips, no_skips, total_skips, usable_flags
 from galore_trainer.optim.stack import Job, Stack, make_stacks
-from galore_trainer.optim.state import bytes_by_kind
+from galore_trainer.optim.state import bare, bytes_by_kind
 from galore_trainer.optim.state_dict import pack, unpack
 from galore_trainer.optim.timing import Stopwatch
 from galore_trainer.optim.update import (
@@ -189,25 +190,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         norms = norms_on_host(careful) if careful else None  # on their way while the others move
         flags = self._update(self._jobs(kept))
         self._refresh(bold, self._doubts)
-        waiting: list[Job] = []  # have no basis in this step: a sketch gives the first, or the gradient is unusable
-        if norms is not None:
-            without = [job.state["refreshes"] == 0 for job in careful]
-            known = norms.tolist()
-            # a refresh from zeros, or from entries that are not finite, stays due
-            self._refresh([job for job, norm in zip(careful, known, strict=True) if 0.0 < norm < math.inf])
-            waits = [self.config.sketches_first or not norm < math.inf for norm in known]
-            waiting = [job for job, *both in zip(careful, without, waits, strict=True) if all(both)]
-        flags += [(job.state, self._usable(job)) for job in waiting if job.last]
+        fit, waiting = part_by_norm(careful, norms.tolist() if norms is not None else [], self.config)
+        self._refresh(fit)
+        flags += [(job.state, usable_at_first(job.grad)) for job in waiting if job.last]
         still = {id(job) for job in waiting}
         flags += self._update(job for job in bold + careful if id(job) not in still)
         _count(waiting)
         return flags
-
-    @staticmethod
-    def _usable(job: Job) -> Tensor:
-        """The flag of a weight that waits for its first basis; a norm that overflows tells as much as an entry."""
-        norm = norms_of([job.grad])[0]
-        return is_usable(job.grad) * torch.isfinite(norm)
 
     def _update(self, jobs: Iterator[Job]) -> list[Flag]:
         first = next(jobs, None)
@@ -358,8 +347,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Undo ``__getstate__``; torch calls it at ``load_state_dict`` too."""
         super().__setstate__(state)
         self.__dict__.setdefault("stopwatch", Stopwatch())
-        skips = [own["skipped"][1] for own in self.state.values() if "skipped" in own]  # of flat tensors: none is known
-        self._doubts, self._directions, self._watch = Doubts(), Directions(), Watch(sum(map(int, skips)))
+        skips = [int(x[1]) for own in self.state.values() for key, x in own.items() if bare(key) == "skipped"]
+        self._doubts, self._directions, self._watch = Doubts(), Directions(), Watch(sum(skips))
         self.__dict__.setdefault("averager", None)
         self.__dict__.setdefault("ranks", None)
         if "_locator" not in self.__dict__:

@@ -18,7 +18,7 @@ from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, least_error
 from galore_trainer.optim.fused import tools_for
 from galore_trainer.optim.group_settings import gap_of
-from galore_trainer.optim.layerwise import norms_of
+from galore_trainer.optim.layerwise import is_usable, norms_of
 from galore_trainer.optim.on_host import OnHost
 from galore_trainer.optim.parts import sketch, sketch_matrices, width_of_sketch
 from galore_trainer.optim.residual_state import reset_residual
@@ -63,6 +63,33 @@ def part_due(due: Iterable[Job], config: GaLoreConfig) -> tuple[list[Job], list[
     jobs = list(due)
     asking = {id(job.state) for job in jobs if not _may_fail(job, config)}
     return [job for job in jobs if id(job.state) not in asking], [job for job in jobs if id(job.state) in asking]
+
+
+def part_by_norm(
+    careful: Sequence[Job], norms: Sequence[float], config: GaLoreConfig
+) -> tuple[list[Job], list[Job]]:  # fmt: skip
+    """Jobs that can be refreshed now, and jobs that have no basis in this step.
+
+    A refresh from zeros, or from entries that are not finite, stays due. A weight has no basis where a sketch is about
+    to give it its first one, or where its first gradient is not finite.
+
+    Args:
+        careful: from ``part_due``.
+        norms: of their gradients.
+        config: of the optimizer.
+    """
+    fit = [job for job, norm in zip(careful, norms, strict=True) if 0.0 < norm < math.inf]
+    without = [
+        job
+        for job, norm in zip(careful, norms, strict=True)
+        if job.state["refreshes"] == 0 and (config.sketches_first or not norm < math.inf)  # NaN is not
+    ]
+    return fit, without
+
+
+def usable_at_first(grad: Tensor) -> Tensor:
+    """The flag of a weight without a basis; a norm that overflows tells as much as an entry."""
+    return is_usable(grad) * torch.isfinite(norms_of([grad])[0])
 
 
 def _may_fail(job: Job, config: GaLoreConfig) -> bool:

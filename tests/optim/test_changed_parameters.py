@@ -12,10 +12,12 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def make(layerwise: bool = False, dtype: torch.dtype = torch.float32) -> tuple[nn.Parameter, nn.Parameter, GaLoreAdamW]:
     generator = torch.Generator().manual_seed(0)
-    projected, plain = (nn.Parameter(torch.randn(24, 16, generator=generator).to(dtype)) for _ in range(2))
+    projected, plain = (nn.Parameter(torch.randn(24, 16, generator=generator).to(DEVICE, dtype)) for _ in range(2))
     groups = [{"params": [projected], "names": ["q"], "projected": True}, {"params": [plain], "names": ["embed"]}]
     config = GaLoreConfig(rank=4, layerwise=layerwise, update_proj_gap=3, residual_warmup_steps=2)
     return projected, plain, GaLoreAdamW(groups, config, lr=1e-2)
@@ -23,7 +25,7 @@ def make(layerwise: bool = False, dtype: torch.dtype = torch.float32) -> tuple[n
 
 def step(optimizer: GaLoreAdamW, seed: int = 1) -> None:
     """By backward, so that layer-wise mode takes gradients in."""
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=DEVICE)
     for group in optimizer.param_groups:
         for p in group["params"]:
             factors = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p)
@@ -40,7 +42,7 @@ def test_another_size_is_refused_naming_both(rows: int, which: str, layerwise: b
     projected, plain, optimizer = make(layerwise)
     step(optimizer)
     p = projected if which == "q" else plain
-    p.data = torch.zeros(rows, 16)
+    p.data = torch.zeros(rows, 16, device=DEVICE)
     with pytest.raises(OptionError, match=re.escape(f"{which} of shape [{rows}, 16]")) as error:
         step(optimizer)
     assert "[24, 16]" in str(error.value)
@@ -57,7 +59,7 @@ def test_a_transposed_weight_is_another_size() -> None:
 
 def test_embeddings_resized_before_the_first_step_are_trained() -> None:
     _, plain, optimizer = make()
-    plain.data = torch.zeros(30, 16)
+    plain.data = torch.zeros(30, 16, device=DEVICE)
     step(optimizer)
     assert plain.abs().min() > 0.0
     assert optimizer.state[plain]["exp_avg"].shape == (30, 16)
@@ -119,7 +121,19 @@ def test_weights_may_not_become_float64(which: str) -> None:
 
 def test_a_gradient_of_another_shape_is_refused() -> None:
     _, plain, optimizer = make()
-    plain.grad = torch.ones(24, 16)
-    plain.data = torch.zeros(30, 16)
+    plain.grad = torch.ones(24, 16, device=DEVICE)
+    plain.data = torch.zeros(30, 16, device=DEVICE)
     with pytest.raises(OptionError, match=r"a gradient of shape \[24, 16\]"):
+        optimizer.step()
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="there is one device")
+@pytest.mark.parametrize("which", ["q", "embed"])
+def test_weights_may_not_change_their_device(which: str) -> None:
+    projected, plain, optimizer = make()
+    step(optimizer)
+    p = projected if which == "q" else plain
+    p.data, p.grad = p.data.cpu(), None
+    p.grad = torch.ones_like(p)
+    with pytest.raises(OptionError, match=f"{which} on cpu"):
         optimizer.step()

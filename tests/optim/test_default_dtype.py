@@ -15,6 +15,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
 ROOT = Path(__file__).parents[2] / "galore_trainer"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FACTORIES = {"zeros", "ones", "full", "empty", "rand", "randn", "randint", "randperm", "tensor", "arange", "eye",
              "linspace", "logspace", "normal"}  # fmt: skip
 
@@ -30,8 +31,8 @@ def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 def run(layerwise: bool, bits: int, svd: str, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(24, 16), (16, 24), (3, 8, 12)]
-    params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float32).to(dtype)) for s in shapes]
-    bias = nn.Parameter(torch.randn(40, generator=generator, dtype=torch.float32).to(dtype))
+    params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float32).to(DEVICE, dtype)) for s in shapes]
+    bias = nn.Parameter(torch.randn(40, generator=generator, dtype=torch.float32).to(DEVICE, dtype))
     config = GaLoreConfig(
         rank=4, update_proj_gap=3, residual_percent=10.0, residual_warmup_steps=2, layerwise=layerwise, state_bits=bits,
         basis_bits=bits, plain_state_bits=bits, svd=svd, diagnose_refreshes=1,
@@ -40,7 +41,7 @@ def run(layerwise: bool, bits: int, svd: str, dtype: torch.dtype) -> list[torch.
     for step in range(6):
         generator = torch.Generator().manual_seed(step)
         for p in (*params, bias):
-            factors = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(dtype)
+            factors = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
             (p * factors).sum().backward()
         nn.utils.clip_grad_norm_([*params, bias], 5.0)
         optimizer.step()

@@ -13,11 +13,12 @@ from galore_trainer.core.sparse import Support
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GAP, STEPS, WARMUP = 3, 9, 2
 
 
 def numbers(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
@@ -66,25 +67,25 @@ def test_projected_weights_equal_the_reference_to_1e_12(
     optimizer.max_stack_elements = 1 << 20 if stacked else None
     p = params[-1]
     settings = {"lr": 1e-2, "scale": 2.0, "betas": (0.9, 0.99), "weight_decay": 0.1, "momentum_transfer": transfer}
-    reference = ReferenceMatrix(p.detach(), side, **settings)
+    reference = ReferenceMatrix(p.detach().cpu(), side, **settings)
     for step in range(STEPS):
         for q in params:
             q.grad = numbers(100 + step, *shape)
         optimizer.step()
         state = optimizer.state[p]
-        P = state["basis"][0]
+        P = state["basis"][0].cpu()
         if step % GAP == 0:
             reference.refresh(P)
             assert P.dtype == torch.float64
             torch.testing.assert_close(P.mT @ P, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-12)
         chosen = state.get("residual_index")
         if chosen is not None and reference.S is None and step >= WARMUP:
-            rows, columns = Support(chosen, 32).coordinates(24)
+            rows, columns = Support(chosen.cpu(), 32).coordinates(24)
             reference.choose_support(rows[0], columns[0])
-        reference.step(numbers(100 + step, *shape))
+        reference.step(numbers(100 + step, *shape).cpu())
     moments = [value for key, value in state.items() if key.endswith(("exp_avg", "exp_avg_sq"))]
     assert {value.dtype for value in moments} == {torch.float64}
-    torch.testing.assert_close(p.detach(), reference.W, rtol=0, atol=1e-12)
+    torch.testing.assert_close(p.detach().cpu(), reference.W, rtol=0, atol=1e-12)
 
 
 def test_exact_bases_are_those_of_a_float64_svd() -> None:

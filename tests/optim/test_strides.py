@@ -12,6 +12,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (24, 16)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.mT.contiguous().mT,
@@ -22,7 +23,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def numbers(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def train(
@@ -88,7 +89,7 @@ def test_a_regression_with_transposed_gradients_ends_where_torch_ends() -> None:
     x, target = numbers(0, 64, 8), numbers(1, 8, 6)
     losses = []
     for make in (lambda p: torch.optim.AdamW([p], lr=5e-2, weight_decay=0.0, foreach=False), plain):
-        A = torch.nn.Parameter(torch.zeros(6, 8))
+        A = torch.nn.Parameter(torch.zeros(6, 8, device=DEVICE))
         optimizer = make(A)
         for _ in range(300):
             error = x @ (A.detach().mT - target)
