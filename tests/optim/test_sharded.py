@@ -21,7 +21,7 @@ from galore_trainer.layouts.shard import Shard, completed_cut_rows
 from galore_trainer.optim import fused, sharded_refresh
 from galore_trainer.optim.locate import BAR
 from galore_trainer.optim.pieces import ROW_KEYS
-from galore_trainer.optim.state import SLICES
+from galore_trainer.optim.state import COUNTERS, SLICES, bare
 from galore_trainer.optim.whole import describe, rows_of_whole, whole_of_slices
 from threads import Meeting, Thread
 
@@ -291,5 +291,8 @@ def test_saved_parts_become_a_whole_state_which_is_cut_into_the_same_parts(
 
 
 def described(state: Any) -> dict[str, Any]:
-    """Keys with shapes and types, or numbers."""
-    return {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in state.items()}
+    """Keys with shapes and types, or numbers; counters are tensors in a state dict."""
+    return {
+        k: int(v) if bare(k) in COUNTERS else (v.shape, v.dtype) if isinstance(v, Tensor) else v
+        for k, v in state.items()
+    }
