@@ -7,7 +7,7 @@ group), so nothing is known before. Names and logical matrices ride on the group
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,11 @@ class Noted:
         self.shapes[i], self.dtypes[i], self.addresses[i] = p.shape, p.dtype, address_of(p)
 
 
+def _key(group: Mapping[str, Any]) -> str:
+    """What tells a group from others. DeepSpeed hides other groups in a step, and a load replaces the mapping."""
+    return next(iter(group.get("names", ())), "")
+
+
 def address_of(p: Tensor) -> int:
     """Where a parameter lies in memory; 0 for tensors that stand for others (DTensors, fake ones)."""
     return p.data_ptr() if type(p) in PLAIN_TYPES else 0
@@ -91,13 +96,13 @@ class Locator:
 
     def __init__(self, optimizer: GaLoreAdamW) -> None:
         self.optimizer: GaLoreAdamW = weakref.proxy(optimizer)
-        self._noted: list[Noted] = []
+        self._noted: dict[str, Noted] = {}
         self._shards: dict[int, tuple[weakref.ref[Tensor], Found]] = {}
         self._slices: dict[int, tuple[weakref.ref[Tensor], Noted, list[Slice], list[Found]]] = {}
 
     def note(self, group: dict[str, Any]) -> None:
-        """Remember the parameters that the newest group began with; ZeRO keeps what it knows of its slices on them."""
-        self._noted.append(Noted(group["params"]))
+        """Remember the parameters that a new group began with; ZeRO keeps what it knows of its slices on them."""
+        self._noted[_key(group)] = Noted(group["params"])
 
     def noted(self, group: dict[str, Any]) -> Noted:
         """What was noted of a group.
@@ -105,10 +110,11 @@ class Locator:
         Raises:
             OptionError: it was put into ``param_groups`` by hand.
         """
-        for known, noted in zip(self.optimizer.param_groups, self._noted, strict=False):
-            if known is group:
-                return noted
-        raise OptionError("param_groups", "a group put in by hand", "groups as they were added", "Use add_param_group.")
+        noted = self._noted.get(_key(group))
+        if noted is None:
+            wanted = "groups as they were added"
+            raise OptionError("param_groups", "a group put in by hand", wanted, "Use add_param_group.")
+        return noted
 
     def shapes(self, group: dict[str, Any]) -> list[torch.Size]:
         """The whole shapes of a group's weights."""
