@@ -17,6 +17,7 @@ ProjType = Literal["std", "reverse_std", "left", "right"]
 Embeddings = Literal["plain", "frozen", "projected"]
 HeadSharing = Literal["shared", "grouped", "per_head", "joint"]
 HeadChoice = Literal["random", "energy", "fixed"]
+HeadFallback = Literal["joint", "refuse"]
 Svd = Literal["randomized", "exact"]
 MomentumTransfer = Literal["rotate", "align", "keep", "reset"]
 FirstBasis = Literal["gradient", "sketch"]
@@ -80,6 +81,11 @@ class GaLoreConfig:
         "random",
         "Which head lends its basis: random, energy (the largest gradient), fixed (the first).",
         trajectory=True,
+    )
+    head_fallback: HeadFallback = knob(
+        "joint",
+        "An attention weight whose heads are unknown, or do not fit its rows: joint (projected whole, named in the "
+        "start table and the log) or refuse.",
     )
     svd: Svd = knob("randomized", "How a basis is found: randomized subspace iteration, or an exact SVD.")
     subspace_iterations: int = knob(2, "Power iterations of the randomized SVD.", minimum=0)

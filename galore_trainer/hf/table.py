@@ -37,7 +37,8 @@ def weight_table(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> str:
 
     Returns:
         Text with columns ``COLUMNS``; ``lr`` is the effective one (lr x scale, lr x plain_lr_ratio) at the peak of the
-        schedule, ``state`` the bytes of optimizer state; ``heads`` reads "9, one lends" for a shared basis.
+        schedule, ``state`` the bytes of optimizer state; ``heads`` reads "9, one lends" for a shared basis, and
+        "unknown: joint" where an attention weight fell back to joint.
     """
     return plan_table(_weights(optimizer, model), optimizer.config)
 
@@ -49,6 +50,7 @@ def plan_table(weights: Iterable[tuple[Weight, str]], config: GaLoreConfig) -> s
         name = re.sub(r"\.\d+\.", ".*.", weight.name.removesuffix(".weight"))
         shape = "x".join(map(str, weight.parameter.shape))
         side, rank, heads = ((_join(f(m) for m in weight.matrices)) for f in (_side, _rank, _heads))
+        heads = "unknown: joint" if weight.falls_back(config) else heads
         cells = (name, weight.kind, shape, side, rank, heads, lr, weight.note)
         row = rows.setdefault(cells, _Row(cells))
         row.parameters += weight.parameter.numel()

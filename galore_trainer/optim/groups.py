@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import os
 import re
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,11 +18,21 @@ from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.precision import stored_basis_bytes, stored_bytes
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.attention import heads_from_config, project_heads, role_of
+from galore_trainer.optim.attention import (
+    HeadsDoNotFit,
+    project_heads,
+    projection_name,
+    role_of,
+    should_have_heads,
+    unknown_heads,
+)
+from galore_trainer.optim.causes import adapters_alone, nothing_projected
+from galore_trainer.optim.geometry import heads_of
 from galore_trainer.optim.residual_state import has_residual, support_shape
 from galore_trainer.optim.sides import project_whole
 from galore_trainer.optim.streams import logical_name
 
+logger = logging.getLogger(__name__)
 POSITION_BYTES = 4
 
 
@@ -32,12 +45,14 @@ class Weight:
         parameter: the tensor itself.
         matrices: logical matrices where it is projected, else empty.
         note: why a targeted weight is not projected; else empty.
+        why_joint: why its heads play no part, where its name promises heads; else empty.
     """
 
     name: str
     parameter: nn.Parameter
     matrices: tuple[LogicalMatrix, ...] = ()
     note: str = ""
+    why_joint: str = ""
 
     @property
     def kind(self) -> str:
@@ -45,6 +60,11 @@ class Weight:
         if not self.parameter.requires_grad:
             return "frozen"
         return "projected" if self.matrices else "plain"
+
+    def falls_back(self, config: GaLoreConfig) -> bool:
+        """Whether it is projected jointly although it is an attention weight that should share bases by head."""
+        should = config.head_sharing != "joint" and should_have_heads(module_of(self.name), config.share_output_heads)
+        return should and bool(self.matrices) and not any(m.head_dim for m in self.matrices)
 
     def state_bytes(self, config: GaLoreConfig) -> dict[str, int]:
         """Bytes of optimizer state by kind, before any step (residual: after its warm-up); counters are left out."""
@@ -85,12 +105,10 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
             chosen |= ends.keys()
     ranks = _ranks(chosen, config)
     by_user = config.target_modules != ALL_LINEAR
-    model_config = getattr(model, "config", None)
-    heads, model_type = heads_from_config(model_config), getattr(model_config, "model_type", "")
     weights = []
     for full_name, parameter in model.named_parameters():
         name = logical_name(full_name)
-        module_name = name.removesuffix(".weight")
+        module_name = module_of(name)
         if not parameter.requires_grad or module_name not in chosen:
             weights.append(Weight(name, parameter))
             continue
@@ -100,18 +118,33 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
         if rank > smaller and not named:
             weights.append(Weight(name, parameter, note=f"rank {rank} > smaller side {smaller}"))
             continue
-        weights.append(Weight(name, parameter, tuple(_project(candidate, rank, config, heads, model_type))))
+        matrices, why_joint = _project(candidate, rank, config)
+        weights.append(Weight(name, parameter, tuple(matrices), why_joint=why_joint))
     if not any(w.matrices for w in weights):
-        largest = max((min(candidates[c].shape[-2:]) for c in chosen), default=0)
-        wanted = f"at most {largest}, the largest smaller side of any target" if largest else "a trainable target"
-        raise OptionError("galore.rank", config.rank, wanted, "No weight would be projected.")
-    with_heads = {role_of(w.name.removesuffix(".weight"), True) for w in weights if any(m.head_dim for m in w.matrices)}
-    if config.share_output_heads and "o" not in with_heads:
-        raise OptionError("galore.share_output_heads", True, "an output projection of attention that is known by name")
-    if config.head_sharing != "joint" and heads is not None and not by_user and not with_heads:
-        wanted = "q, k, v projections that are known by name (q_proj, query, qkv_proj, ...)"
-        raise OptionError("galore.head_sharing", config.head_sharing, wanted, "Use head_sharing joint for this model.")
+        small = {w.name: min(candidates[module_of(w.name)].shape[-2:]) for w in weights if w.note}
+        raise nothing_projected(model, config, small, bool(chosen))
+    _check_heads(model, weights, config, by_user)
     return weights
+
+
+def module_of(name: str) -> str:
+    """The module's name that a weight's name begins with."""
+    return name.removesuffix(".weight")
+
+
+def _check_heads(model: nn.Module, weights: list[Weight], config: GaLoreConfig, by_user: bool) -> None:
+    """Raise ``OptionError`` where shared heads were asked for and no weight that trains has any."""
+    with_heads = {role_of(module_of(w.name), True) for w in weights if any(m.head_dim for m in w.matrices)}
+    if config.share_output_heads and "o" not in with_heads:
+        wanted = "an output projection of attention that trains and is known by name"
+        raise OptionError("galore.share_output_heads", True, wanted)
+    if config.head_sharing == "joint" or by_user or with_heads:
+        return
+    joint = [w for w in weights if w.falls_back(config)]
+    if joint and config.head_fallback == "refuse":
+        raise unknown_heads(module_of(joint[0].name), config, joint[0].why_joint)
+    if not joint and (error := adapters_alone(model, [w.name for w in weights if w.matrices])):
+        raise error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,19 +153,31 @@ class _Candidate:
     shape: tuple[int, ...]
     transposed: bool
     in_block: bool
+    around: tuple[nn.Module, ...] = ()  # the modules that hold it, from its attention to the model
 
 
-def _project(
-    candidate: _Candidate, rank: int, config: GaLoreConfig, heads: Any, model_type: str
-) -> list[LogicalMatrix]:
-    role = role_of(candidate.name, config.share_output_heads) if len(candidate.shape) == 2 else None
-    if role is None or config.head_sharing == "joint":
-        return [project_whole(candidate.shape, candidate.name, config, rank, candidate.transposed)]
-    m, n = candidate.shape[::-1] if candidate.transposed else candidate.shape
-    return project_heads(
-        candidate.name, role, m, n, model_type=model_type, heads=heads, config=config, rank=rank,
-        transposed=candidate.transposed,
-    )  # fmt: skip
+def _project(candidate: _Candidate, rank: int, config: GaLoreConfig) -> tuple[list[LogicalMatrix], str]:
+    """The logical matrices of a weight, and why its heads play no part where they should."""
+    name, shape, transposed = candidate.name, candidate.shape, candidate.transposed
+    may_share = config.head_sharing != "joint" and len(shape) == 2
+    role = role_of(name, config.share_output_heads) if may_share else None
+    if role is None:
+        unknown = may_share and should_have_heads(name, config.share_output_heads)
+        reason = "no layout of heads is known by its name" if unknown else ""
+        return [project_whole(shape, name, config, rank, transposed)], reason
+    m, n = shape[::-1] if transposed else shape
+    model_config = next((c for module in candidate.around if (c := getattr(module, "config", None)) is not None), None)
+    try:
+        matrices = project_heads(
+            name, role, m, n, model_type=getattr(model_config, "model_type", ""),
+            heads=heads_of(name, next(iter(candidate.around), None), model_config), config=config, rank=rank,
+            transposed=transposed,
+        )  # fmt: skip
+    except HeadsDoNotFit as error:
+        if config.head_fallback == "refuse":
+            raise
+        return [project_whole(shape, name, config, rank, transposed)], error.reason
+    return matrices, ""
 
 
 def _candidates(model: nn.Module) -> dict[str, _Candidate]:
@@ -140,18 +185,27 @@ def _candidates(model: nn.Module) -> dict[str, _Candidate]:
     lists = [n for n, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     output_embeddings: Any = getattr(model, "get_output_embeddings", None)
     head = output_embeddings() if output_embeddings else None
+    modules = dict(model.named_modules())
     found = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in modules.items():
         name = logical_name(module_name)
         in_block = (any(module_name.startswith(f"{n}.") for n in lists) or not lists) and module is not head
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             transposed = not isinstance(module, nn.Linear)
             weight: Any = module.weight
-            found[name] = _Candidate(name, _shape(weight), transposed, in_block)
+            around = tuple(modules[outer] for outer in _outer_names(projection_name(module_name)))
+            found[name] = _Candidate(name, _shape(weight), transposed, in_block, around or (model,))
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and "expert" in f"{name}.{key}".lower():
                 found[f"{name}.{key}"] = _Candidate(f"{name}.{key}", _shape(parameter), False, in_block)
     return found
+
+
+def _outer_names(name: str) -> Iterator[str]:
+    """Names of the modules around one, from the innermost to the model's own, which is empty."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _ends_of_model(model: nn.Module, config: GaLoreConfig) -> dict[str, nn.Parameter]:
@@ -196,12 +250,12 @@ def _ranks(chosen: Collection[str], config: GaLoreConfig) -> dict[str, tuple[int
 
 
 def _ends(ending: str, name: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
+    return any(f".{form}".endswith(f".{ending}") for form in (name, projection_name(name)))
 
 
 def _regex_hit(pattern: str, name: str) -> bool:
     try:
-        return re.fullmatch(pattern, name) is not None
+        return any(re.fullmatch(pattern, form) for form in (name, projection_name(name)))
     except re.error as error:
         raise OptionError("galore.target_modules", pattern, f"a valid regular expression ({error})") from None
 
@@ -218,6 +272,8 @@ def parameter_groups(
         weight_decay: of parameters not in ``no_decay``.
         no_decay: names that are not decayed.
     """
+    if joint := [w for w in weights if w.falls_back(config)]:
+        _tell_joint(joint)
     groups = []
     for kind in ("projected", "plain"):
         for decay in (True, False):
@@ -235,3 +291,17 @@ def parameter_groups(
                 group["matrices"] = [list(w.matrices) for w in members]
             groups.append(group)
     return groups
+
+
+def _tell_joint(weights: list[Weight]) -> None:
+    """One warning that names what is projected jointly for want of known heads."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    by_reason = defaultdict(list)
+    for weight in weights:
+        by_reason[weight.why_joint].append(module_of(weight.name))
+    lines = (
+        f"{names[0]} ({reason})" if len(names) == 1 else f"{len(names)} modules such as {names[0]} ({reason})"
+        for reason, names in by_reason.items()
+    )
+    logger.warning("heads unknown, projected jointly (galore.head_fallback: joint): %s", "; ".join(lines))

@@ -27,6 +27,7 @@ def llama(**settings) -> nn.Module:
     return build("LlamaConfig", **{**sizes, "num_key_value_heads": 2, **settings})
 
 
+REFUSE = GaLoreConfig(rank=4, head_fallback="refuse")
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
 FUSED = {
     "phi3": lambda: build("Phi3Config", **SMALL, num_key_value_heads=2, pad_token_id=0),
@@ -225,7 +226,7 @@ def test_attention_under_names_nobody_knows_is_refused_not_joint_in_silence() ->
         for name in ("q_proj", "k_proj", "v_proj"):
             layer.self_attn.add_module(f"to_{name[0]}", layer.self_attn._modules.pop(name))
     with pytest.raises(OptionError, match="head_sharing joint"):
-        plan_weights(model, GaLoreConfig(rank=4))
+        plan_weights(model, REFUSE)
     assert plan_weights(model, GaLoreConfig(rank=4, head_sharing="joint"))
 
 
@@ -233,12 +234,12 @@ def test_unknown_heads_are_refused_with_joint_as_the_way_out() -> None:
     model = llama()
     model.config.num_attention_heads = 3  # rows no longer are heads x head_dim
     with pytest.raises(OptionError, match="head_sharing joint"):
-        plan_weights(model, GaLoreConfig(rank=4))
+        plan_weights(model, REFUSE)
     assert plan_weights(model, GaLoreConfig(rank=4, head_sharing="joint"))
     fused = FUSED["gpt_neox"]()
     fused.config.model_type = "unheard_of"
     with pytest.raises(OptionError, match="order of rows"):
-        plan_weights(fused, GaLoreConfig(rank=4))
+        plan_weights(fused, REFUSE)
 
 
 def test_frozen_parameters_stay_out_and_groups_hold_each_parameter_once() -> None:

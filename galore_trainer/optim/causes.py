@@ -1,0 +1,91 @@
+"""Why nothing of a model would be projected: adapters, quantised weights, frozen weights, or a rank too large."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.errors import OptionError
+from galore_trainer.optim.streams import logical_name
+
+PACKED = ("qweight", "qzeros", "weight_packed")  # buffers of GPTQ, AWQ and compressed-tensors layers
+WANTED = "linear layers of the model itself that train"
+
+
+def nothing_projected(
+    model: nn.Module, config: GaLoreConfig, small: Mapping[str, int], any_target: bool
+) -> OptionError:
+    """The error for a model of which no weight would be projected.
+
+    Args:
+        model: as the plan saw it.
+        config: gives the rank.
+        small: the smaller side of every target that trains and is too small for its rank, by parameter name.
+        any_target: whether target_modules matches anything, whether it trains or not.
+    """
+    adapters = _adapters(model)
+    sides = [side for name, side in small.items() if name not in adapters]
+    if sides:
+        wanted = f"at most {max(sides)}, the largest smaller side of any target that trains"
+        return OptionError("galore.rank", config.rank, wanted, "No weight would be projected.")
+    if adapters:
+        return _only_adapters(model)
+    if kind := _quantized(model):
+        got = f"weights quantised by {kind}, which do not train"
+        return OptionError("model", got, WANTED, "Load it without quantization_config, for example in bfloat16.")
+    if not any(p.requires_grad for p in model.parameters()):
+        got = "a model whose parameters are all frozen"
+    elif any_target:
+        got = "frozen weights in all of target_modules"
+    else:
+        return OptionError("model", "no linear layer in a block", WANTED, "Train this model with AdamW.")
+    way_out = "Call requires_grad_() on what is to train before the optimizer is built, or choose other target_modules."
+    return OptionError("model", got, WANTED, way_out)
+
+
+def adapters_alone(model: nn.Module, projected: Collection[str]) -> OptionError | None:
+    """The error for a model of which adapters would be projected and nothing else; None where there is more.
+
+    Args:
+        model: as the plan saw it.
+        projected: names of the parameters that would be projected.
+    """
+    return _only_adapters(model) if set(projected) <= _adapters(model) else None
+
+
+def _only_adapters(model: nn.Module) -> OptionError:
+    kind = _quantized(model)
+    got = "adapters (peft) over frozen weights" + (f", quantised by {kind}" if kind else "")
+    way_out = (
+        "Pass the model without adapters, or train them with AdamW (galore-ft train --method lora). To project the "
+        "adapters themselves, name them in target_modules."
+    )
+    return OptionError("model", got, WANTED, way_out)
+
+
+def _adapters(model: nn.Module) -> set[str]:
+    """Names of trainable parameters that an adapter adds beside the layer it wraps, or a prompt before the tokens."""
+    trainable = {logical_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    wrapped = [logical_name(name) for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    found = {
+        name
+        for name in trainable
+        if any(name.startswith(f"{n}.") and not name.startswith(f"{n}.base_layer.") for n in wrapped)
+    }
+    return found | {name for name in trainable if name.startswith("prompt_encoder.")}
+
+
+def _quantized(model: nn.Module) -> str:
+    """What quantised the weights of a model; empty where nothing did."""
+    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", None)
+    if method:
+        return str(getattr(method, "value", method))
+    for p in model.parameters():
+        if hasattr(p, "quant_state") or p.dtype in (torch.uint8, torch.int8):
+            return f"{type(p).__name__} ({str(p.dtype).removeprefix('torch.')})"
+    return "packed buffers" if any(name.rsplit(".", 1)[-1] in PACKED for name, _ in model.named_buffers()) else ""
