@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.locate import BAR
 
@@ -77,6 +78,22 @@ def check_same_method(saved: list[dict[str, Any]], own: list[dict[str, Any]]) ->
         raise OptionError("parameters", changed, "the parameters of the checkpoint, in its order", WAY_OUT)
     if [(g["projected"], len(g["names"])) for g in saved] != [(g["projected"], len(g["names"])) for g in own]:
         raise OptionError("parameters", "other groups", "the checkpoint's projected and plain groups", WAY_OUT)
+    for before, now in zip(saved, own, strict=True):
+        _check_same_matrices(before, now)
+
+
+def _check_same_matrices(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ``OptionError`` where a weight's logical matrices differ, for example because its heads are read anew."""
+    for name, described, now in zip(own["names"], saved.get("matrices", ()), own.get("matrices", ()), strict=False):
+        before = [LogicalMatrix(**fields) for fields in described]
+        if before != list(now):
+            got, wanted = (" + ".join(map(_in_words, matrices)) for matrices in (now, before))
+            raise OptionError(f"heads of {name}", got, f"{wanted}, as in the checkpoint", WAY_OUT)
+
+
+def _in_words(m: LogicalMatrix) -> str:
+    heads = f"{m.rows // m.head_dim} heads of {m.head_dim} rows" if m.head_dim else f"{m.rows} rows without heads"
+    return f"{m.label} {heads}, {m.blocks} bases of rank {m.rank} on the {m.side}".strip()
 
 
 def check_same_layout(saved: Mapping[str, Any], own: list[dict[str, Any]], flat: bool) -> None:

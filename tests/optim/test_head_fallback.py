@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -11,6 +12,7 @@ import transformers
 from torch import nn
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.build import build_optimizer
 from galore_trainer.hf.table import weight_table
@@ -154,6 +156,62 @@ def test_a_part_with_fewer_rows_than_the_rank_falls_back_and_is_refused_by_rank(
     with pytest.raises(OptionError, match=r"give .* a basis") as error:
         plan_weights(model, GaLoreConfig(rank=12, head_fallback="refuse"))
     assert error.value.option == "galore.rank"
+
+
+# ---------------------------------------------------------------------- resume
+
+
+def optimizer_of(model: nn.Module, config: GaLoreConfig = SHARED) -> GaLoreAdamW:
+    optimizer = build_optimizer(model, config)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def test_a_checkpoint_from_before_head_fallback_resumes() -> None:
+    saved = optimizer_of(llama()).state_dict()
+    for group in saved["param_groups"]:
+        group.get("galore", {}).pop("head_fallback", None)
+    for config in (SHARED, REFUSE):
+        optimizer_of(llama(), config).load_state_dict(saved)
+
+
+def test_a_checkpoint_whose_heads_were_read_in_another_way_is_refused_by_name() -> None:
+    saved = optimizer_of(llama()).state_dict()
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.num_heads, layer.self_attn.head_dim = 8, 4
+    with pytest.raises(OptionError, match="4 heads of 8 rows, 1 bases of rank 4 on the right, as in the") as error:
+        optimizer_of(model).load_state_dict(saved)
+    assert error.value.option == "heads of model.layers.0.self_attn.q_proj.weight"
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("residual", [0.0, 5.0])
+def test_a_gated_q_moves_as_its_query_by_heads_and_its_gate_alone(residual: float) -> None:
+    gated = [
+        LogicalMatrix(label="q", outer=4, length=8, columns=24, rank=4, head_dim=8, lenders=1),
+        LogicalMatrix(label="gate", outer=4, start=8, length=8, columns=24, rank=4),
+    ]
+    config = GaLoreConfig(rank=4, update_proj_gap=2, residual_percent=residual, residual_warmup_steps=1)
+    weight = nn.Parameter(torch.randn(64, 24, generator=torch.Generator().manual_seed(0)))
+    parts = [nn.Parameter(m.take(weight.detach())[0].clone()) for m in gated]
+    apart = [dataclasses.replace(m, label="", outer=1, start=0, length=32) for m in gated]
+    fused = GaLoreAdamW([{"params": [weight], "names": ["w"], "projected": True, "matrices": [gated]}], config, lr=1e-2)
+    names = [f"w.{m.label}" for m in gated]
+    group = {"params": parts, "names": names, "projected": True, "matrices": [[m] for m in apart]}
+    separate = GaLoreAdamW([group], config, lr=1e-2)
+    for step in range(5):
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+        for part, m in zip(parts, gated, strict=True):
+            part.grad = m.take(weight.grad)[0].clone()
+        fused.step()
+        separate.step()
+    for part, m in zip(parts, gated, strict=True):
+        torch.testing.assert_close(m.take(weight.detach())[0], part.detach(), rtol=0, atol=2e-6)
 
 
 # ---------------------------------------------------------------------- wrong causes

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen3NextConfig
 
 from cut_weights import WORLD, Run, build, on_every_rank, some_gradients
 from galore_trainer.config import GaLoreConfig
@@ -54,6 +54,14 @@ MIXTRAL = MixtralConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, n
 )  # fmt: skip
 def test_any_sharding_equals_the_whole_weight(architecture: Any, settings: dict[str, Any], kind: str) -> None:
     check_sharding(architecture, settings, kind)
+
+
+def test_a_part_without_heads_beside_parts_with_heads_is_cut_like_them() -> None:
+    """Qwen3-Next's gates lie between its queries, head by head, and share one basis."""
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": [0, 1]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "linear_value_head_dim": 6}
+    check_sharding(Qwen3NextConfig(**SMALL | layers | heads | linear), {}, "anywhere")
 
 
 @pytest.mark.parametrize("kind", ["rows", "one row", "empty", "anywhere"])
