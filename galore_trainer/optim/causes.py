@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from galore_trainer.config import GaLoreConfig
@@ -62,7 +61,7 @@ def _only_adapters(model: nn.Module) -> OptionError:
     got = "adapters (peft) over frozen weights" + (f", quantised by {kind}" if kind else "")
     way_out = (
         "Pass the model without adapters, or train them with AdamW (galore-ft train --method lora). To project the "
-        "adapters themselves, name them in target_modules."
+        "adapters themselves, name them in target_modules, with a rank that fits them."
     )
     return OptionError("model", got, WANTED, way_out)
 
@@ -81,11 +80,12 @@ def _adapters(model: nn.Module) -> set[str]:
 
 def _quantized(model: nn.Module) -> str:
     """What quantised the weights of a model; empty where nothing did."""
-    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else getattr(settings, "quant_method", None)
-    if method:
+    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None) or {}
+    settings = settings if isinstance(settings, Mapping) else vars(settings)
+    method = settings.get("quant_method")
+    if method and not settings.get("dequantize"):  # else the weights were made whole again when they were loaded
         return str(getattr(method, "value", method))
     for p in model.parameters():
-        if hasattr(p, "quant_state") or p.dtype in (torch.uint8, torch.int8):
+        if hasattr(p, "quant_state") or p.dtype.itemsize == 1:
             return f"{type(p).__name__} ({str(p.dtype).removeprefix('torch.')})"
     return "packed buffers" if any(name.rsplit(".", 1)[-1] in PACKED for name, _ in model.named_buffers()) else ""

@@ -53,7 +53,7 @@ def heads_of(name: str, attention: Any, config: Any) -> Heads | None:
         config: that of the nearest module around it that has one; None where there is none.
     """
     keys, values, k_dim, v_dim = (
-        _first(attention, name) for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+        _first(attention, key) for key in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
     )
     if keys and values and k_dim and v_dim:  # linear attention
         return Heads(num_heads=keys, num_kv_heads=keys, head_dim=k_dim, v_dim=v_dim, num_v_heads=values)
