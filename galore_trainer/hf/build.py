@@ -13,9 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
+from galore_trainer.hf.arguments import check_ignored, optimizer_settings
 from galore_trainer.hf.backend import Backend, training_backend
 from galore_trainer.hf.callback import GaLoreCallback
 from galore_trainer.hf.checkpoints import check_layout
+from galore_trainer.hf.membership import watch_first_steps
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.groups import parameter_groups, plan_weights
@@ -48,7 +50,8 @@ def build_optimizer(
 
     Raises:
         OptionError: settings that do not fit the model, or a process set up for DeepSpeed or FSDP, where the Trainer
-            drops or refuses ``optimizers=``.
+            drops or refuses ``optimizers=``; at the second ``step()``, if no weight has had a gradient, as those of
+            another model are trained.
     """
     backend = training_backend()
     if backend in ("deepspeed", "fsdp"):
@@ -58,7 +61,9 @@ def build_optimizer(
         )  # fmt: skip
     config = config or GaLoreConfig()
     _check_layerwise(config, backend)
-    return _build(model, config, lr, weight_decay, betas, eps, seed)
+    optimizer = _build(model, config, lr, weight_decay, betas, eps, seed)
+    watch_first_steps(optimizer, model)
+    return optimizer
 
 
 def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
@@ -66,38 +71,35 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
 
     Args:
         config: how to project.
-        args: the Trainer's ``TrainingArguments`` (TRL's configs too); its learning_rate, weight_decay, adam_beta1,
-            adam_beta2, adam_epsilon and seed are honoured, and the Trainer's rule for what is not decayed.
+        args: the Trainer's ``TrainingArguments`` (TRL's configs too). When the Trainer makes the optimizer, their
+            learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon and seed are honoured as they are then,
+            and the Trainer's rule for what is not decayed: ``hyperparameter_search`` may change them.
 
     Returns:
         ``optimizer_cls_and_kwargs`` and ``callbacks``. To pass callbacks of your own, add them to that list.
 
     Raises:
-        OptionError: ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or a setting that
-            sharded weights do not allow under FSDP or DeepSpeed; ``resume_from_checkpoint`` names a checkpoint of
-            another launch.
+        OptionError: ``optim``, ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or a setting
+            that sharded weights do not allow under FSDP or DeepSpeed; ``resume_from_checkpoint`` names a checkpoint of
+            another launch or of weights only.
     """
-    for name, replacement in (("optim_args", "the fields of GaLoreConfig"), ("optim_target_modules", "target_modules")):
-        value = getattr(args, name, None)
-        if value:
-            raise OptionError(name, value, "nothing, beside this plugin", f"Use {replacement} instead.")
+    config = _fitting(config, args)
+    resume = getattr(args, "resume_from_checkpoint", None)
+    if isinstance(resume, str) and os.path.isdir(resume):
+        check_layout(resume, args)
+    settings = {"config": config, "args": args}
+    return {"optimizer_cls_and_kwargs": (GaLoreFactory, settings), "callbacks": [GaLoreCallback(plugin=settings)]}
+
+
+def _fitting(config: GaLoreConfig, args: Any) -> GaLoreConfig:
+    """The configuration under these arguments; ``OptionError`` where they ask for what cannot be had together."""
+    check_ignored(args)
     backend = training_backend(args)
     if backend in ("deepspeed", "fsdp"):
         config = for_shards(config, backend)
         _check_deepspeed(args)
     _check_layerwise(config, backend, fp16=getattr(args, "fp16", False))
-    resume = getattr(args, "resume_from_checkpoint", None)
-    if isinstance(resume, str) and os.path.isdir(resume):
-        check_layout(resume, args)
-    settings = {
-        "config": config,
-        "lr": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "seed": args.seed,
-    }
-    return {"optimizer_cls_and_kwargs": (GaLoreFactory, settings), "callbacks": [GaLoreCallback()]}
+    return config
 
 
 def for_shards(config: GaLoreConfig, backend: str) -> GaLoreConfig:
@@ -141,11 +143,11 @@ def _check_layerwise(config: GaLoreConfig, backend: Backend, *, fp16: bool = Fal
 
 
 class GaLoreFactory:
-    """What the Trainer calls once it has the model: ``GaLoreFactory()(model, **settings)``."""
+    """What the Trainer calls once it has the model: ``GaLoreFactory()(model, config=..., args=...)``."""
 
-    def __call__(self, model: nn.Module, **settings: Any) -> GaLoreAdamW:
-        """Build the optimizer; takes what ``build_optimizer`` takes and changes none of it."""
-        return _build(model, **settings)
+    def __call__(self, model: nn.Module, *, config: GaLoreConfig, args: Any) -> GaLoreAdamW:
+        """Build the optimizer from ``TrainingArguments`` as they are now; raises what ``galore_plugin`` raises."""
+        return _build(model, _fitting(config, args), **optimizer_settings(args))
 
 
 def galore_groups(model: nn.Module, config: GaLoreConfig, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

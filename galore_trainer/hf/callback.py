@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
 from galore_trainer.errors import OptionError
+from galore_trainer.hf.arguments import check_kept
+from galore_trainer.hf.backend import training_backend
+from galore_trainer.hf.checkpoints import lacks_state
+from galore_trainer.hf.membership import Membership
 from galore_trainer.hf.table import weight_table
 from galore_trainer.layouts.shard import checksum
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.group_settings import scale_of
-from galore_trainer.optim.state import OTHER_LAYOUT
 
 logger = logging.getLogger(__name__)
 STEPS_TO_MOVE = 3
@@ -28,29 +33,63 @@ class GaLoreCallback(TrainerCallback):
     - ``galore/refresh_seconds`` and ``galore/update_seconds``: since the last log (update: plain parameters too),
     - ``galore/state_bytes``: optimizer state on this process.
 
-    They reach ``log_history`` and every callback that comes after this one; for trackers (``report_to``), which the
-    Trainer puts first, move it to the front: ``trainer.callback_handler.callbacks.insert(0, GaLoreCallback())``.
+    They reach ``log_history``, every tracker (``report_to``) and every other callback: it goes to the front of the
+    Trainer's list.
+
+    Args:
+        print_table: whether to print the table.
+        plugin: the keyword arguments of ``GaLoreFactory``, from ``galore_plugin``; they get the Trainer's own ``args``.
 
     Raises:
-        OptionError: the Trainer's optimizer is not a ``GaLoreAdamW`` (for example because it dropped ``optimizers=``).
+        OptionError: the Trainer's optimizer is not a ``GaLoreAdamW`` (for example because it dropped ``optimizers=``),
+            or it does not hold the weights that the model trains, at the start or after a later change; the state of
+            the optimizer is missing in a checkpoint; an argument changed after ``galore_plugin``'s optimizer was made.
         RuntimeError: a projected weight did not change in three steps with lr > 0 and a non-zero gradient.
     """
 
-    def __init__(self, print_table: bool = True) -> None:
-        self.print_table = print_table
+    def __init__(self, print_table: bool = True, *, plugin: dict[str, Any] | None = None) -> None:
+        self.print_table, self._plugin = print_table, plugin
+        self._forget()
+
+    def _forget(self) -> None:
+        """Become what it was before any training."""
         self._optimizer: GaLoreAdamW | None = None
+        self._membership: Membership | None = None
         self._before: dict[str, torch.Tensor] = {}
         self._steps_with_lr = 0
         self._logged: dict[str, float] = {}
         self._skipped: dict[str, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle knows no training: neither its weights nor its optimizer."""
+        fresh = GaLoreCallback(self.print_table, plugin=self._plugin)
+        return {**self.__dict__, **fresh.__dict__}
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the Trainer's arguments, of which the plugin may have seen a copy; go to the front of the callbacks."""
+        if self._plugin is not None:
+            self._plugin["args"] = args
+        self._go_first()
+
+    def _go_first(self) -> None:
+        """Stand before the trackers, which the Trainer puts first and which read a log as they find it."""
+        handler = _calling_handler()
+        if handler is not None and self in handler.callbacks:
+            handler.callbacks.remove(self)  # moves those before it, which were called, and nothing after it
+            handler.callbacks.insert(0, self)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that the Trainer kept the optimizer, print the table."""
+        """Check that the Trainer kept the optimizer and that it holds the model's weights; print the table."""
+        self._go_first()
+        self._forget()
         self._optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if state.global_step and not self._optimizer.state:
-            got = f"a run at step {state.global_step} whose optimizer has no state"
-            raise OptionError("resume_from_checkpoint", got, "a checkpoint with this launch's state", OTHER_LAYOUT)
-        self._before, self._steps_with_lr = {}, 0
+            raise lacks_state(args, state.global_step)
+        if self._plugin is not None:
+            check_kept(self._optimizer, args)
+        if (model := kwargs.get("model")) is not None:
+            self._membership = Membership(model, self._optimizer, training_backend(args))
+            self._membership.check()
         self._logged = self._optimizer.stopwatch.seconds()
         if self._optimizer.config.layerwise and args.gradient_accumulation_steps > 1:
             logger.warning(
@@ -62,7 +101,9 @@ class GaLoreCallback(TrainerCallback):
             print(weight_table(self._optimizer, kwargs.get("model")), flush=True)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the weights before the first step that should move them."""
+        """Check what the optimizer holds; note the weights before the first step that should move them."""
+        if self._membership is not None:
+            self._membership.check()
         if self._optimizer is None or self._steps_with_lr >= STEPS_TO_MOVE:
             return
         config, groups = self._optimizer.config, self._optimizer.param_groups
@@ -88,9 +129,9 @@ class GaLoreCallback(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop a run in whose last steps a parameter had no finite gradient."""
-        if self._optimizer is not None:
-            self._optimizer.check_finite()
+        """Tell of steps that no log has told of; stop a run in whose last steps a parameter had no finite gradient."""
+        self._membership = None
+        self._tell_skipped()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the projection's figures to the log of a training step."""
@@ -110,7 +151,11 @@ class GaLoreCallback(TrainerCallback):
         logs.update(added)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(added)
-        skipped = self._optimizer.check_finite()
+        self._tell_skipped()
+
+    def _tell_skipped(self) -> None:
+        """Warn of skipped steps, where there are more of them than before."""
+        skipped = self._optimizer.check_finite() if self._optimizer is not None else {}
         if skipped != self._skipped:
             worst = ", ".join(f"{n} ({c})" for n, c in sorted(skipped.items(), key=lambda x: -x[1])[:5])
             logger.warning("steps skipped for a non-finite gradient, so far: %s (%d parameters)", worst, len(skipped))
@@ -124,6 +169,17 @@ class GaLoreCallback(TrainerCallback):
         assert self._optimizer is not None
         state = self._optimizer.state_of(name)
         return any(value.any().item() for key, value in state.items() if key.endswith("exp_avg"))
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """The handler that is calling a callback: all that transformers does not hand over, so it is read off the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def unwrap_optimizer(optimizer: Any) -> GaLoreAdamW:

@@ -1,6 +1,7 @@
 """Checkpoint folders of the Trainer, whichever backend wrote them: ``export_state`` makes them those of one process.
 
-One process and DDP write ``optimizer.pt``, FSDP2 ``optimizer_0/`` or ``optimizer.bin``, DeepSpeed ``global_step*/``.
+One process and DDP write ``optimizer.pt``, FSDP2 ``optimizer_0/`` or ``optimizer.bin``, DeepSpeed ``global_step*/``;
+with ``save_only_model`` none of them is written.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,25 +33,34 @@ OF_A_LAUNCH = re.compile(
     r"pytorch_model_fsdp.*|optimizer.*|latest|zero_to_.*|training_args\.bin|manifest\.json|scaler\.pt"
 )
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+WEIGHTS_ONLY = (
+    "It holds weights only (save_only_model), no state of an optimizer: start a new run from them "
+    "(model_name_or_path: the checkpoint's folder, another output_dir, no resume)."
+)
 
 
-def written_by(checkpoint: Path) -> str:
-    """The backend that wrote a checkpoint: ``deepspeed``, ``fsdp``, or ``ddp``, which a single process reads too."""
+def written_by(checkpoint: Path) -> Literal["ddp", "fsdp", "deepspeed", "weights"]:
+    """The kind of a checkpoint: of ``deepspeed``, of ``fsdp``, of ``ddp`` or one process, or ``weights`` only."""
     if any(checkpoint.glob("global_step*")):
         return "deepspeed"
-    whole = (checkpoint / OPTIMIZER).is_file() or not any(checkpoint.glob("optimizer*"))
-    return "ddp" if whole else "fsdp"
+    if (checkpoint / OPTIMIZER).is_file():
+        return "ddp"
+    if any(checkpoint.glob("optimizer*")):
+        return "fsdp"
+    return "ddp" if (checkpoint / SCHEDULER).is_file() else "weights"  # with a scheduler there was an optimizer's file
 
 
 def check_layout(checkpoint: str | Path, args: Any) -> None:
-    """Raise ``OptionError`` where a Trainer could not resume a checkpoint, as another launch wrote it.
+    """Raise ``OptionError`` where a Trainer could not resume a checkpoint: another launch's, or one of weights only.
 
     Args:
         checkpoint: the folder.
         args: the Trainer's ``TrainingArguments``.
     """
     folder = Path(checkpoint)
-    now, written = str(training_backend(args)), written_by(folder)
+    now, written = str(training_backend(args)), str(written_by(folder))
+    if written == "weights":
+        raise OptionError("resume", str(checkpoint), "a checkpoint with the optimizer's state", WEIGHTS_ONLY)
     now = "ddp" if now == "single" else now
     if written == now == "deepspeed":
         stage3 = args.deepspeed_plugin.hf_ds_config.is_zero3()
@@ -60,6 +70,22 @@ def check_layout(checkpoint: str | Path, args: Any) -> None:
     if written != now:
         way_out = OTHER_LAYOUT.replace("CHECKPOINT", str(checkpoint))
         raise OptionError("resume", f"{checkpoint}, under {now}", f"a run under {written}, which wrote it", way_out)
+
+
+def lacks_state(args: Any, step: int) -> OptionError:
+    """The error of a run that was resumed at a step without the optimizer's state, with the cause if it can be found.
+
+    Args:
+        args: the Trainer's ``TrainingArguments``, which do not tell what ``train(resume_from_checkpoint=...)`` got.
+        step: at which it goes on.
+    """
+    named = getattr(args, "resume_from_checkpoint", None)
+    places = [named if isinstance(named, str) else "", f"{args.output_dir}/checkpoint-{step}"]
+    kind = next((written_by(Path(place)) for place in places if place and Path(place).is_dir()), None)
+    either = f"If its folder has no optimizer.* and no global_step*: {WEIGHTS_ONLY} Else: {OTHER_LAYOUT}"
+    way_out = {"weights": WEIGHTS_ONLY, "fsdp": OTHER_LAYOUT, "deepspeed": OTHER_LAYOUT}.get(str(kind), either)
+    got = f"a run at step {step} whose optimizer has no state"
+    return OptionError("resume_from_checkpoint", got, "a checkpoint with this launch's state", way_out)
 
 
 def _is_stage3(checkpoint: Path) -> bool:
@@ -87,7 +113,7 @@ def export_state(checkpoint: str | Path, output_dir: str | Path) -> Path:
     target = Path(output_dir).expanduser() / f"checkpoint-{step}"
     if target.exists():
         raise OptionError("output_dir", str(output_dir), f"a folder without {target.name}", "Give another one.")
-    read = {"deepspeed": _read_zero, "fsdp": _read_fsdp, "ddp": _read_whole}[written_by(source)]
+    read = {"deepspeed": _read_zero, "fsdp": _read_fsdp}.get(written_by(source), _read_whole)
     there = next(folder for folder in target.absolute().parents if folder.is_dir())  # large files may go there
     with _explained(source), tempfile.TemporaryDirectory(dir=there) as scratch:
         state, weights = read(source, Path(scratch))
@@ -113,6 +139,8 @@ def check_whole_folder(checkpoint: Path) -> int:
     """The step of a checkpoint; ``OptionError`` where the folder is none, or lacks what every backend writes."""
     if not checkpoint.is_dir():
         raise OptionError(OPTION, str(checkpoint), "the folder checkpoint-N of a run", "There is no such folder.")
+    if (checkpoint / TRAINER).is_file() and written_by(checkpoint) == "weights":
+        raise OptionError(OPTION, str(checkpoint), "a checkpoint with the optimizer's state", WEIGHTS_ONLY)
     missing = [name for name in (TRAINER, SCHEDULER) if not (checkpoint / name).is_file()]
     if missing:
         way_out = f"It has no {' and no '.join(missing)}."

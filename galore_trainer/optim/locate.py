@@ -132,6 +132,10 @@ class Locator:
             raise OptionError("param_groups", got, "groups as they were added", "Use add_param_group.")
         return noted.by_size
 
+    def originals(self, group: dict[str, Any]) -> list[Any]:
+        """The parameters that a group began with; None where one is gone."""
+        return [ref() for ref in self.noted(group).originals]
+
     def is_flat(self, group: dict[str, Any]) -> bool:
         """Whether DeepSpeed has put a flat tensor in the place of a group's parameters."""
         originals = self.noted(group).originals
@@ -142,7 +146,7 @@ class Locator:
         found: list[tuple[str, Tensor]] = []
         for group in self.optimizer.param_groups:
             flat = self.is_flat(group)
-            params = [ref() for ref in self.noted(group).originals] if flat else group["params"]
+            params = self.originals(group) if flat else group["params"]
             found += [(n, p) for n, p in zip(group["names"], params, strict=True) if p is not None]
         return found
 
@@ -231,8 +235,7 @@ class Locator:
 
         Each process has the same weights, in the same order; the slice of some may be empty.
         """
-        originals: Any = [ref() for ref in self.noted(group).originals]
-        flats = flats_of(group["params"], originals)
+        flats = flats_of(group["params"], self.originals(group))
         return [(flat, [(group["names"][s.index], s) for s in self._find_slices(group, flat)[0]]) for flat in flats]
 
     def _flats(self, group: dict[str, Any]) -> list[Tensor]:
@@ -275,8 +278,7 @@ class Locator:
     def _find_slices(self, group: dict[str, Any], flat: Tensor) -> tuple[list[Slice], list[Found]]:
         known = self._slices.get(id(flat))
         if known is None or known[0]() is not flat:
-            noted = self.noted(group)
-            slices = slices_of(flat, [ref() for ref in noted.originals], noted.shapes)
+            slices = slices_of(flat, self.originals(group), group["shapes"])
             names = group["names"]
             matrices = group["matrices"] if group["projected"] else [[] for _ in names]
             found = [(s.shard, self._pieces(names[s.index], matrices[s.index], s.shard)) for s in slices]

@@ -216,11 +216,8 @@ def _make_trainer(
     held_out = encode_all(tokenizer, data.eval, config.max_length).rows if data.eval else None
     model, plugin = METHODS[config.method].prepare(model, config, arguments)
     timing, interrupt = TimingCallback(arguments.device), InterruptCallback()
-    reporting = plugin.pop("callbacks", [])
     trainer = build_trainer(config, arguments, model, tokenizer, rows, held_out, **plugin)
     trainer.remove_callback(PrinterCallback)
-    for callback in reversed(reporting):  # before the trackers, so that they see its figures
-        trainer.callback_handler.callbacks.insert(0, callback)
     for callback in (timing, SealCallback(), interrupt, LogCallback(output / LOG, bool(arguments.disable_tqdm))):
         trainer.add_callback(callback)
     return trainer, timing, interrupt
