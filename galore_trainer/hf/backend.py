@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any, Literal
 
+from galore_trainer.errors import OptionError
+
 Backend = Literal["single", "ddp", "fsdp", "deepspeed"]
 
 
@@ -25,3 +27,18 @@ def training_backend(args: Any = None) -> Backend:
     if kind in ("deepspeed", "fsdp"):
         return kind  # type: ignore[return-value]
     return "ddp" if "WORLD_SIZE" in os.environ else "single"  # a launcher's only process is wrapped, too
+
+
+def check_averaged(model: Any, args: Any) -> None:
+    """Raise ``OptionError`` where accelerate leaves a model without DDP, so that each process trains one of its own.
+
+    Args:
+        model: that is trained, not wrapped.
+        args: the Trainer's ``TrainingArguments``.
+    """
+    # An evaluation before training marks the model itself as prepared; training then does not wrap it any more.
+    prepared = getattr(model, "_is_accelerate_prepared", False)
+    if prepared and training_backend(args) == "ddp" and args.world_size > 1:
+        got = f"a call before train() on {args.world_size} processes, after which accelerate does not average gradients"
+        way_out = "Set eval_on_start=True, or evaluate by another Trainer."
+        raise OptionError("Trainer.evaluate", got, "the first evaluation during or after training", way_out)

@@ -12,7 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.arguments import check_kept
-from galore_trainer.hf.backend import training_backend
+from galore_trainer.hf.backend import check_averaged, training_backend
 from galore_trainer.hf.checkpoints import lacks_state
 from galore_trainer.hf.membership import Membership
 from galore_trainer.hf.table import weight_table
@@ -43,7 +43,8 @@ class GaLoreCallback(TrainerCallback):
     Raises:
         OptionError: the Trainer's optimizer is not a ``GaLoreAdamW`` (for example because it dropped ``optimizers=``),
             or it does not hold the weights that the model trains, at the start or after a later change; the state of
-            the optimizer is missing in a checkpoint; an argument changed after ``galore_plugin``'s optimizer was made.
+            the optimizer is missing in a checkpoint; an argument changed after ``galore_plugin``'s optimizer was made;
+            several processes train without averaging gradients.
         RuntimeError: a projected weight did not change in three steps with lr > 0 and a non-zero gradient.
     """
 
@@ -88,6 +89,7 @@ class GaLoreCallback(TrainerCallback):
         if self._plugin is not None:
             check_kept(self._optimizer, args)
         if (model := kwargs.get("model")) is not None:
+            check_averaged(model, args)
             self._membership = Membership(model, self._optimizer, training_backend(args))
             self._membership.check()
         self._logged = self._optimizer.stopwatch.seconds()

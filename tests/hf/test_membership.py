@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from galore_trainer import GaLoreCallback, GaLoreConfig, OptionError, build_optimizer, galore_plugin
+from galore_trainer.hf.backend import check_averaged
 from galore_trainer.hf.membership import Membership
 from tiny_training import CONFIG, arguments, rows
 
@@ -138,6 +140,28 @@ def test_training_twice_by_the_plugin_and_with_adapters(tiny_llama: Any, tmp_pat
     for _ in range(2):
         trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_a_resume_and_the_best_model_change_no_membership(tiny_llama: Any, tmp_path: Path) -> None:
+    more: dict[str, Any] = dict(save_strategy="steps", eval_strategy="steps", save_steps=1, eval_steps=1)
+    for resume in (None, str(tmp_path / "checkpoint-1")):
+        args = arguments(tmp_path, load_best_model_at_end=True, **more)
+        optimizers, callbacks = (build_optimizer(tiny_llama, CONFIG, lr=2e-3), None), [GaLoreCallback()]
+        trainer = Trainer(
+            tiny_llama, args, train_dataset=rows(), eval_dataset=rows(4), optimizers=optimizers, callbacks=callbacks
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == 3
+
+
+def test_processes_that_accelerate_leaves_apart_are_refused(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_averaged(tiny_llama, SimpleNamespace(world_size=2))
+    tiny_llama._is_accelerate_prepared = True  # as an evaluation before training leaves it
+    check_averaged(tiny_llama, SimpleNamespace(world_size=1))
+    check_averaged(tiny_llama, SimpleNamespace(world_size=2, fsdp=True))
+    with pytest.raises(OptionError, match=r"before train.*on 2 processes.*eval_on_start=True"):
+        check_averaged(tiny_llama, SimpleNamespace(world_size=2))
 
 
 def test_an_adapter_config_of_the_trainer_is_seen(tiny_model_dir: Path, tmp_path: Path) -> None:
