@@ -85,9 +85,9 @@ def held_weights(optimizer: GaLoreAdamW, backend: str = "single") -> dict[int, t
 
 
 def watch_first_steps(optimizer: GaLoreAdamW, model: nn.Module) -> None:
-    """Let the first steps of an optimizer notice that it was built for another model, or before others' weights.
+    """Let the first steps of an optimizer notice that it was built for another model, or before some of its weights.
 
-    Costs nothing once a weight has had a gradient. Without ``GaLoreCallback`` it is all that can be known.
+    It costs nothing once a weight has had a gradient, and needs no ``GaLoreCallback``.
 
     Raises:
         OptionError: (at ``step``) no weight of the optimizer had a gradient in its first two steps.
@@ -120,7 +120,10 @@ BUILD_LAST = (
     "Build it last, from the model that the Trainer gets (after get_peft_model, a new head, unfreezing, "
     "load_state_dict(assign=True)); galore_plugin builds it when training starts."
 )
-FREEZE = "Or freeze what is not to be trained: requires_grad_(False)."
+FREEZE = (
+    "Or freeze what is not to be trained: requires_grad_(False). What is to be unfrozen later has to require gradients "
+    "while the optimizer is built."
+)
 
 
 def _differ(loose: Sequence[str], foreign: Sequence[str]) -> OptionError:
@@ -130,7 +133,7 @@ def _differ(loose: Sequence[str], foreign: Sequence[str]) -> OptionError:
     if foreign:
         says.append(f"weights that the model does not have: {_some(foreign)}")
     way_out = f"{BUILD_LAST} {FREEZE}" if loose and not foreign else BUILD_LAST
-    return OptionError("optimizer", "; ".join(says), "the weights that the model trains, each of them", way_out)
+    return OptionError("optimizer", "; ".join(says), "every weight that the model trains, and no other", way_out)
 
 
 def _some(names: Sequence[str]) -> str:
