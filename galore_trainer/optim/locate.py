@@ -278,7 +278,8 @@ class Locator:
     def _find_slices(self, group: dict[str, Any], flat: Tensor) -> tuple[list[Slice], list[Found]]:
         known = self._slices.get(id(flat))
         if known is None or known[0]() is not flat:
-            slices = slices_of(flat, self.originals(group), group["shapes"])
+            noted = self.noted(group)
+            slices = slices_of(flat, self.originals(group), noted.shapes)
             names = group["names"]
             matrices = group["matrices"] if group["projected"] else [[] for _ in names]
             found = [(s.shard, self._pieces(names[s.index], matrices[s.index], s.shard)) for s in slices]
