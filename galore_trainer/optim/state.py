@@ -6,6 +6,7 @@ them as tensors without dimensions, on the CPU, since ``torch.distributed.checkp
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.locate import BAR
 
@@ -83,17 +83,20 @@ def check_same_method(saved: list[dict[str, Any]], own: list[dict[str, Any]]) ->
 
 
 def _check_same_matrices(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ``OptionError`` where a weight's logical matrices differ, for example because its heads are read anew."""
+    """Raise ``OptionError`` where a weight's logical matrices differ: its shape, or how its heads are read."""
     for name, described, now in zip(own["names"], saved.get("matrices", ()), own.get("matrices", ()), strict=False):
-        before = [LogicalMatrix(**fields) for fields in described]
-        if before != list(now):
-            got, wanted = (" + ".join(map(_in_words, matrices)) for matrices in (now, before))
-            raise OptionError(f"heads of {name}", got, f"{wanted}, as in the checkpoint", WAY_OUT)
+        if [dict(fields) for fields in described] == [dataclasses.asdict(matrix) for matrix in now]:
+            continue
+        got, wanted = (" + ".join(_in_words(m) for m in each) for each in (map(dataclasses.asdict, now), described))
+        raise OptionError(f"heads of {name}", got, f"{wanted}, as in the checkpoint", WAY_OUT)
 
 
-def _in_words(m: LogicalMatrix) -> str:
-    heads = f"{m.rows // m.head_dim} heads of {m.head_dim} rows" if m.head_dim else f"{m.rows} rows without heads"
-    return f"{m.label} {heads}, {m.blocks} bases of rank {m.rank} on the {m.side}".strip()
+def _in_words(fields: Mapping[str, Any]) -> str:
+    """A logical matrix, from its described form."""
+    rows, head_dim = fields["outer"] * fields["length"], fields["head_dim"]
+    heads = f"{rows // head_dim} heads of {head_dim} rows" if head_dim else "no heads"
+    bases = f"{fields['blocks']} bases of rank {fields['rank']} on the {fields['side']}"
+    return f"{fields['label']} {rows} x {fields['columns']}, {heads}, {bases}".strip()
 
 
 def check_same_layout(saved: Mapping[str, Any], own: list[dict[str, Any]], flat: bool) -> None:

@@ -106,8 +106,6 @@ def unpack(optimizer: GaLoreAdamW, saved: Mapping[str, Any]) -> dict[str, Any]:
                 found[p] = restored(unpack_shard(state, p), p)
             elif state:
                 matrices = group["matrices"][i] if group["projected"] else None
-                if matrices and "matrices" in before:
-                    _check_matrices(group["names"][i], matrices, before["matrices"][i])
                 found[p] = _checked(restored(state, p), group["names"][i], p, matrices, optimizer.config)
         new_groups.append(_new_group(group, before))
     if states:
@@ -137,20 +135,6 @@ def _new_group(group: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     saved = {key: copy.deepcopy(value) for key, value in before.items() if key not in ours}
     new = {**group, **saved, **kept}
     return {**new, "betas": tuple(new["betas"])}
-
-
-def _check_matrices(name: str, matrices: Sequence[LogicalMatrix], before: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ``OptionError`` where a weight was cut into other logical matrices."""
-    now = describe([matrices])[0]
-    if list(before) == now:
-        return
-    shapes = [[f"{part['outer'] * part['length']} x {part['columns']}" for part in each] for each in (before, now)]
-    if shapes[0] != shapes[1]:
-        got, wanted = (f"{name} of {' + '.join(each)}" for each in shapes)
-        raise OptionError("checkpoint", got, wanted, WAY_OUT)
-    differing = sorted({key for b, n in zip(before, now, strict=True) for key in {*b, *n} if b.get(key) != n.get(key)})
-    got = f"{name} projected with another {', '.join(differing)}"
-    raise OptionError("checkpoint", got, "the same heads, sides and ranks as in this run", WAY_OUT)
 
 
 def _checked(

@@ -254,8 +254,8 @@ def spoil_heads(saved: dict) -> None:
         (spoil_plain_shape, r"bias: exp_avg of shape \[20\].*\[16\]"),
         (spoil_dtype, "q: exp_avg in torch.uint8"),
         (spoil_number, "states of"),
-        (spoil_weight, "mlp of 16 x 30.*mlp of 16 x 24"),
-        (spoil_heads, "q projected with another head_dim"),
+        (spoil_weight, "heads of mlp: got '16 x 24.*16 x 30.*as in the checkpoint"),
+        (spoil_heads, "heads of q: got '24 x 16, no heads.*3 heads of 8 rows"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_by_name(spoil: Callable, said: str) -> None:
