@@ -59,12 +59,10 @@ def test_strides_do_not_matter(what: str, layout: str, projected: bool, bits: in
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_an_expanded_gradient_is_a_gradient(projected: bool) -> None:
-    start, rows = numbers(0, *SHAPE), [numbers(1 + i, 1, SHAPE[1]) for i in range(5)]
-    settings = {"residual_percent": 0.0}
-    expected = train(
-        start, [row.repeat(SHAPE[0], 1) for row in rows], Tensor.clone, Tensor.clone, projected, **settings
-    )
-    found = train(start, rows, Tensor.clone, lambda row: row.expand(SHAPE), projected, **settings)
+    """Three experts with one gradient."""
+    start, grads = numbers(0, 3, *SHAPE), [numbers(1 + i, 1, *SHAPE) for i in range(5)]
+    expected = train(start, [grad.repeat(3, 1, 1) for grad in grads], Tensor.clone, Tensor.clone, projected)
+    found = train(start, grads, Tensor.clone, lambda grad: grad.expand(3, *SHAPE), projected)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
