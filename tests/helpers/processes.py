@@ -28,5 +28,5 @@ def run_script(script: Path, *words: str, processes: int | None = None, **enviro
         [sys.executable, *launcher, str(script), *words], env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         timeout=300, capture_output=True, text=True,
     )  # fmt: skip
-    told = done.stderr.split("torch.distributed.elastic")[0]  # what follows is the launcher's own traceback
+    told = done.stderr.split("torch/distributed/elastic")[0]  # what follows is the launcher's own traceback
     assert done.returncode == 0, told[-4000:]
