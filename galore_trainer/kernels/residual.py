@@ -66,6 +66,7 @@ def _loss_at(
     index = pointer_at(positions, job, tl.int32, INDEX_ALIGNED) + row.to(tl.int64) * count
     G = pointer_at(gradients, job, TYPE, ALIGNED) + row_starts(row, length, outer_stride, row_stride, EVEN)
     D += (block.to(tl.int64) * rows + i) * count
+    unusable = tl.zeros((ENTRIES,), tl.int32)
     for start in range(0, count, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
         here = entry < count
@@ -78,5 +79,5 @@ def _loss_at(
             g = tl.load(G + j.to(tl.int64) * column_stride, mask=here, other=0.0).to(tl.float32)
         d = g - tl.sum(a[None, :] * b, axis=1)
         tl.store(D + entry, d, mask=here)
-        usable = tl.min(((tl.abs(d) < limit) | (entry >= count)).to(tl.int32), axis=0)
-        tl.store(ok + job, 0.0, mask=usable == 0)
+        unusable |= tl.where((tl.abs(d) < limit) | (entry >= count), 0, 1)  # NaN is not below
+    tl.store(ok + job, 0.0, mask=tl.max(unusable, axis=0) > 0)

@@ -376,6 +376,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             OptionError: rank, gap, seed, names or another setting that shapes the state differs (both values and the
                 way out are named), or the state is not whole.
         """
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict  # hooks may change it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed

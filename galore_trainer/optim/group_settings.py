@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,14 +58,18 @@ def check_optimizer_options(group: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise OptionError("lr", tuple(lr.tolist()), "a number, or a tensor that holds one")
     for option in ("lr", "eps", "weight_decay"):
-        if not group[option] >= 0.0:
-            raise OptionError(option, group[option], "a number of at least 0")
+        if not (_is_number(group[option]) and 0.0 <= group[option] < math.inf):
+            raise OptionError(option, group[option], "a finite number of at least 0")
     betas = group["betas"]
-    if len(betas) != 2:
+    if not isinstance(betas, Sequence) or len(betas) != 2:
         raise OptionError("betas", betas, "two numbers in [0, 1)")
     for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
+        if not (_is_number(beta) and 0.0 <= beta < 1.0):
             raise OptionError(f"betas[{i}]", beta, "a number in [0, 1)")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Tensor)
 
 
 def complete_group(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.optim.layerwise import ProjectedGradient, is_usable, is_zero
-from galore_trainer.optim.locate import Locator, address_of
+from galore_trainer.optim.locate import PLAIN_TYPES, Locator
 from galore_trainer.optim.stack import Job
 
 
@@ -36,7 +36,7 @@ class Projected(NamedTuple):
 
 
 def with_gradients(
-    groups: Iterable[dict[str, Any]], locator: Locator
+    groups: Sequence[dict[str, Any]], locator: Locator
 ) -> tuple[list[Plain], list[Projected], bool]:  # fmt: skip
     """What has a gradient, in one pass; and whether there is more: weights of which this process holds a part.
 
@@ -48,17 +48,19 @@ def with_gradients(
     plain: list[Plain] = []
     whole: list[Projected] = []
     held = False
+    locator.check_groups(groups)
     for group in groups:
         params, names, flat, noted = group["params"], group["names"], locator.is_flat(group), locator.noted(group)
         shapes, addresses = noted.shapes, noted.addresses
         projected = group["projected"] and not flat
-        for i in locator.by_size(group) if projected else range(len(params)):
+        for i in noted.by_size if projected else range(len(params)):
             p = params[i]
             if (grad := p.grad) is None:
                 continue
             if grad.layout is not torch.strided:
                 raise OptionError(names[i], "a sparse gradient", "a dense one", "Use sparse=False.")
-            if not flat and (p.shape != shapes[i] or address_of(p) != addresses[i]):
+            moved = type(p) in PLAIN_TYPES and p.data_ptr() != addresses[i]
+            if not flat and (moved or p.shape != shapes[i]):
                 locator.check(group, i)
             if flat or is_dtensor(p):
                 held = True

@@ -77,6 +77,10 @@ class Noted:
         self.shapes[i], self.dtypes[i], self.addresses[i] = p.shape, p.dtype, address_of(p)
 
 
+def _by_hand(got: str) -> OptionError:
+    return OptionError("param_groups", got, "groups as they were added", "Use add_param_group.")
+
+
 def _key(group: Mapping[str, Any]) -> str:
     """What tells a group from others. DeepSpeed hides other groups in a step, and a load replaces the mapping."""
     return next(iter(group.get("names", ())), "")
@@ -112,25 +116,21 @@ class Locator:
         """
         noted = self._noted.get(_key(group))
         if noted is None:
-            wanted = "groups as they were added"
-            raise OptionError("param_groups", "a group put in by hand", wanted, "Use add_param_group.")
+            raise _by_hand("a group put in by hand")
         return noted
 
     def shapes(self, group: dict[str, Any]) -> list[torch.Size]:
         """The whole shapes of a group's weights."""
         return self.noted(group).shapes
 
-    def by_size(self, group: dict[str, Any]) -> list[int]:
-        """The places of a group's parameters, large ones first, equal shapes one after the other in their order.
-
-        Raises:
-            OptionError: parameters were added or taken away by hand.
-        """
-        noted, count = self.noted(group), len(group["params"])
-        if len(noted.by_size) != count:
-            got = f"{count} parameters in a group of {len(noted.by_size)}"
-            raise OptionError("param_groups", got, "groups as they were added", "Use add_param_group.")
-        return noted.by_size
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raise ``OptionError`` where groups, or parameters of one, were added or taken away by hand."""
+        for group in groups:
+            known, count = len(self.noted(group).shapes), len(group["params"])
+            if known != count and not self.is_flat(group):
+                raise _by_hand(f"{count} parameters in a group of {known}")
+        if len({_key(group) for group in groups}) < len(groups):
+            raise _by_hand("two groups of the same names")
 
     def originals(self, group: dict[str, Any]) -> list[Any]:
         """The parameters that a group began with; None where one is gone."""

@@ -128,6 +128,7 @@ def main() -> None:
     found = [train(backend, model_dir, folder, json.loads(options), source) for folder, source in jobs.items()]
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody leaves while another still receives
+        torch.distributed.destroy_process_group()
     if RANK == 0:
         torch.save(found, f"{output}/found.pt")
 
