@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from cut_weights import Run
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
@@ -64,6 +65,39 @@ def test_it_changes_no_bit(layerwise: bool, bits: int, svd: str, weights: torch.
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == weights
         assert torch.equal(ours, theirs)
+
+
+class Weights(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(12, rows, bias=False) for rows in (16, 9))
+        for layer in self.layers:
+            numbers = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32)
+            layer.weight = nn.Parameter(numbers.to(dtype))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_it_changes_no_bit_of_cut_weights(weights: torch.dtype, default_dtype: torch.dtype) -> None:
+    """Three processes, for which threads stand; rows are cut between them."""
+    found = []
+    for default in (default_dtype, torch.float32):
+        torch.set_default_dtype(default)
+        config = GaLoreConfig(
+            rank=4, update_proj_gap=2, residual_percent=10.0, residual_warmup_steps=2, proj_type="right", state_bits=16
+        )
+        run = Run(Weights(weights), config, "anywhere")
+        for step in range(5):
+            generator = torch.Generator().manual_seed(step)
+            grads = {
+                name: torch.randn(w.shape, generator=generator, dtype=torch.float32).to(weights)
+                for name, w in run.weights.items()
+            }
+            run.step(grads)
+        found.append(run.weights)
+    for name, w in found[0].items():
+        assert w.dtype == weights
+        assert torch.equal(w, found[1][name])
 
 
 def test_every_new_tensor_says_its_dtype_and_device() -> None:
