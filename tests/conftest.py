@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,3 +88,11 @@ def embedded_model_dir() -> Path:
     from galore_trainer.run.model import embedded_model
 
     return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Run a script in several processes, ``torchrun(2, script, *words)``; its tests run alone."""
+    from forked import run_ranks
+
+    return lambda count, script, *words: run_ranks(count, tmp_path_factory.mktemp("ranks"), script, *words)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,22 +37,6 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("odd-llama")
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def torchrun() -> Callable[..., None]:
-    """Run a script in several processes: ``torchrun(2, script, *words)``."""
-
-    def run(processes: int, script: Path, *words: str) -> None:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        done = subprocess.run(
-            [sys.executable, *command, str(script), *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        told = done.stderr.split("torch.distributed.elastic")[0]  # what follows is the launcher's own traceback
-        assert done.returncode == 0, told[-4000:]
-
-    return run
 
 
 @pytest.fixture(scope="session")
