@@ -7,6 +7,7 @@ of the tests' own process reaches the forks but their arguments, environment, wo
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -19,10 +20,14 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers.trainer", "deepspeed", "galore_trainer.run.train"])
+_context.set_forkserver_preload([
+    "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "galore_trainer.hf.elastic",
+    "galore_trainer.run.train", "galore_trainer.cli.main",
+])  # fmt: skip
 
 
 class _Output:
@@ -92,6 +97,8 @@ def _run(words: list[str], env: dict[str, str], outputs: list[int], new_session:
         os.close(output)
     os.environ.clear()
     os.environ.update(env)
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", "1")))  # the library read its variable in the server
+    gc.freeze()  # else a collection copies the memory of all that the server imported
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if deepspeed := sys.modules.get("deepspeed"):  # its shared-memory operation needs a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
