@@ -6,9 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +15,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+from forked import Forked
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.checkpoints import written_by
@@ -237,19 +237,23 @@ def test_a_backend_that_accelerate_drops_is_refused(monkeypatch: pytest.MonkeyPa
 
 # ------------------------------------------------------------------------------------------ two processes
 
-NO_COMPILER = """import os
-if "LOCAL_RANK" in os.environ:
-    import deepspeed.ops
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-"""
 
 
-def galore_ft(words: Sequence[str], environment: dict[str, str]) -> str:
-    command = [sys.executable, "-m", "galore_trainer.cli", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def galore_ft(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command and return what it prints; its launcher forks the processes where it is told to."""
+
+    def run(*words: str, forked: bool = True) -> str:
+        with monkeypatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            if forked:
+                patch.setattr(subprocess_handler, "Popen", Forked)
+            code = main(words)
+        told = capfd.readouterr()
+        assert code == 0, told.out + told.err
+        return told.out
+
+    return run
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -271,25 +275,26 @@ def assert_equals_one_process(run: Path, alone: RunConfig) -> None:
 SETTINGS = {"max_steps": 4, "save_steps": 2, "adam_epsilon": 1e-5}
 
 
-def test_ddp_trains_the_model_of_one_process(short_run: Run, tmp_path: Path) -> None:
+@pytest.mark.alone
+def test_ddp_trains_the_model_of_one_process(short_run: Run, galore_ft: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(short_run("two", **SETTINGS).to_yaml())
-    told = galore_ft(["train", str(path), PROCESSES, "2"], {})
+    told = galore_ft("train", str(path), PROCESSES, "2", forked=False)
     assert f"accelerate launch --config_file {launch._find('ddp')} --num_processes 2" in told
     assert told.count("step 4/4") == 1
     assert_equals_one_process(tmp_path / "two", short_run("one", **SETTINGS, per_device_train_batch_size=4))
 
 
+@pytest.mark.alone
 def test_zero3_trains_scores_saves_and_resumes_a_whole_model_which_goes_on_elsewhere(
-    short_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short_run: Run, galore_ft: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("deepspeed")
-    (tmp_path / "sitecustomize.py").write_text(NO_COMPILER)
     path, run = tmp_path / "run.yaml", tmp_path / "two"
     settings = {**SETTINGS, "galore": {"rank": 4, "update_proj_gap": 2, "proj_type": "right"}}
     path.write_text(short_run("two", **settings, eval={"max_new_tokens": 4, "before": True}).to_yaml())
     words = ["train", str(path), PROCESSES, "2", CONFIG, "zero3"]
-    galore_ft(words, {"PYTHONPATH": str(tmp_path)})
+    galore_ft(*words)
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 4
     before = json.loads((run / "score_before.json").read_text())["eval_loss"]
     assert json.loads((run / "result.json").read_text())["score_after"]["eval_loss"] < before
@@ -297,7 +302,7 @@ def test_zero3_trains_scores_saves_and_resumes_a_whole_model_which_goes_on_elsew
     assert_equals_one_process(run, short_run("one", **settings, per_device_train_batch_size=4))
 
     shutil.rmtree(run / "checkpoint-4")
-    told = galore_ft([*words, "--resume", "auto"], {"PYTHONPATH": str(tmp_path)})
+    told = galore_ft(*words, "--resume", "auto")
     assert f"resuming from {run / 'checkpoint-2'}" in told
     assert all(torch.equal(whole[name], again) for name, again in weights(run).items())
 
@@ -307,7 +312,7 @@ def test_zero3_trains_scores_saves_and_resumes_a_whole_model_which_goes_on_elsew
     going_on = ["train", str(path), f"output_dir={elsewhere}", "per_device_train_batch_size=4", "--resume", "auto"]
     assert main(going_on) == 0
     third = [str(path), f"output_dir={tmp_path / 'third'}", PROCESSES, "2", CONFIG, "zero2"]
-    told = galore_ft(["state", "import", f"{elsewhere}/checkpoint-2", *third], {"PYTHONPATH": str(tmp_path)})
+    told = galore_ft("state", "import", f"{elsewhere}/checkpoint-2", *third)
     assert f"{tmp_path / 'third' / 'checkpoint-2'}: galore-ft train goes on" in told
     assert damage(tmp_path / "third" / "checkpoint-2") is None
     assert written_by(tmp_path / "third" / "checkpoint-2") == "deepspeed"
@@ -319,4 +324,4 @@ def test_zero3_trains_scores_saves_and_resumes_a_whole_model_which_goes_on_elsew
         (["import", f"{elsewhere}/checkpoint-2", str(path), PROCESSES, "2"], "--resume"),
     ):
         assert main(["state", *words]) == 2
-        assert told in capsys.readouterr().err
+        assert told in capfd.readouterr().err
