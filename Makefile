@@ -20,7 +20,7 @@ demo: setup
 	$(VENV)/bin/galore-ft train quickstart --output-dir $(DEMO) --overwrite
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,67 @@
+"""How the workers of ``pytest -n 2`` share the tests and the machine."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+# One worker runs all tests under such a path, because they share runs that take long; elsewhere a file is the unit.
+TOGETHER = ("tests/distributed/",)
+# Files of more than ten seconds begin early, so that no worker is left with one of them at the end.
+LONG = ("tests/optim/test_sharded.py", "tests/kernels/test_step.py", "tests/run/test_ablate.py")
+
+
+def is_alone(item: pytest.Item | None) -> bool:
+    """Whether a test starts several processes: it has the mark, or one of the fixtures that start them."""
+    return item is not None and (item.get_closest_marker("alone") is not None or "torchrun" in item.fixturenames)  # type: ignore[attr-defined]
+
+
+def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Tests that run alone first, while the other workers have nothing yet that could keep them waiting."""
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        return not is_alone(item), not item.nodeid.startswith(LONG)
+
+    return sorted(items, key=place)
+
+
+class Scheduling(LoadScopeScheduling):
+    """A file a worker, in the order of the collection."""
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        config.option.loadscopereorder = False
+        super().__init__(config, log)
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return next((path for path in TOGETHER if file.startswith(path)), file)
+
+
+class Turns:
+    """A test that starts several processes has the machine for itself: the other workers wait at their next test.
+
+    Three busy processes on two cores make each other miss their deadlines. All tests hold one lock on a file, shared or
+    exclusive; they ask for it through a second one, so that those who share it cannot keep out the one who waits.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.gate, self.room = ((folder / name).open("w") for name in ("gate", "room"))
+        self.kept = False
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+        if not self.kept:
+            fcntl.flock(self.gate, fcntl.LOCK_EX)
+            fcntl.flock(self.room, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
+            fcntl.flock(self.gate, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            self.kept = is_alone(item) and is_alone(nextitem)
+            if not self.kept:
+                fcntl.flock(self.room, fcntl.LOCK_UN)
