@@ -1,4 +1,4 @@
-"""Trains the tiny model with the plugin and saves its weights: run alone or under torchrun (see test_ddp.py)."""
+"""Trains the tiny model with the plugin and saves its weights: under torchrun (see test_ddp.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from galore_trainer import GaLoreConfig, galore_plugin
 
 model_dir, output = sys.argv[1:]
-world = int(os.environ.get("WORLD_SIZE", "1"))
+world = int(os.environ["WORLD_SIZE"])
 generator = torch.Generator().manual_seed(0)
 ids = torch.randint(3, 250, (24, 12), generator=generator).tolist()
 rows = [{"input_ids": row, "attention_mask": [1] * 12, "labels": row} for row in ids]
@@ -22,4 +22,4 @@ args = TrainingArguments(
 config = GaLoreConfig(rank=4, update_proj_gap=2, residual_percent=5.0, residual_warmup_steps=2)
 model = AutoModelForCausalLM.from_pretrained(model_dir)
 Trainer(model, args, train_dataset=rows, **galore_plugin(config, args)).train()
-torch.save(model.state_dict(), f"{output}/weights-{os.environ.get('RANK', '0')}-of-{world}.pt")
+torch.save(model.state_dict(), f"{output}/weights-{os.environ['RANK']}-of-{world}.pt")

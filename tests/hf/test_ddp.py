@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,13 +10,9 @@ import torch
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 
 
-def test_two_processes_equal_one(tiny_model_dir: Path, tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # a port of its own
-    for command in ([sys.executable], both):
-        words = [*command, str(SCRIPT), str(tiny_model_dir), str(tmp_path)]
-        done = subprocess.run(words, env=env, timeout=240, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+def test_two_processes_equal_one(torchrun: Callable[..., None], tiny_model_dir: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        torchrun(processes, SCRIPT, str(tiny_model_dir), str(tmp_path))
     alone, first, second = (
         torch.load(tmp_path / f"weights-{name}.pt", weights_only=True) for name in ("0-of-1", "0-of-2", "1-of-2")
     )
