@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from workers import in_order
 
         items[:] = in_order(items)
+
+
+def pytest_collection_finish() -> None:
+    """accelerate collects garbage at the end of each training, which takes long where all imported modules are looked at."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -15,6 +15,16 @@ import yaml
 from galore_trainer.run.config import RunConfig
 
 
+@pytest.fixture(autouse=True)
+def brief_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs neither count their memory beforehand nor draw their losses, which takes half of a tiny run's time.
+
+    A module that looks at either has a fixture of this name of its own, or a run of the module's scope.
+    """
+    monkeypatch.setattr("galore_trainer.run.estimate.predict", lambda *_: {"peak_bytes": None, "note": "not counted"})
+    monkeypatch.setattr("galore_trainer.run.train.plot_losses", lambda path, *_, **__: path.touch())
+
+
 @pytest.fixture
 def tiny_base(tiny_model_dir: Path, tmp_path: Path) -> Path:
     """A configuration of a few steps with the tiny Llama."""

@@ -25,6 +25,11 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.fixture
+def brief_runs() -> None:
+    """Runs count their memory."""
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model of which nothing but its configuration is there."""
     LlamaConfig(**SIZES).save_pretrained(tmp_path / "model")
