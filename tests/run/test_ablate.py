@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 import pytest
 
+from forked import Forked
 from galore_trainer.errors import OptionError
 from galore_trainer.run import ablate as module
 from galore_trainer.run.ablate import ablate, failure
@@ -83,9 +83,7 @@ def test_a_killed_sweep_takes_its_runs_with_it_and_resumes(
     overrides = ["max_steps=120", "save_strategy=steps", "save_steps=5", "save_total_limit=3"]
     study = make_study({"galore.rank": [2]}, *overrides)
     words = ["ablate", str(tmp_path / "small.yaml"), *overrides, "--output-dir", str(output)]
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "galore_trainer.cli", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    sweep = Forked([sys.executable, "-m", "galore_trainer.cli", *words])
     run = output / "rank-2" / "seed-0"
     deadline = time.monotonic() + 120
     while not list(run.glob("checkpoint-*/manifest.json")) and sweep.poll() is None and time.monotonic() < deadline:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked import Forked
 from galore_trainer.errors import OptionError
 from galore_trainer.run.checkpoints import choose_checkpoint, damage, seal
 from galore_trainer.run.config import RunConfig, load_run_config
@@ -80,33 +79,26 @@ def test_the_model_loads_with_from_pretrained(finished: Path) -> None:
     assert model(**tokenizer("hello", return_tensors="pt")).logits.isfinite().all()
 
 
-def command(config: RunConfig, folder: Path, *flags: str) -> list[str]:
-    path = folder / "run.yaml"
-    path.write_text(config.to_yaml())
-    return [sys.executable, "-m", "galore_trainer.cli", "train", str(path), *flags]
-
-
-def start_and_signal(config: RunConfig, folder: Path, number: int) -> subprocess.Popen[str]:
-    """Start a run in a process of its own and send it a signal once its first checkpoint is whole."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(config, folder), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env
-    )
+def start_and_signal(config: RunConfig, folder: Path, number: int) -> tuple[int, str]:
+    """Start a run in a process of its own, signal it once its first checkpoint is whole; its exit code and output."""
+    (folder / "run.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "galore_trainer.cli", "train", str(folder / "run.yaml")]
+    with (folder / "output.txt").open("w") as output:
+        process = Forked(command, stdout=output, stderr=output)
     first = Path(config.output_dir) / "checkpoint-2" / "manifest.json"
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
-    return process
+    return process.wait(60), (folder / "output.txt").read_text()
 
 
 def test_kill_minus_nine_and_resume_give_the_same_weights_bit_for_bit(tiny_model_dir: Path, tmp_path: Path) -> None:
     long = {"max_steps": 40, "save_total_limit": 3}
     train(make_config(tiny_model_dir, tmp_path / "whole", **long))
     config = make_config(tiny_model_dir, tmp_path / "killed", **long)
-    process = start_and_signal(config, tmp_path, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    code, output = start_and_signal(config, tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
     assert not (tmp_path / "killed" / "result.json").exists()
     result = train(config, resume="auto").result
     assert 2 <= result["resumed_from_step"] < 40
@@ -116,9 +108,8 @@ def test_kill_minus_nine_and_resume_give_the_same_weights_bit_for_bit(tiny_model
 
 def test_ctrl_c_saves_a_checkpoint_says_how_to_go_on_and_exits_130(tiny_model_dir: Path, tmp_path: Path) -> None:
     config = make_config(tiny_model_dir, tmp_path / "run", max_steps=100_000, save_steps=2)
-    process = start_and_signal(config, tmp_path, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    code, output = start_and_signal(config, tmp_path, signal.SIGINT)
+    assert code == 130, output
     assert "--resume auto" in output
     step = int(output.split("interrupted at step ")[1].split(";")[0])
     assert damage(tmp_path / "run" / f"checkpoint-{step}") is None
