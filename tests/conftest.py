@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """accelerate collects garbage at the end of each training, which takes long where all imported modules are looked at."""
+    """accelerate collects garbage after each training, which takes long where it looks at all imported modules."""
     gc.collect()
     gc.freeze()
 

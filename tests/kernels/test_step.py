@@ -1,4 +1,4 @@
-"""The optimizer with kernels against the optimizer without: three refreshes in five steps, everything a weight can be."""
+"""The optimizer with kernels against the optimizer without: three refreshes, everything a weight can be."""
 
 from __future__ import annotations
 

@@ -26,6 +26,15 @@ def brief_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose text alone is looked at: nothing is drawn into their plots' files."""
+    from galore_trainer.run.report_plots import Plot
+
+    export = "galore_trainer.run.report_plots._export"
+    monkeypatch.setattr(export, lambda name, figure, alt: Plot(name=name, alt=alt, svg="", png=b""))
+
+
+@pytest.fixture
 def tiny_base(tiny_model_dir: Path, tmp_path: Path) -> Path:
     """A configuration of a few steps with the tiny Llama."""
     settings = {

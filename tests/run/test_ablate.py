@@ -39,7 +39,9 @@ def quiet(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", packaged_studies())
-def test_a_packaged_study_runs_and_is_reported(name: str, tiny_base: Path, in_process: list, tmp_path: Path) -> None:
+def test_a_packaged_study_runs_and_is_reported(
+    name: str, tiny_base: Path, in_process: list, undrawn: None, tmp_path: Path
+) -> None:
     study = load_study(
         name, [f"base={tiny_base}", *(["galore.head_group_size=2"] if name == "cross_head" else [])], [0]
     )

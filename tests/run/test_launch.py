@@ -238,7 +238,6 @@ def test_a_backend_that_accelerate_drops_is_refused(monkeypatch: pytest.MonkeyPa
 # ------------------------------------------------------------------------------------------ two processes
 
 
-
 @pytest.fixture
 def galore_ft(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command and return what it prints; its launcher forks the processes where it is told to."""

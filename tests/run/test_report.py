@@ -7,7 +7,6 @@ import json
 import math
 import re
 import statistics
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from galore_trainer.metrics.answers import wilson_interval
 from galore_trainer.run.config import RunConfig
 from galore_trainer.run.report import report, without_places
 from galore_trainer.run.report_runs import gather, score_interval
+from page import Page
 
 RANKS, SEEDS, STEPS, GAP = (16, 32, 64), (0, 1, 2), 100, 20
 
@@ -111,39 +111,25 @@ def tables(markdown: str) -> dict[str, dict[str, dict[str, str]]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[Any]]:
+    """The report of a study: its files, and the figures that were drawn for it."""
+    from matplotlib.figure import Figure
+
+    folder, drawn, real = tmp_path_factory.mktemp("report"), list[Any](), Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *a, **more: (drawn.append(figure), real(figure, *a, **more)))
+        paths = report([write_study(folder / "study")], folder / "out", command="galore-ft report study")
+    return paths, drawn
+
+
 def read_report(paths: list[Path]) -> tuple[str, str]:
     """The page and the Markdown."""
     return paths[0].read_text(), paths[1].read_text()
 
 
-class Page(HTMLParser):
-    """Collects tags, attributes and text, and checks that tags are closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_every_figure_is_the_mean_and_deviation_of_the_runs(tmp_path: Path) -> None:
-    _, markdown = read_report(report([write_study(tmp_path / "study")], tmp_path / "out"))
+def test_every_figure_is_the_mean_and_deviation_of_the_runs(whole: Any) -> None:
+    _, markdown = read_report(whole[0])
     found = tables(markdown)
     for rank in RANKS:
         name, results = f"rank {rank}", [make_result(rank, seed) for seed in SEEDS]
@@ -175,9 +161,9 @@ def test_every_figure_is_the_mean_and_deviation_of_the_runs(tmp_path: Path) -> N
         assert found["Result"][name]["fine-tuning, s"] == seconds["fine-tuning, s"]
 
 
-def test_the_page_needs_no_other_file_and_shows_what_the_markdown_shows(tmp_path: Path) -> None:
-    paths = report([write_study(tmp_path / "study")], tmp_path / "out", command="galore-ft report study")
-    assert sorted(path.name for path in paths) == sorted(path.name for path in (tmp_path / "out").iterdir())
+def test_the_page_needs_no_other_file_and_shows_what_the_markdown_shows(whole: Any) -> None:
+    paths, out = whole[0], whole[0][0].parent
+    assert sorted(path.name for path in paths) == sorted(path.name for path in out.iterdir())
     text, markdown = read_report(paths)
     page = Page(text)
     assert not any(tag in ("img", "script", "link", "iframe") for tag, _ in page.tags)
@@ -192,7 +178,7 @@ def test_the_page_needs_no_other_file_and_shows_what_the_markdown_shows(tmp_path
     pictures = re.findall(r"!\[.+\]\((.+)\)", markdown)
     assert pictures == ["score.png", "loss.png", "time.png", "projection.png"]
     for name in pictures:
-        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert "How many <directions>?" in page.text
     assert "# Rank & file" in markdown
     for cells in tables(markdown).values():
@@ -203,18 +189,17 @@ def test_the_page_needs_no_other_file_and_shows_what_the_markdown_shows(tmp_path
         assert fact in markdown
 
 
-def test_no_folder_of_the_machine_is_told(tmp_path: Path) -> None:
-    text, markdown = read_report(report([write_study(tmp_path / "study")], tmp_path / "out"))
-    for page in (text, markdown):
+def test_no_folder_of_the_machine_is_told(whole: Any) -> None:
+    for page in read_report(whole[0]):
         assert "somebody" not in page
-        assert str(tmp_path) not in page
+        assert str(whole[0][0].parents[1]) not in page
         assert "data.source=path/to/train.json" in page
     kept = "runs/x openai/gsm8k https://hub/x 1/2 a / b ./c"
     assert without_places(kept) == kept
     assert without_places("~/a/b.csv x=/tmp/c '/d e'") == "path/to/b.csv x=path/to/c 'path/to/d e'"
 
 
-def test_times_of_runs_that_shared_a_device_come_from_the_exclusive_pass(tmp_path: Path) -> None:
+def test_times_of_runs_that_shared_a_device_come_from_the_exclusive_pass(undrawn: None, tmp_path: Path) -> None:
     paths = report([write_study(tmp_path / "study", jobs=2)], tmp_path / "out")
     _, markdown = read_report(paths)
     rows = [json.loads(line) for line in paths[-1].read_text().splitlines()]
@@ -230,7 +215,7 @@ def test_times_of_runs_that_shared_a_device_come_from_the_exclusive_pass(tmp_pat
     assert tables(markdown)["Result"]["rank 32"]["n"] == "3"
 
 
-def test_a_missing_timing_pass_is_said(tmp_path: Path) -> None:
+def test_a_missing_timing_pass_is_said(undrawn: None, tmp_path: Path) -> None:
     _, markdown = read_report(report([write_study(tmp_path / "study", jobs=2, timing=False)], tmp_path / "out"))
     assert tables(markdown)["Time"]["rank 32"]["s per step (exclusive pass)"] == "-"
     assert "for any cell: no exclusive timing pass has finished" in markdown
@@ -238,7 +223,7 @@ def test_a_missing_timing_pass_is_said(tmp_path: Path) -> None:
     assert "projects nothing" not in markdown
 
 
-def test_failed_runs_stay_as_rows_with_their_reason(tmp_path: Path) -> None:
+def test_failed_runs_stay_as_rows_with_their_reason(undrawn: None, tmp_path: Path) -> None:
     study = write_study(tmp_path / "study")
 
     def fail(cell: dict[str, Any], run: dict[str, Any]) -> None:
@@ -258,7 +243,7 @@ def test_failed_runs_stay_as_rows_with_their_reason(tmp_path: Path) -> None:
     assert 'colspan="3">failed: out of memory' in text
 
 
-def test_what_was_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
+def test_what_was_not_measured_is_a_dash_with_its_reason(undrawn: None, tmp_path: Path) -> None:
     plain = make_result(settings={"method": "adamw"})
     plain.update(optimizer_state_bytes={"plain": 2**20}, projection_error=None)
     unscored = make_result(32, score_after=None)
@@ -279,7 +264,7 @@ def test_what_was_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None
     assert "not shown, without a projection or without its time: adamw" in markdown
 
 
-def test_text_metrics_have_columns_of_their_own(tmp_path: Path) -> None:
+def test_text_metrics_have_columns_of_their_own(undrawn: None, tmp_path: Path) -> None:
     score = {"task": "nlg", "n": 9, "metric": "bleu", "extract": None, "score": 0.5, "interval": None, "bleu": 0.5,
              "nist": 4.25, "meteor": None, "rouge_l": 0.625, "cider": 2.5, "eval_loss": 1.0}  # fmt: skip
     folder = write_run(tmp_path / "run", make_result(task="nlg", score_after=score))
@@ -307,7 +292,7 @@ def test_runs_are_grouped_by_all_but_the_seed_and_named_by_what_differs(tmp_path
     assert [group.name for group in found.groups] == ["adamw", "lora", "galore_plus"]
 
 
-def test_times_of_a_resumed_run_are_those_of_the_steps_since(tmp_path: Path) -> None:
+def test_times_of_a_resumed_run_are_those_of_the_steps_since(undrawn: None, tmp_path: Path) -> None:
     result = make_result(resumed_from_step=60)
     folder = write_run(tmp_path / "run", result)
     _, markdown = read_report(report([folder], tmp_path / "out"))
@@ -327,14 +312,8 @@ def test_a_resumed_run_s_repeated_steps_count_once(tmp_path: Path) -> None:
     assert sorted(row.get("loss", row.get("eval_loss")) for row in run.log if row["step"] == 4) == [1.0, 4.0]
 
 
-def test_plots_show_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    real = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **more: (drawn.append(figure), real(figure, *a, **more)))
-    report([write_study(tmp_path / "study")], tmp_path / "out")
-    score, loss, time, projection = drawn[::2]
+def test_plots_show_the_runs(whole: Any) -> None:
+    score, loss, time, projection = whole[1][::2]
     panel = score.axes[0]
     assert panel.get_xscale() == "linear"  # 16 to 64 is less than a factor of eight
     assert list(panel.get_lines()[0].get_xdata()) == list(RANKS)
