@@ -15,7 +15,6 @@ from typing import IO, Any
 
 import pytest
 
-from forked import Forked
 from galore_trainer.errors import OptionError
 from galore_trainer.run import ablate as module
 from galore_trainer.run.ablate import ablate, failure
@@ -24,6 +23,7 @@ from galore_trainer.run.config import load_run_config
 from galore_trainer.run.report import report
 from galore_trainer.run.study import load_study, packaged_studies
 from galore_trainer.run.sweep_plan import describe_sweep
+from forked import python
 
 MakeStudy = Callable[..., Any]
 
@@ -85,13 +85,13 @@ def test_a_killed_sweep_takes_its_runs_with_it_and_resumes(
     overrides = ["max_steps=120", "save_strategy=steps", "save_steps=5", "save_total_limit=3"]
     study = make_study({"galore.rank": [2]}, *overrides)
     words = ["ablate", str(tmp_path / "small.yaml"), *overrides, "--output-dir", str(output)]
-    sweep = Forked([sys.executable, "-m", "galore_trainer.cli", *words])
     run = output / "rank-2" / "seed-0"
     deadline = time.monotonic() + 120
-    while not list(run.glob("checkpoint-*/manifest.json")) and sweep.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    sweep.kill()
-    assert sweep.wait(timeout=60) == -signal.SIGKILL
+    with python([sys.executable, "-m", "galore_trainer.cli", *words]) as sweep:
+        while not list(run.glob("checkpoint-*/manifest.json")) and sweep.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        sweep.kill()
+        assert sweep.wait(60) == -signal.SIGKILL
     time.sleep(0.2)
     size = (run / "log.jsonl").stat().st_size
     assert entries(output)["rank-2/seed-0"]["status"] == "running"

@@ -17,7 +17,6 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-from forked import Forked
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.checkpoints import written_by
@@ -27,6 +26,7 @@ from galore_trainer.run.config import RunConfig, packaged_configs
 from galore_trainer.run.distributed import check_sharding, check_trainer
 from galore_trainer.run.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
 from galore_trainer.run.train import train
+from forked import start_python
 
 Run = Callable[..., RunConfig]
 NAMES = sorted(packaged_configs("launch"))
@@ -246,7 +246,7 @@ def galore_ft(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
         with monkeypatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
             if forked:
-                patch.setattr(subprocess_handler, "Popen", Forked)
+                patch.setattr(subprocess_handler, "Popen", start_python)
             code = main(words)
         told = capfd.readouterr()
         assert code == 0, told.out + told.err

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from forked import Forked
 from galore_trainer.errors import OptionError
 from galore_trainer.run.checkpoints import choose_checkpoint, damage, seal
 from galore_trainer.run.config import RunConfig, load_run_config
 from galore_trainer.run.train import train
+from forked import python
 
 
 def make_config(model: Path, output: Path, **more: Any) -> RunConfig:
@@ -83,14 +83,13 @@ def start_and_signal(config: RunConfig, folder: Path, number: int) -> tuple[int,
     """Start a run in a process of its own, signal it once its first checkpoint is whole; its exit code and output."""
     (folder / "run.yaml").write_text(config.to_yaml())
     command = [sys.executable, "-m", "galore_trainer.cli", "train", str(folder / "run.yaml")]
-    with (folder / "output.txt").open("w") as output:
-        process = Forked(command, stdout=output, stderr=output)
     first = Path(config.output_dir) / "checkpoint-2" / "manifest.json"
     deadline = time.monotonic() + 120
-    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    return process.wait(60), (folder / "output.txt").read_text()
+    with (folder / "output.txt").open("w") as output, python(command, stdout=output, stderr=output) as process:
+        while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        return process.wait(60), (folder / "output.txt").read_text()
 
 
 def test_kill_minus_nine_and_resume_give_the_same_weights_bit_for_bit(tiny_model_dir: Path, tmp_path: Path) -> None:
