@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import PINNED, run_script
 from safetensors.torch import load_file
+
+from processes import PINNED, run_script
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 EXPECTED = {path.parent.name: path for path in sorted((FIXTURES / "checkpoints").glob("*/weights-9.safetensors"))}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
 from torch_optimizers import FORMS, REFERENCE, every_form, group_by_form, make, quietly, train, weights
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import Parameter
-from torch_optimizers import FORMS, REFERENCE, every_form, group_by_form, make, quietly, torch_inputs, train, weights
 
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from torch_optimizers import FORMS, REFERENCE, every_form, group_by_form, make, quietly, torch_inputs, train, weights
 
 ADAMW = next(info for info in torch_inputs().optim_db if info.optim_cls is torch.optim.AdamW)
 FOREIGN = ("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable")

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch_optimizers import FORMS, every_form, group_by_form, make, quietly, same, train, weights
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from torch_optimizers import FORMS, every_form, group_by_form, make, quietly, same, train, weights
 
 
 def through_a_file(state: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import pytest
 
+from forked import python
 from galore_trainer.errors import OptionError
 from galore_trainer.run import ablate as module
 from galore_trainer.run.ablate import ablate, failure
@@ -23,7 +24,6 @@ from galore_trainer.run.config import load_run_config
 from galore_trainer.run.report import report
 from galore_trainer.run.study import load_study, packaged_studies
 from galore_trainer.run.sweep_plan import describe_sweep
-from forked import python
 
 MakeStudy = Callable[..., Any]
 

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+from forked import start_python
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.checkpoints import written_by
@@ -26,7 +27,6 @@ from galore_trainer.run.config import RunConfig, packaged_configs
 from galore_trainer.run.distributed import check_sharding, check_trainer
 from galore_trainer.run.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
 from galore_trainer.run.train import train
-from forked import start_python
 
 Run = Callable[..., RunConfig]
 NAMES = sorted(packaged_configs("launch"))

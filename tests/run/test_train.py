@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked import python
 from galore_trainer.errors import OptionError
 from galore_trainer.run.checkpoints import choose_checkpoint, damage, seal
 from galore_trainer.run.config import RunConfig, load_run_config
 from galore_trainer.run.train import train
-from forked import python
 
 
 def make_config(model: Path, output: Path, **more: Any) -> RunConfig:
