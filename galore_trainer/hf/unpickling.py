@@ -1,7 +1,7 @@
 """Check a checkpoint or a model from elsewhere before anything opens it: nothing in it may run as code.
 
-torch reads DCP's ``.metadata`` and the objects in its ``.distcp`` files with an unrestricted unpickler, and so does
-DeepSpeed with its own files. An unrestricted unpickler calls whatever a file names. Here the names are compared with
+torch reads DCP's ``.metadata``, and what is no tensor in its ``.distcp`` files, with an unrestricted unpickler, and
+DeepSpeed its own files. An unrestricted unpickler calls whatever a file names. Here the names are compared with
 lists of what rebuilds tensors, numbers and texts, and nothing is called that is not on a list. File names and step
 numbers that a checkpoint contains are checked too, since paths are made of them.
 """
@@ -28,6 +28,7 @@ from galore_trainer.errors import OptionError
 OPTION = "checkpoint"
 TRAINER, ARGUMENTS = "trainer_state.json", "training_args.bin"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+ZIP = b"PK\x03\x04"  # what a file or an object of torch.save begins with
 DEPTH = 3  # of folders; the Trainer's checkpoints need one
 
 # What torch.load(weights_only=True) does not know and the Trainer, accelerate or DeepSpeed write nevertheless.
@@ -169,24 +170,27 @@ def _check_torch(path: Path, source: Path | IO[bytes], option: str) -> None:
 
 
 def _check_dcp(path: Path, option: str) -> None:
-    """Refuse the ``.metadata`` of ``torch.distributed.checkpoint``, or objects that it points to."""
+    """Refuse the ``.metadata`` of ``torch.distributed.checkpoint``, or objects in the files that it describes."""
     with _reading(path, option):
         with path.open("rb") as file:
             metadata = _DcpUnpickler(file).load()
-        kinds = metadata.state_dict_metadata
-        parts = [
-            (str(info.relative_path), info.offset, info.length, info.transform_descriptors, type(kinds.get(index.fqn)))
-            for index, info in metadata.storage_data.items()
-        ]
-    for name, offset, length, transforms, kind in parts:
-        if not _is_plain(name) or transforms:
-            _refuse(path, option, f"names of files beside it, not {name!r}")
-        if kind is not TensorStorageMetadata:  # torch reads tensors with weights_only, and anything else without
-            data = path.with_name(name)
-            with _reading(data, option), data.open("rb") as file:
-                file.seek(offset)
-                part = io.BytesIO(file.read(length))
-            _check_torch(data, part, option)
+        kinds, files = metadata.state_dict_metadata, dict[str, list[Any]]()
+        for index, info in metadata.storage_data.items():
+            files.setdefault(str(info.relative_path), []).append((type(kinds.get(index.fqn)), info))
+            if not _is_plain(str(info.relative_path)) or info.transform_descriptors:
+                raise ValueError("it names more than files beside it, as they were written")
+    for name, parts in files.items():
+        data = path.with_name(name)
+        with _reading(data, option), data.open("rb") as file:
+            for kind, info in parts:
+                # torch reads a tensor with weights_only, and anything else, which is small, without
+                tensor = kind is TensorStorageMetadata
+                file.seek(info.offset)
+                part = file.read(len(ZIP) if tensor else info.length)
+                if not part.startswith(ZIP):
+                    raise ValueError(f"no object of torch.save at {info.offset}")
+                if not tensor:
+                    _check_torch(data, io.BytesIO(part), option)
 
 
 class _DcpUnpickler(pickle.Unpickler):
@@ -272,6 +276,8 @@ def _reading(path: Path, option: str) -> Iterator[None]:
     """Whatever is raised means that the file is not what it should be."""
     try:
         yield
+    except OptionError:
+        raise
     except _Named as error:
         _refuse_names(path, option, str(error))
     except Exception as error:  # a damaged file makes any of a dozen classes
