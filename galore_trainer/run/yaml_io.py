@@ -38,7 +38,7 @@ class _Refused(yaml.MarkedYAMLError):
 
     def __init__(self, mark: Any, got: str, wanted: str, way_out: str = "") -> None:
         super().__init__(problem=f"{got}, wanted {wanted}", problem_mark=mark)
-        self.line = mark.line + 1
+        self.line = mark.line + 1 if mark else 1
         self.got, self.wanted, self.way_out = got, wanted, way_out
 
 
