@@ -90,21 +90,22 @@ def check_checkpoint(checkpoint: str | Path, option: str = OPTION) -> None:
 
 
 def check_weights(folder: Path, option: str) -> None:
-    """Refuse a model's folder whose ``.bin`` weights hold more than tensors, where they are what would be loaded.
+    """Refuse a model's folder whose weights are not what they seem: tensors alone, in files beside each other.
 
     Raises:
         OptionError: naming the file.
     """
-    if any(folder.glob("*.safetensors")):
-        return
-    for path in sorted(folder.glob("*.bin")):
-        if path.name == ARGUMENTS:
-            continue
-        if zipfile.is_zipfile(path):
-            _check_torch(path, path, option)
-        else:  # the format of before torch 1.6, which only torch itself can tell from others
-            with _reading(path, option):
-                torch.load(path, map_location="meta", weights_only=True)
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != ARGUMENTS]
+    safe = [path for path in paths if path.suffix == ".safetensors"]
+    for path in paths:
+        if path in safe or path.name.endswith(".index.json"):
+            _check_file(path, option)
+        elif path.suffix == ".bin" and not safe:  # else it is not what would be loaded
+            if zipfile.is_zipfile(path):
+                _check_file(path, option)
+            else:  # the format of before torch 1.6, which only torch itself can tell from others
+                with _reading(path, option):
+                    torch.load(path, map_location="meta", weights_only=True)
 
 
 def trainer_state(checkpoint: Path, option: str = OPTION) -> dict[str, Any]:
@@ -134,20 +135,32 @@ def trainer_state(checkpoint: Path, option: str = OPTION) -> dict[str, Any]:
 
 def _check_files(folder: Path, option: str) -> None:
     for path in _files(folder, DEPTH):
-        if not path.is_file():
-            if path.exists():
-                _refuse(path, option, "a plain file")
-        elif path.name.endswith(".metadata"):
-            _check_dcp(path, option)
-        elif path.suffix in TORCH_SUFFIXES:
-            _check_torch(path, path, option)
-        elif path.name.endswith(".index.json"):
-            _check_index(path, option)
-        elif path.name == "latest":
-            with _reading(path, option):
-                tag = path.read_text(encoding="utf-8").strip()
-            if not re.fullmatch(r"global_step\d+", tag):
-                _refuse(path, option, "the name of a folder global_stepN")
+        if path.is_file():
+            _check_file(path, option)
+        elif path.exists():
+            _refuse(path, option, "a plain file")
+
+
+def _check_file(path: Path, option: str) -> None:
+    """Refuse a file by what would read it, which is told from its name."""
+    if path.name.endswith(".metadata"):
+        _check_dcp(path, option)
+    elif path.suffix in TORCH_SUFFIXES:
+        _check_torch(path, path, option)
+    elif path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with _reading(path, option), safe_open(path, framework="pt"):  # reads the header
+            pass
+    elif path.name.endswith(".index.json"):
+        _check_index(path, option)
+    elif path.suffix == ".json":
+        _json(path, option)
+    elif path.name == "latest":
+        with _reading(path, option):
+            tag = path.read_text(encoding="utf-8").strip()
+        if not re.fullmatch(r"global_step\d+", tag):
+            _refuse(path, option, "the name of a folder global_stepN")
 
 
 def _files(folder: Path, depth: int) -> Iterator[Path]:

@@ -56,6 +56,18 @@ def test_a_whole_checkpoint_passes_and_a_payload_in_any_file_does_not(backend, c
             shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "config.json"])
+def test_a_pickle_in_the_place_of_another_file_is_named(name: str, copy, tmp_path: Path) -> None:
+    folder = copy("single")
+    payloads.plant(folder / name, tmp_path / "mark", bare=True)
+    with pytest.raises(OptionError, match=name):
+        check_checkpoint(folder)
+    if name == "model.safetensors":
+        with pytest.raises(OptionError, match=name):
+            check_weights(folder, "model_name_or_path")
+    assert not (tmp_path / "mark").exists()
+
+
 def doors(checkpoint: Path, config: Path, output: Path) -> list[list[str]]:
     """Command lines that read a checkpoint."""
     return [
