@@ -47,10 +47,12 @@ def parse(rows: list[Row]) -> Parsed:
     examples, eval_only, unanswered, joined = [], [], [], 0
     for row in rows:
         numbers = str(_get(row, "numbers", "")).split()
-        question = _fill_blanks(_required(row, "question"), numbers)
+        try:
+            question, equation = (_fill_blanks(_required(row, field), numbers) for field in ("question", "equation"))
+        except EquationError:
+            raise row.refuse("numbers", "numbers for the blanks N_00, N_01, ...") from None
         text = join_tokens(question)
         joined += text != question
-        equation = _fill_blanks(_required(row, "equation"), numbers)
         try:
             answer = _number(_get(row, "answer"))
         except EquationError:

@@ -123,6 +123,11 @@ class TestMawps:
         fields = {"Question": "She has N_00 and N_01 .", "Equation": "N_00 + N_01", "Answer": 5.5, "Numbers": "2.0 3.5"}
         assert question(mawps.parse(rows(fields)).examples[0]) == "She has 2 and 3.5."
 
+    def test_blanks_without_numbers_name_the_line(self):
+        fields = {"Question": "She has N_00 .", "Equation": "N_00", "Answer": 5, "Numbers": "five"}
+        with pytest.raises(OptionError, match=r"numbers for the blanks.*line 1"):
+            mawps.parse(rows(fields))
+
     def test_missing_equation_names_the_line(self):
         with pytest.raises(OptionError, match=r"'equation' of line 1"):
             mawps.parse(rows({"original_text": "q", "ans": 1}))
