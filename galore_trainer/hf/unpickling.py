@@ -28,6 +28,7 @@ from galore_trainer.errors import OptionError
 OPTION = "checkpoint"
 TRAINER, ARGUMENTS = "trainer_state.json", "training_args.bin"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+WEIGHTS = re.compile(r"(pytorch_model|adapter_model).*\.bin")
 ZIP = b"PK\x03\x04"  # what a file or an object of torch.save begins with
 DEPTH = 3  # of folders; the Trainer's checkpoints need one
 
@@ -95,12 +96,12 @@ def check_weights(folder: Path, option: str) -> None:
     Raises:
         OptionError: naming the file.
     """
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != ARGUMENTS]
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
     safe = [path for path in paths if path.suffix == ".safetensors"]
     for path in paths:
         if path in safe or path.name.endswith(".index.json"):
             _check_file(path, option)
-        elif path.suffix == ".bin" and not safe:  # else it is not what would be loaded
+        elif WEIGHTS.fullmatch(path.name) and not safe:  # else it is not what would be loaded
             if zipfile.is_zipfile(path):
                 _check_file(path, option)
             else:  # the format of before torch 1.6, which only torch itself can tell from others

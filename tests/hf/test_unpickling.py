@@ -101,7 +101,7 @@ def test_no_door_lets_a_payload_in(backend, copy, config, tmp_path, capsys: pyte
         assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["model.bin", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin"])
 @pytest.mark.parametrize("bare", [False, True])
 def test_a_model_with_a_payload_is_refused_by_eval(name, bare, tiny_model_dir, tmp_path, capsys) -> None:
     folder, mark = tmp_path / "model", tmp_path / "mark"
