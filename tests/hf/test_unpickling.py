@@ -85,7 +85,7 @@ def config(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("backend", payloads.BACKENDS)
+@pytest.mark.parametrize("backend", ["single", "fsdp2", "zero3"])
 def test_no_door_lets_a_payload_in(backend, copy, config, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, mark = copy(backend), tmp_path / "mark"
     last = list(payloads.pickled(folder))[-2]
