@@ -14,6 +14,7 @@ import json
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
@@ -105,7 +106,8 @@ def check_weights(folder: Path, option: str) -> None:
             if zipfile.is_zipfile(path):
                 _check_file(path, option)
             else:  # the format of before torch 1.6, which only torch itself can tell from others
-                with _reading(path, option):
+                with _reading(path, option), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of pickle protocols
                     torch.load(path, map_location="meta", weights_only=True)
 
 

@@ -30,19 +30,26 @@ SPEC.loader.exec_module(payloads)
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of each backend."""
     folder = tmp_path_factory.mktemp("whole")
-    return {b: payloads.make_checkpoint(folder / b / "checkpoint-3", b) for b in payloads.BACKENDS}
+    return {backend: payloads.make_checkpoint(backend, folder / backend) for backend in payloads.BACKENDS}
 
 
 @pytest.fixture
 def copy(whole: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    return lambda backend: shutil.copytree(whole[backend], tmp_path / "run" / "checkpoint-3", dirs_exist_ok=True)
+    return lambda backend: shutil.copytree(whole[backend], tmp_path / "run" / "checkpoint-6", dirs_exist_ok=True)
+
+
+def test_checkpoints_of_every_kind_pass() -> None:
+    folders = sorted(payloads.FIXTURES.glob("*/checkpoint-*"))
+    assert len(folders) >= 10
+    for folder in folders:
+        check_checkpoint(folder)
 
 
 @pytest.mark.parametrize("backend", payloads.BACKENDS)
 def test_a_whole_checkpoint_passes_and_a_payload_in_any_file_does_not(backend, copy, tmp_path: Path) -> None:
     check_checkpoint(copy(backend))
     mark = tmp_path / "mark"
-    names = [path.relative_to(tmp_path / "run" / "checkpoint-3") for path in payloads.pickled(copy(backend))]
+    names = [path.relative_to(tmp_path / "run" / "checkpoint-6") for path in payloads.pickled(copy(backend))]
     assert len(names) >= 4
     for name in names:
         for bare in (False, True):
@@ -96,7 +103,7 @@ def test_no_door_lets_a_payload_in(backend, copy, config, tmp_path, capsys: pyte
             continue  # it takes whole checkpoints alone
         assert main(words) == 2, words
         told = capsys.readouterr().err
-        assert "checkpoint-3" in told
+        assert "checkpoint-6" in told
         assert "could run code" in told or "cannot be read" in told
         assert not mark.exists()
 
