@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from galore_trainer import OptionError
+from galore_trainer import GaLoreConfig, OptionError, check_checkpoint, galore_plugin
 from galore_trainer.cli.main import main
-from galore_trainer.hf.unpickling import check_checkpoint, check_weights, trainer_state
+from galore_trainer.hf.unpickling import check_weights, trainer_state
 from galore_trainer.run.checkpoints import seal
 
 SPEC = importlib.util.spec_from_file_location("payloads", Path(__file__).parents[1] / "helpers" / "payloads.py")
@@ -126,12 +126,12 @@ def test_weights_of_the_time_before_zip_files_are_read(tmp_path: Path) -> None:
 
 
 def test_the_plugin_checks_what_the_trainer_is_to_resume(copy, tmp_path: Path) -> None:
-    from galore_trainer.hf.checkpoints import check_importable
-
-    folder = copy("single")
-    payloads.plant(folder / "optimizer.pt", tmp_path / "mark")
-    with pytest.raises(OptionError, match=r"optimizer\.pt"):
-        check_importable(folder)
+    args = SimpleNamespace(resume_from_checkpoint=str(copy("single")), learning_rate=1e-3, weight_decay=0.0, seed=1)
+    args.adam_beta1, args.adam_beta2, args.adam_epsilon = 0.9, 0.999, 1e-8
+    galore_plugin(GaLoreConfig(), args)
+    payloads.plant(Path(args.resume_from_checkpoint) / "optimizer.pt", tmp_path / "mark")
+    with pytest.raises(OptionError, match=r"resume_from_checkpoint.*optimizer\.pt"):
+        galore_plugin(GaLoreConfig(), args)
 
 
 @pytest.mark.parametrize(
