@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from galore_trainer import GaLoreConfig, OptionError, check_checkpoint, galore_plugin
 from galore_trainer.cli.main import main
@@ -126,10 +127,9 @@ def test_weights_of_the_time_before_zip_files_are_read(tmp_path: Path) -> None:
 
 
 def test_the_plugin_checks_what_the_trainer_is_to_resume(copy, tmp_path: Path) -> None:
-    args = SimpleNamespace(resume_from_checkpoint=str(copy("single")), learning_rate=1e-3, weight_decay=0.0, seed=1)
-    args.adam_beta1, args.adam_beta2, args.adam_epsilon = 0.9, 0.999, 1e-8
+    args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, resume_from_checkpoint=str(copy("single")))
     galore_plugin(GaLoreConfig(), args)
-    payloads.plant(Path(args.resume_from_checkpoint) / "optimizer.pt", tmp_path / "mark")
+    payloads.plant(tmp_path / "run" / "checkpoint-6" / "optimizer.pt", tmp_path / "mark")
     with pytest.raises(OptionError, match=r"resume_from_checkpoint.*optimizer\.pt"):
         galore_plugin(GaLoreConfig(), args)
 
@@ -243,8 +243,6 @@ def test_the_best_checkpoint_is_checked_too(copy, whole, tmp_path: Path) -> None
 
 
 def test_arguments_that_nobody_reads_may_be_of_any_package(copy) -> None:
-    from transformers import TrainingArguments
-
     folder = copy("single")
     torch.save(TrainingArguments(str(folder), use_cpu=True), folder / "training_args.bin")
     check_checkpoint(folder)

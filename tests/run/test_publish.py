@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from galore_trainer import OptionError
+from galore_trainer.cli.main import main
 from galore_trainer.run.arguments import training_arguments
 from galore_trainer.run.config import RunConfig
 from galore_trainer.run.publish import Destination, check_publish, publish
@@ -117,3 +118,29 @@ def test_an_upload_that_fails_says_where_the_model_is(hub: SimpleNamespace, tmp_
 
 def test_the_trainer_is_not_asked_to_upload() -> None:
     assert training_arguments(config()).push_to_hub is False
+
+
+def test_a_run_asks_before_it_trains_and_uploads_after_it(
+    hub: SimpleNamespace, tiny_model_dir, tmp_path, capsys
+) -> None:
+    path, output = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(
+        f"model_name_or_path: {tiny_model_dir}\npush_to_hub: true\nmax_steps: 1\nuse_cpu: true\n"
+        "save_strategy: 'no'\ndata: {train_samples: 4, eval_samples: 0}\n"
+    )
+    words = ["train", str(path), "--output-dir", str(output)]
+    hub.failure = "no route"
+    for more in ([], ["--dry-run"]):
+        assert main([*words, *more]) == 2
+        assert "push_to_hub" in capsys.readouterr().err
+    assert not output.exists()
+    hub.failure = None
+    assert main([*words, "--dry-run"]) == 0
+    assert "to ann/run" in capsys.readouterr().out
+    assert not hub.asked
+    assert main(words) == 0
+    assert "https://hub/ann/demo" in capsys.readouterr().out
+    assert [name for name, *_ in hub.asked] == ["create_repo", "upload_folder"]
+    folder = hub.asked[-1][2]["folder_path"]
+    assert folder == output / "model"
+    assert "fine-tuned with" in (folder / "README.md").read_text()
