@@ -145,7 +145,7 @@ def check_whole_folder(checkpoint: Path) -> int:
     if missing:
         way_out = f"It has no {' and no '.join(missing)}."
         raise OptionError(OPTION, str(checkpoint), "a checkpoint-N with its scheduler, written by the Trainer", way_out)
-    check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, best=False)
     return trainer_state(checkpoint)["global_step"]
 
 

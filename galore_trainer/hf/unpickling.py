@@ -31,6 +31,7 @@ TRAINER, ARGUMENTS = "trainer_state.json", "training_args.bin"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 WEIGHTS = re.compile(r"(pytorch_model|adapter_model).*\.bin")
 ZIP = b"PK\x03\x04"  # what a file or an object of torch.save begins with
+WHOLE = "a whole file of a checkpoint"
 DEPTH = 3  # of folders; the Trainer's checkpoints need one
 
 # What torch.load(weights_only=True) does not know and the Trainer, accelerate or DeepSpeed write nevertheless.
@@ -65,7 +66,7 @@ STORED_BY_DCP: dict[str, set[str]] = {
 }  # fmt: skip
 
 
-def check_checkpoint(checkpoint: str | Path, option: str = OPTION) -> None:
+def check_checkpoint(checkpoint: str | Path, option: str = OPTION, *, best: bool = True) -> None:
     """Refuse a checkpoint-N folder of any backend that could run code or reach out of its folder.
 
     Call it before ``Trainer.train(resume_from_checkpoint=...)`` on a checkpoint that somebody else wrote. It reads
@@ -74,6 +75,7 @@ def check_checkpoint(checkpoint: str | Path, option: str = OPTION) -> None:
     Args:
         checkpoint: the folder.
         option: what named it, for the error.
+        best: check the best checkpoint of its run, too, which ``load_best_model_at_end`` reads.
 
     Raises:
         OptionError: a file whose objects are more than tensors, numbers and texts; one that cannot be read; a
@@ -84,9 +86,9 @@ def check_checkpoint(checkpoint: str | Path, option: str = OPTION) -> None:
     _check_files(folder, option)
     if (folder / TRAINER).is_file():
         state = trainer_state(folder, option)
-        best = [Path(state.get("best_model_checkpoint") or folder)]
-        best.append(folder.with_name(f"checkpoint-{state.get('best_global_step') or 0}"))
-        for other in best:  # load_best_model_at_end reads one of them
+        others = [Path(state.get("best_model_checkpoint") or folder)]
+        others.append(folder.with_name(f"checkpoint-{state.get('best_global_step') or 0}"))
+        for other in others if best else ():
             if other.is_dir() and other != folder:
                 _check_files(other, option)
 
@@ -97,16 +99,19 @@ def check_weights(folder: Path, option: str) -> None:
     Raises:
         OptionError: naming the file.
     """
+    whole = "a file of a complete causal language model"
     paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
     safe = [path for path in paths if path.suffix == ".safetensors"]
     for path in paths:
-        if path in safe or path.name.endswith(".index.json"):
-            _check_file(path, option)
+        if path in safe:
+            _check_header(path, option, whole)
+        elif path.name.endswith(".index.json"):
+            _check_index(path, option)
         elif WEIGHTS.fullmatch(path.name) and not safe:  # else it is not what would be loaded
             if zipfile.is_zipfile(path):
-                _check_file(path, option)
+                _check_torch(path, path, option)
             else:  # the format of before torch 1.6, which only torch itself can tell from others
-                with _reading(path, option), warnings.catch_warnings():
+                with _reading(path, option, whole), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of pickle protocols
                     torch.load(path, map_location="meta", weights_only=True)
 
@@ -151,10 +156,7 @@ def _check_file(path: Path, option: str) -> None:
     elif path.suffix in TORCH_SUFFIXES:
         _check_torch(path, path, option)
     elif path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with _reading(path, option), safe_open(path, framework="pt"):  # reads the header
-            pass
+        _check_header(path, option)
     elif path.name.endswith(".index.json"):
         _check_index(path, option)
     elif path.suffix == ".json":
@@ -173,6 +175,13 @@ def _files(folder: Path, depth: int) -> Iterator[Path]:
             yield path
         elif depth:
             yield from _files(path, depth - 1)
+
+
+def _check_header(path: Path, option: str, whole: str = WHOLE) -> None:
+    from safetensors import safe_open
+
+    with _reading(path, option, whole), safe_open(path, framework="pt"):
+        pass
 
 
 def _check_torch(path: Path, source: Path | IO[bytes], option: str) -> None:
@@ -288,7 +297,7 @@ def _json(path: Path, option: str) -> Any:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, option: str) -> Iterator[None]:
+def _reading(path: Path, option: str, whole: str = WHOLE) -> Iterator[None]:
     """Whatever is raised means that the file is not what it should be."""
     try:
         yield
@@ -298,7 +307,7 @@ def _reading(path: Path, option: str) -> Iterator[None]:
         _refuse_names(path, option, str(error))
     except Exception as error:  # a damaged file makes any of a dozen classes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        _refuse(path, option, "a whole file of a checkpoint", f"It cannot be read ({reason}).")
+        _refuse(path, option, whole, f"It cannot be read ({reason}).")
 
 
 def _refuse_names(path: Path, option: str, *names: str) -> NoReturn:
