@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
-from galore_trainer.hf.unpickling import OPTION, STORED_BY_DEEPSPEED, TRAINER, check_checkpoint, trainer_state
+from galore_trainer.hf.unpickling import OPTION, STORED_BY_DEEPSPEED, TRAINER, WHOLE, check_checkpoint, trainer_state
 from galore_trainer.optim.state import OTHER_LAYOUT, SLICES
 from galore_trainer.optim.streams import logical_name
 from galore_trainer.optim.whole import whole_of_names, whole_of_slices
@@ -171,7 +171,7 @@ def _explained(checkpoint: Path) -> Iterator[None]:
         yield
     except (RuntimeError, OSError, LookupError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise OptionError(OPTION, str(checkpoint), "a checkpoint with all of its files, whole", reason) from error
+        raise OptionError(OPTION, str(checkpoint), WHOLE, reason) from error
 
 
 def _load(path: Path) -> Any:

@@ -31,7 +31,7 @@ TRAINER, ARGUMENTS = "trainer_state.json", "training_args.bin"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 WEIGHTS = re.compile(r"(pytorch_model|adapter_model).*\.bin")
 ZIP = b"PK\x03\x04"  # what a file or an object of torch.save begins with
-WHOLE = "a whole file of a checkpoint"
+WHOLE = "a checkpoint with all of its files, whole"
 DEPTH = 3  # of folders; the Trainer's checkpoints need one
 
 # What torch.load(weights_only=True) does not know and the Trainer, accelerate or DeepSpeed write nevertheless.
