@@ -166,8 +166,6 @@ def _read(name: str, file: Path) -> Any:
     try:
         read_mapping(file.read_text(encoding="utf-8"), name)  # with limits that accelerate's reader does not have
         found = load_config_from_file(str(file))
-    except OptionError:
-        raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         way_out = f"{' '.join(str(error).split()).rstrip('.')}. 'accelerate config' writes one."
         raise OptionError(CONFIG, name, wanted, way_out) from error
