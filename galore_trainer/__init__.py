@@ -13,6 +13,7 @@ _HOMES = {
     "GaLoreAdamW": "galore_trainer.optim.galore_adamw",
     "GaLoreCallback": "galore_trainer.hf.callback",
     "build_optimizer": "galore_trainer.hf.build",
+    "check_checkpoint": "galore_trainer.hf.unpickling",
     "export_state": "galore_trainer.hf.checkpoints",
     "galore_plugin": "galore_trainer.hf.build",
     "import_state": "galore_trainer.hf.elastic",
@@ -23,6 +24,7 @@ __all__ = [
     "GaLoreConfig",
     "OptionError",
     "build_optimizer",
+    "check_checkpoint",
     "export_state",
     "galore_plugin",
     "import_state",
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from galore_trainer.hf.callback import GaLoreCallback
     from galore_trainer.hf.checkpoints import export_state
     from galore_trainer.hf.elastic import import_state
+    from galore_trainer.hf.unpickling import check_checkpoint
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
 

@@ -1,6 +1,6 @@
-"""One question asked before anything is loaded by hub id: can the hub be reached, or is there a copy in the cache?
+"""Questions asked before a hub id is used: can the hub be reached, is there a copy in the cache, who is logged in?
 
-Without it the first request is retried for up to a minute before a user learns that there is no network.
+Without them the first request is retried for up to a minute before a user learns that there is no network.
 """
 
 from __future__ import annotations
@@ -31,15 +31,9 @@ def require_hub(option: str, repo_id: str, repo_type: Literal["model", "dataset"
     Raises:
         OptionError: the hub does not answer (or ``HF_HUB_OFFLINE`` is set) and the cache holds no copy.
     """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        failure = probe(constants.ENDPOINT)
-        if failure is None:
-            return True
-        reason = f"{constants.ENDPOINT} cannot be reached ({failure})"
+    reason = out_of_reach()
+    if reason is None:
+        return True
     if is_cached(repo_id, repo_type):
         return False
     raise OptionError(option, repo_id, f"a {repo_type} at hand; {reason} and the local cache has no copy", way_out)
@@ -59,6 +53,45 @@ def require_model(option: str, repo_id: str, embedded: str) -> bool:
     """``require_hub`` for a model; the way out is a folder, or the model that needs no network."""
     way_out = f"No folder has this name either. Give one that exists, or {embedded}."
     return require_hub(option, repo_id, "model", way_out)
+
+
+def require_writer(option: str, way_out: str) -> tuple[str, list[str]]:
+    """Make sure that a model can be uploaded later on: the hub answers, and its user may write.
+
+    Args:
+        option: what asks for the upload, for the error.
+        way_out: what a user without a network can do instead.
+
+    Returns:
+        The user's name, and the names of the organizations that the user belongs to.
+
+    Raises:
+        OptionError: no network, nobody logged in, or a token that may only read.
+    """
+    if reason := out_of_reach():
+        raise OptionError(option, True, f"a hub to upload to; {reason}", way_out)
+    from huggingface_hub import HfApi
+
+    wanted, login = "a login that may write", "Set the environment variable HF_TOKEN, or run 'hf auth login'."
+    try:
+        user = HfApi().whoami()
+    except Exception as error:  # no token, a revoked one, or the connection broke: there is no login to use
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise OptionError(option, True, wanted, f"The hub says: {reason}. {login}") from error
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise OptionError(option, True, wanted, f"The token of {user['name']} may only read. {login}")
+    return user["name"], [organization["name"] for organization in user.get("orgs", ())]
+
+
+def out_of_reach() -> str | None:
+    """Why the hub cannot be used now, in words; None where it can."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    failure = probe(constants.ENDPOINT)
+    return None if failure is None else f"{constants.ENDPOINT} cannot be reached ({failure})"
 
 
 def probe(endpoint: str) -> str | None:

@@ -1,8 +1,8 @@
 """Recipes: where examples come from and how answers are scored, one file a task.
 
 A recipe is a module with ``FIELDS`` (its column names), ``recognises(columns)``, ``parse(rows)`` and, where answers are
-numbers, ``TOLERANCE``, or a ``score(predictions, examples)`` of its own. A new one is such a file, its line in the
-tables below, and its name in ``base.Task``.
+no numbers, a ``score(predictions, examples)`` of its own. A new one is such a file, its line in the table below, and
+its name in ``base.Task``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ __all__ = ["DataConfig", "Example", "TaskData", "load_data", "score"]
 
 # In the order that auto asks them.
 RECIPES: dict[str, ModuleType] = {"sft": sft, "mawps": mawps, "gsm8k": gsm8k, "nlg": nlg}
-TOLERANCE: dict[str, float] = {"arithmetic": arithmetic.TOLERANCE, "gsm8k": gsm8k.TOLERANCE, "mawps": mawps.TOLERANCE}
 GENERATED = 2000  # training examples of a generator when data.train_samples is unset
 
 
@@ -73,7 +72,7 @@ def score(task: str, predictions: list[str], examples: list[Example]) -> dict[st
     golds = [example.answer for example in examples if example.answer is not None]
     if not golds:
         return {"n": len(examples)}
-    result = exact_match(predictions, golds, TOLERANCE[task])
+    result = exact_match(predictions, golds)
     result["per_example"] = [
         {"id": example.id, "prediction": prediction, "answer": example.answer, **row}
         for example, prediction, row in zip(examples, predictions, result["per_example"], strict=True)

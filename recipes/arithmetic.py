@@ -26,7 +26,6 @@ from galore_trainer.recipes.base import Example, question_example
 from galore_trainer.recipes.templates import BOXES, BY_STEPS, PEOPLE, THINGS, Template
 
 Split = Literal["train", "eval"]
-TOLERANCE = 1e-6
 EVAL_SHARE = 5  # one in so many problems belongs to the eval split
 DRAWS = 500  # sets of numbers tried on a template before another one is taken
 TEMPLATES_TRIED = 50

@@ -7,7 +7,7 @@ import math
 import operator
 import re
 
-TOLERANCE = 1e-3  # relative; answers in the data are rounded by hand
+ROUNDING = 1e-3  # relative; numbers in the data are rounded by hand: 0.6667 for two thirds
 LONGEST = 500
 
 OPERATORS = {
@@ -30,7 +30,7 @@ def parse(text: str) -> ast.expr:
         if len(text) > LONGEST:
             raise EquationError(f"longer than {LONGEST} characters")
         tree = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # the last two of nested brackets
         raise EquationError(f"cannot read {text[:60]!r}") from error
     for node in ast.walk(tree):
         number = isinstance(node, ast.Constant) and type(node.value) in (int, float)
@@ -95,7 +95,7 @@ def format_number(value: float) -> str:
         return str(int(value))
     digits = 4
     if abs(value) < 1:
-        digits += int(f"{abs(value):e}".split("e-")[1]) - 1
+        digits += -math.floor(math.log10(abs(value))) - 1
     return f"{value:.{digits}f}".rstrip("0").rstrip(".")
 
 
@@ -106,7 +106,8 @@ def working(equation: str, answer: float) -> list[str]:
     unknown is kept as it is, ``x - 6 = 52``, if the answer solves it.
 
     Raises:
-        EquationError: it cannot be read, or it does not give the answer within a relative 1e-3.
+        EquationError: it cannot be read, or it does not give the answer: within a relative 1e-3, as people round what
+            they compute, but exactly where both are integers.
     """
     sides = [parse(side) for side in equation.split("=")]
     names = {node.id for side in sides for node in ast.walk(side) if isinstance(node, ast.Name)}
@@ -114,9 +115,15 @@ def working(equation: str, answer: float) -> list[str]:
         raise EquationError(f"not one equation in one unknown: {equation[:60]!r}")
     values = [evaluate(side, answer) for side in sides]
     wanted = values[-1] if names else answer
-    if any(abs(value - wanted) > max(TOLERANCE * abs(wanted), 1e-9) for value in values):
+    if not all(_agree(value, wanted) for value in values):
         raise EquationError(f"it does not give {format_number(answer)}: {equation[:60]!r}")
     solved = [side for side in sides if not any(isinstance(node, ast.Name) for node in ast.walk(side))]
     if names and not (solved and any(isinstance(side, ast.Name) for side in sides)):
         return [f"{render(sides[0])} = {render(sides[1])}"]
     return [] if isinstance(solved[0], ast.Constant) else [f"{render(solved[0])} = {format_number(answer)}"]
+
+
+def _agree(value: float, wanted: float) -> bool:
+    if value == int(value) and wanted == int(wanted):
+        return value == wanted
+    return abs(value - wanted) <= max(ROUNDING * abs(wanted), 1e-9)

@@ -5,7 +5,8 @@
                Natalia sold 48+24 = 72 clips altogether in April and May.
                #### 72
 
-Calculator annotations (``48/2 = <<48/2=24>>24``) are taken out of the targets.
+Calculator annotations (``48/2 = <<48/2=24>>24``) are taken out of the targets. A gold number in another spelling
+(``$5.00``, ``+5``, ``1e3``) is written in plain digits, so that a model that writes its target scores as right.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from galore_trainer.metrics.answers import to_number
+from galore_trainer.metrics.answers import EXTRACTIONS, plain_number, same_number
 from galore_trainer.recipes.base import Parsed, counted, question_example
 from galore_trainer.recipes.sources import Row
 
 FIELDS = ("question", "answer")
-TOLERANCE = 1e-6
 ANNOTATION = re.compile(r"<<[^<>]*>>")
+USUAL = re.compile(r"-?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?")  # stays as it is written
+FREE_TEXT = "Free text is trained on with data.task=sft and data.columns={prompt: question, completion: answer}."
 
 
 def recognises(columns: Collection[str]) -> bool:
@@ -33,16 +35,18 @@ def parse(rows: list[Row]) -> Parsed:
     for row in rows:
         solution, count = ANNOTATION.subn("", row.text("answer"))
         annotations += count
-        steps, mark, gold = solution.rpartition("####")
-        gold = gold.strip()
-        if not mark or to_number(gold) is None:
+        steps, mark, written = solution.rpartition("####")
+        written = written.strip()
+        gold = plain_number(written) if mark else None
+        if gold is None:
+            raise row.refuse("answer", "a solution ending in '#### number'", FREE_TEXT)
+        last = f"#### {written if USUAL.fullmatch(written) else gold}"
+        target = "\n".join([*(line.rstrip() for line in steps.strip().split("\n")), last]).strip()
+        if not all(same_number(extract(target), gold) for extract in EXTRACTIONS.values()):
             raise row.refuse(
-                "answer",
-                "a solution ending in '#### number'",
-                "Free text is trained on with data.task=sft and data.columns={prompt: question, completion: answer}.",
+                "answer", "one '#### number' alone, at the end", "The first one is what strict scoring reads."
             )
-        target = "\n".join([*(line.rstrip() for line in steps.strip().split("\n")), f"#### {gold}"]).strip()
-        examples.append(question_example(row.text("question").strip(), target, gold.replace(",", ""), row.id))
+        examples.append(question_example(row.text("question").strip(), target, gold, row.id))
     notes = (
         [f"{counted(annotations, 'calculator annotation')} <<...>> taken out of the solutions"] if annotations else []
     )

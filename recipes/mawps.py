@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from decimal import Decimal
 from typing import Any
 
 from galore_trainer.recipes.base import Parsed, counted, question_example
@@ -25,7 +26,6 @@ from galore_trainer.recipes.equations import parse as parse_equation
 from galore_trainer.recipes.sources import Row
 
 FIELDS = ("question", "equation", "answer", "numbers")
-TOLERANCE = 1e-3
 ALIASES = {
     "question": ("question", "original_text", "Question", "sQuestion"),
     "equation": ("equation", "Equation", "lEquations", "expression", "chain"),
@@ -47,10 +47,12 @@ def parse(rows: list[Row]) -> Parsed:
     examples, eval_only, unanswered, joined = [], [], [], 0
     for row in rows:
         numbers = str(_get(row, "numbers", "")).split()
-        question = _fill_blanks(_required(row, "question"), numbers)
+        try:
+            question, equation = (_fill_blanks(_required(row, field), numbers) for field in ("question", "equation"))
+        except EquationError:
+            raise row.refuse("numbers", "numbers for the blanks N_00, N_01, ...") from None
         text = join_tokens(question)
         joined += text != question
-        equation = _fill_blanks(_required(row, "equation"), numbers)
         try:
             answer = _number(_get(row, "answer"))
         except EquationError:
@@ -99,6 +101,8 @@ def _number(value: Any) -> float:
     """A number from ``2.0``, ``"106491.0"``, ``"1_000"``, ``"3/5"``, ``"$5"`` or a list of one of them."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
+    if not isinstance(value, str | int | float | Decimal):
+        raise EquationError("no number")
     return evaluate(parse_equation(re.sub(r"[$%]", "", str(value))))
 
 

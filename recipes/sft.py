@@ -6,12 +6,11 @@ text, or a list of ``{"role", "content"}`` turns; a CSV cell may hold such a lis
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from typing import Any
 
 from galore_trainer.recipes.base import Example, Parsed, counted
-from galore_trainer.recipes.sources import Row
+from galore_trainer.recipes.sources import MalformedJson, Row, decode_json
 
 FIELDS = ("messages", "prompt", "completion")
 ROLES = ("system", "user", "assistant")
@@ -65,7 +64,8 @@ def _turns(row: Row, field: str, role: str | None) -> list[dict[str, str]]:
 
 def _json_turns(text: str) -> list[Any] | None:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value, end = decode_json(text)
+    except MalformedJson:
         return None
-    return value if isinstance(value, list) and all(isinstance(v, dict) and "role" in v for v in value) else None
+    turns = isinstance(value, list) and all(isinstance(v, dict) and "role" in v for v in value)
+    return value if turns and end == len(text) else None

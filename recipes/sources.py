@@ -17,6 +17,8 @@ from galore_trainer.recipes.base import EMBEDDED, REASONING_GYM, RESTAURANTS
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DECODER, _BLANKS = json.JSONDecoder(), re.compile(r"[ \t\n\r]*")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 Kind = Literal["embedded", "reasoning_gym", "file", "hub"]
 
 
@@ -120,34 +122,85 @@ def _numbered(option: str, source: str, path: Path, form: str) -> Iterable[tuple
     return _json_lines(option, source, text)
 
 
+class MalformedJson(ValueError):
+    """Text that is no JSON that can be used.
+
+    Attributes:
+        position: where in the text.
+        reason: in words.
+    """
+
+    def __init__(self, reason: str, position: int) -> None:
+        super().__init__(reason)
+        self.reason, self.position = reason, position
+
+
+def decode_json(text: str, position: int = 0) -> tuple[Any, int]:
+    """The JSON value that begins at or after ``position``, and the position of what follows it and its blanks.
+
+    Raises:
+        MalformedJson: a syntax error, too deep a nesting, an integer of thousands of digits, half a surrogate pair.
+    """
+    start = _after_blanks(text, position)
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        raise MalformedJson(error.msg, error.pos) from error
+    except RecursionError:
+        raise MalformedJson("brackets are nested too deeply", start) from None
+    except ValueError as error:  # Python's limit on the digits of an integer
+        raise MalformedJson("an integer has too many digits", start) from error
+    if half := _SURROGATE.search(text, start, end):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            reason = f"{half.group()} or a later one is half of a surrogate pair, which is no character"
+            raise MalformedJson(reason, half.start()) from error
+    return value, _after_blanks(text, end)
+
+
+def _after_blanks(text: str, position: int) -> int:
+    return _BLANKS.match(text, position).end()  # type: ignore[union-attr]
+
+
 def _json_lines(option: str, source: str, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _malformed(option, source, "JSON", number, f"column {error.colno}: {error.msg}") from error
+                value, end = decode_json(line)
+                if end < len(line):
+                    raise MalformedJson("more than one value", end)
+            except MalformedJson as error:
+                reason = f"column {error.position + 1}: {error.reason}"
+                raise _malformed(option, source, "JSON", number, reason) from error
+            yield number, value
 
 
 def _json_array(option: str, source: str, text: str) -> Iterator[tuple[int, Any]]:
+    line, counted, position = 1, 0, _after_blanks(text, text.index("[") + 1)
     try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _malformed(option, source, "JSON", error.lineno, f"column {error.colno}: {error.msg}") from error
-    between, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
-    position, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        position = between.match(text, position).end()  # type: ignore[union-attr]
-        if text[position] == "]":
-            return
-        line, counted = line + text.count("\n", counted, position), position
-        value, position = decoder.raw_decode(text, position)
-        yield line, value
+        while text[position : position + 1] != "]":
+            line, counted = line + text.count("\n", counted, position), position
+            value, position = decode_json(text, position)
+            yield line, value
+            if text[position : position + 1] == ",":
+                position = _after_blanks(text, position + 1)
+                if text[position : position + 1] == "]":
+                    raise MalformedJson("nothing follows the comma", position)
+            elif text[position : position + 1] != "]":
+                raise MalformedJson("',' or ']' is missing", position)
+        if (end := _after_blanks(text, position + 1)) < len(text):
+            raise MalformedJson("something follows the closing bracket", end)
+    except MalformedJson as error:
+        number = text.count("\n", 0, error.position) + 1
+        column = error.position - text.rfind("\n", 0, error.position)
+        raise _malformed(option, source, "JSON", number, f"column {column}: {error.reason}") from error
 
 
 def _csv(option: str, source: str, text: str) -> Iterator[tuple[int, Any]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     number, header = 1, None
+    limit = csv.field_size_limit(max(len(text), 1))  # its default of 131,072 characters is less than a long document
     try:
         for cells in reader:
             if header is None:
@@ -161,6 +214,8 @@ def _csv(option: str, source: str, text: str) -> Iterator[tuple[int, Any]]:
             number = reader.line_num + 1
     except csv.Error as error:
         raise _malformed(option, source, "CSV", number, str(error)) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet(option: str, source: str, path: Path) -> Iterable[tuple[int, Any]]:
@@ -169,8 +224,8 @@ def _parquet(option: str, source: str, path: Path) -> Iterable[tuple[int, Any]]:
 
     try:
         return enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
-    except pyarrow.ArrowException as error:
-        raise OptionError(option, source, f"a Parquet file ({error})") from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter of a date out of range
+        raise OptionError(option, source, f"a Parquet file ({' '.join(str(error).split())})") from error
 
 
 def _malformed(option: str, source: str, form: str, line: int, reason: str) -> OptionError:
@@ -178,7 +233,10 @@ def _malformed(option: str, source: str, form: str, line: int, reason: str) -> O
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} with brackets nested deeply"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

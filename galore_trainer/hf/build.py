@@ -18,6 +18,7 @@ from galore_trainer.hf.backend import Backend, training_backend
 from galore_trainer.hf.callback import GaLoreCallback
 from galore_trainer.hf.checkpoints import check_layout
 from galore_trainer.hf.membership import watch_first_steps
+from galore_trainer.hf.unpickling import check_checkpoint
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.groups import parameter_groups, plan_weights
@@ -81,12 +82,13 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
     Raises:
         OptionError: ``optim``, ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or a setting
             that sharded weights do not allow under FSDP or DeepSpeed; ``resume_from_checkpoint`` names a checkpoint of
-            another launch or of weights only.
+            another launch, of weights only, or one that ``check_checkpoint`` refuses.
     """
     config = _fitting(config, args)
     resume = getattr(args, "resume_from_checkpoint", None)
     if isinstance(resume, str) and os.path.isdir(resume):
         check_layout(resume, args)
+        check_checkpoint(resume, "resume_from_checkpoint")
     settings = {"config": config, "args": args}
     return {"optimizer_cls_and_kwargs": (GaLoreFactory, settings), "callbacks": [GaLoreCallback(plugin=settings)]}
 

@@ -7,8 +7,8 @@ with ``save_only_model`` none of them is written.
 from __future__ import annotations
 
 import contextlib
-import json
 import pickle
+import pkgutil
 import re
 import shutil
 import tempfile
@@ -22,12 +22,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
+from galore_trainer.hf.unpickling import OPTION, STORED_BY_DEEPSPEED, TRAINER, WHOLE, check_checkpoint, trainer_state
 from galore_trainer.optim.state import OTHER_LAYOUT, SLICES
 from galore_trainer.optim.streams import logical_name
 from galore_trainer.optim.whole import whole_of_names, whole_of_slices
 
-OPTIMIZER, SCHEDULER, TRAINER, WEIGHTS = "optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors"
-OPTION = "checkpoint"
+OPTIMIZER, SCHEDULER, WEIGHTS = "optimizer.pt", "scheduler.pt", "model.safetensors"
 WHOLE_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 OF_A_LAUNCH = re.compile(
     r"pytorch_model_fsdp.*|optimizer.*|latest|zero_to_.*|training_args\.bin|manifest\.json|scaler\.pt"
@@ -136,7 +136,7 @@ def export_state(checkpoint: str | Path, output_dir: str | Path) -> Path:
 
 
 def check_whole_folder(checkpoint: Path) -> int:
-    """The step of a checkpoint; ``OptionError`` where the folder is none, or lacks what every backend writes."""
+    """The step of a checkpoint; ``OptionError`` where the folder is none, lacks a file, or is not safe to read."""
     if not checkpoint.is_dir():
         raise OptionError(OPTION, str(checkpoint), "the folder checkpoint-N of a run", "There is no such folder.")
     if (checkpoint / TRAINER).is_file() and written_by(checkpoint) == "weights":
@@ -145,7 +145,8 @@ def check_whole_folder(checkpoint: Path) -> int:
     if missing:
         way_out = f"It has no {' and no '.join(missing)}."
         raise OptionError(OPTION, str(checkpoint), "a checkpoint-N with its scheduler, written by the Trainer", way_out)
-    return json.loads((checkpoint / TRAINER).read_text(encoding="utf-8"))["global_step"]
+    check_checkpoint(checkpoint, best=False)
+    return trainer_state(checkpoint)["global_step"]
 
 
 def check_importable(checkpoint: str | Path) -> int:
@@ -170,7 +171,7 @@ def _explained(checkpoint: Path) -> Iterator[None]:
         yield
     except (RuntimeError, OSError, LookupError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise OptionError(OPTION, str(checkpoint), "a checkpoint with all of its files, whole", reason) from error
+        raise OptionError(OPTION, str(checkpoint), WHOLE, reason) from error
 
 
 def _load(path: Path) -> Any:
@@ -219,7 +220,7 @@ def _read_zero(checkpoint: Path, scratch: Path) -> Read:
     files = {m: path for path in folder.iterdir() if (m := RANK_FILE.fullmatch(path.name))}
     if not files or any(int(m[2]) for m in files):
         raise OptionError(OPTION, str(checkpoint), "DeepSpeed ZeRO-1, 2 or 3 without tensor parallelism")
-    with torch.serialization.safe_globals(_deepspeed_types()):
+    with torch.serialization.safe_globals([pkgutil.resolve_name(name) for name in STORED_BY_DEEPSPEED]):
         ordered = [_load(files[m])["optimizer_state_dict"] for m in sorted(files, key=lambda m: int(m[1]))]
     saved = [one.get("base_optimizer_state") or one["optimizer_state_dict"] for one in ordered]
     if any(not isinstance(one, dict) or SLICES not in one for one in saved):
@@ -246,15 +247,6 @@ def _with_trained(folder: Path, trained: Mapping[str, Tensor]) -> dict[str, Tens
         found.pop(alias, None)
     found = {name: trained.get(logical_name(name), weight) for name, weight in found.items()}
     return {name: weight for name, weight in found.items() if not (stage3 and weight.numel() == 0)}
-
-
-def _deepspeed_types() -> list[Any]:
-    """What DeepSpeed writes beside tensors."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _write_random_state(folder: Path) -> None:

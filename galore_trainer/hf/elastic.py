@@ -14,15 +14,8 @@ from transformers.trainer_callback import TrainerState
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
 from galore_trainer.hf.callback import unwrap_optimizer
-from galore_trainer.hf.checkpoints import (
-    OPTIMIZER,
-    OPTION,
-    SCHEDULER,
-    TRAINER,
-    WHOLE_WEIGHTS,
-    check_importable,
-    check_state,
-)
+from galore_trainer.hf.checkpoints import OPTIMIZER, SCHEDULER, WHOLE_WEIGHTS, check_importable, check_state
+from galore_trainer.hf.unpickling import OPTION, TRAINER
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
 from galore_trainer.optim.streams import logical_name
 from galore_trainer.optim.whole import put_whole

@@ -2,7 +2,8 @@
 
 ``strict`` and ``flexible`` are the two extractions of lm-evaluation-harness's ``gsm8k`` (first number after ``####``;
 last number of the text), ``last_number`` is that of LLM-Adapters. The harness compares strings; here numbers are
-compared, so that ``18.0`` equals ``18``, and an ellipsis is no number.
+compared, so that ``18.0`` equals ``18``, and an ellipsis is no number. Where the gold number is an integer the
+prediction must equal it; elsewhere it may be off by ``TOLERANCE``, as in LLM-Adapters' evaluation.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 LAST_NUMBER = re.compile(r"-?\d+\.?\d*")
+GOLD = re.compile(
+    r"\$?\s*(?P<sign>[-+\u2212]?)\s*\$?\s*"
+    r"(?P<whole>\d{1,3}(?:(?P<separator>[,_ \u00a0\u2009\u202f])\d{3})(?:(?P=separator)\d{3})*|\d*)"
+    r"(?:\.(?P<fraction>\d*))?(?:[eE](?P<exponent>[-+]?\d{1,3}))?\s*[$%]?"
+)
+TOLERANCE = 1e-3  # absolute, for gold numbers that are no integers
 NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
@@ -45,19 +53,54 @@ EXTRACTIONS: dict[str, Callable[[str], str | None]] = {
 
 def to_number(text: str | None) -> float | None:
     """The number a text spells, without ``$ , %`` and a closing full stop; None where it spells none."""
+    value = _exact(text)
+    return None if value is None else float(value)
+
+
+def same_number(predicted: str | None, gold: str | None, tolerance: float = TOLERANCE) -> bool:
+    """Whether both texts spell the same number.
+
+    Args:
+        predicted: what was found in a prediction.
+        gold: the right answer.
+        tolerance: largest absolute difference from a gold number that is no integer; an integer must be equal.
+    """
+    left, right = _exact(predicted), _exact(gold)
+    if left is None or right is None:
+        return False
+    if right == right.to_integral_value():
+        return left == right
+    return abs(left - right) <= Decimal(str(tolerance))
+
+
+def plain_number(text: str) -> str | None:
+    """A gold answer in plain digits, which every extraction reads; None where it is no number.
+
+    ``$5.00``, ``+5``, ``1e3``, ``1_000``, ``1 234`` become ``5``, ``5``, ``1000``, ``1000``, ``1234``.
+    """
+    match = GOLD.fullmatch(text.strip())
+    if not match or not (match["whole"] or match["fraction"]):
+        return None
+    sign = "-" if match["sign"] in ("-", "\u2212") else ""
+    whole = re.sub(r"\D", "", match["whole"])
+    value = _exact(f"{sign}{whole or 0}.{match['fraction'] or 0}e{match['exponent'] or 0}")
+    if value is None:
+        return None
+    whole, _, fraction = f"{value:f}".partition(".")
+    fraction = fraction.rstrip("0")
+    plain = f"{whole}.{fraction}" if fraction else whole
+    return "0" if plain == "-0" else plain
+
+
+def _exact(text: str | None) -> Decimal | None:
+    """The value of ``to_number`` without rounding; None where a float could not hold its size."""
     if text is None:
         return None
     try:
-        value = float(re.sub(r"[$,%\s]", "", text).rstrip("."))
-    except ValueError:
+        value = Decimal(re.sub(r"[$,%\s]", "", text).rstrip("."))
+        return value if value.is_finite() and math.isfinite(float(value)) else None
+    except (ArithmeticError, ValueError):
         return None
-    return value if math.isfinite(value) else None
-
-
-def same_number(predicted: str | None, gold: str | None, tolerance: float = 1e-6) -> bool:
-    """Whether both texts spell the same number, up to a difference of ``tolerance`` relative to the gold one."""
-    left, right = to_number(predicted), to_number(gold)
-    return left is not None and right is not None and abs(left - right) <= max(tolerance * abs(right), 1e-9)
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
@@ -70,13 +113,12 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # the share itself is inside
 
 
-def exact_match(predictions: Sequence[str], golds: Sequence[str], tolerance: float = 1e-6) -> dict[str, Any]:
-    """Score texts against gold numbers under every extraction.
+def exact_match(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, Any]:
+    """Score texts against gold numbers under every extraction, as ``same_number`` compares them.
 
     Args:
         predictions: what the model wrote, one text an example.
         golds: the gold numbers as text, in the same order.
-        tolerance: largest difference relative to the gold number that still counts as equal.
 
     Returns:
         ``n``; per extraction ``exact_match_<name>`` with ``value`` and its 95 % interval ``low``, ``high`` (shares from
@@ -86,9 +128,7 @@ def exact_match(predictions: Sequence[str], golds: Sequence[str], tolerance: flo
     per_example: list[dict[str, Any]] = []
     for prediction, gold in zip(predictions, golds, strict=True):
         found = {name: extract(prediction) for name, extract in EXTRACTIONS.items()}
-        per_example.append(
-            {**found, **{f"{name}_correct": same_number(text, gold, tolerance) for name, text in found.items()}}
-        )
+        per_example.append({**found, **{f"{name}_correct": same_number(text, gold) for name, text in found.items()}})
     result: dict[str, Any] = {"n": len(golds)}
     for name in EXTRACTIONS:
         correct = sum(row[f"{name}_correct"] for row in per_example)

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     """Build the Trainer's arguments (``trl.SFTConfig`` under ``trainer: trl``): the user's fields verbatim.
 
-    ``bf16: auto`` is decided for this machine.
+    ``bf16: auto`` is decided for this machine; ``push_to_hub`` is not the Trainer's.
 
     Args:
         config: the run.
@@ -32,6 +32,7 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
 
     cls, below = arguments_class(config)
     fields = {**below, **more, **config.training}
+    fields.pop("push_to_hub", None)  # publish.py uploads the model; the Trainer would upload all of output_dir
     device = device_type(use_cpu=bool(fields.get("use_cpu")))
     if fields.get("bf16") == "auto":
         fields["bf16"] = not fields.get("fp16") and uses_bf16("auto", device)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from galore_trainer.recipes.sources import kind_of
 from galore_trainer.run.methods import METHODS
-from galore_trainer.run.model import HUB_ID, public_name
+from galore_trainer.run.model import public_name
 from galore_trainer.run.scores import metric_cells
 from galore_trainer.run.yaml_io import dump
 
@@ -19,7 +20,6 @@ TRAINING = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "bf16", "seed",
 )  # fmt: skip
-DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def model_card(
@@ -39,12 +39,14 @@ def model_card(
         environment: what ``artifacts.environment`` returned.
     """
     method = METHODS[config.method]
-    base, data = public_name(config.model_name_or_path), _public_data(config.data.source)
+    base, data = public_name(config.model_name_or_path), config.data.source
+    kind = kind_of("data.source", data)
+    data = PurePath(data).name if kind == "file" else data
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if "/" in base:
         header["base_model"] = base
-    if data == config.data.source and HUB_ID.fullmatch(data):
-        header["datasets"] = [data]
+    if hub_ids := [source for source in _sources(config) if kind_of("data.source", source) == "hub"]:
+        header["datasets"] = hub_ids
     header["tags"] = ["galore" if method.block == "galore" else config.method, "galore-trainer"]
     knobs: dict[str, Any] = {key: getattr(config, key) for key in ("method", "trainer", "dtype", "max_length")}
     if block := method.block:
@@ -56,7 +58,7 @@ def model_card(
         f"---\n{dump(header).strip()}\n---\n",
         f"# {base.rpartition('/')[2]}, fine-tuned with {method.title.partition(' (')[0]}\n",
         f"- Base model: `{base}`",
-        f"- Data: `{data}`" + (f", split `{config.data.split}`" if "datasets" in header else ""),
+        f"- Data: `{data}`" + (f", split `{config.data.split}`" if kind == "hub" else ""),
         f"- Method: {method.title}, by galore-trainer\n",
         "## Result\n",
         *_result_table(before, after),
@@ -103,5 +105,7 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
     return {**cells, "loss on the targets": f"{result['eval_loss']:.3f}", "examples": str(result["n"])}
 
 
-def _public_data(source: str) -> str:
-    return PurePath(source).name if source.endswith(DATA_FILES) else source
+def _sources(config: RunConfig) -> list[str]:
+    """What the model was trained on, and evaluated on if that is something else."""
+    sources = (config.data.source, config.data.eval_source)
+    return list(dict.fromkeys(source for source in sources if source is not None))

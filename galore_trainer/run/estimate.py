@@ -204,7 +204,7 @@ def _model_config(config: RunConfig) -> Any:
 
     source = resolve_model(config.model_name_or_path)
     try:
-        return AutoConfig.from_pretrained(source.path, local_files_only=source.local_files_only)
+        return AutoConfig.from_pretrained(source.path, **source.options)
     except (OSError, ValueError, KeyError) as error:
         wanted = "a model whose config.json transformers can read"
         raise OptionError("model_name_or_path", config.model_name_or_path, wanted, str(error)) from error

@@ -84,7 +84,7 @@ def evaluate_examples(
         raise OptionError("data.eval_samples", config.data.eval_samples, "at least one example to evaluate on")
     start = time.perf_counter()
     bf16 = uses_bf16(config.training.get("bf16"), model.device.type)
-    prompts = [render_prompt(tokenizer, example.messages) for example in examples]
+    prompts = [render_prompt(tokenizer, example.messages, example.id) for example in examples]
     predictions = generate(
         model, tokenizer, prompts, max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size,
         bf16=bf16, progress=progress,

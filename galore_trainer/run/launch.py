@@ -15,6 +15,7 @@ from typing import Any
 from galore_trainer.errors import OptionError
 from galore_trainer.run.config import RunConfig, packaged_configs, read_packaged
 from galore_trainer.run.methods import check_backend, require_package
+from galore_trainer.run.yaml_io import read_mapping
 
 PROCESSES, CONFIG = "--num-processes", "--launch-config"
 DEFAULT = "ddp"
@@ -163,6 +164,7 @@ def _read(name: str, file: Path) -> Any:
 
     wanted = "a configuration of accelerate"
     try:
+        read_mapping(file.read_text(encoding="utf-8"), name)  # with limits that accelerate's reader does not have
         found = load_config_from_file(str(file))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         way_out = f"{' '.join(str(error).split()).rstrip('.')}. 'accelerate config' writes one."

@@ -35,6 +35,11 @@ class Source(NamedTuple):
     path: str  # a folder or a hub id
     local_files_only: bool  # True for folders, and for a hub id that only the local cache can serve now
 
+    @property
+    def options(self) -> dict[str, bool]:
+        """Keyword arguments of ``from_pretrained``; a model's own Python files are never run, nor asked about."""
+        return {"local_files_only": self.local_files_only, "trust_remote_code": False}
+
 
 def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, on the CPU.
@@ -49,12 +54,14 @@ def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel,
     import torch
     from transformers import AutoModelForCausalLM
 
+    from galore_trainer.hf.unpickling import check_weights
+
     source = resolve_model(name)
+    if (folder := Path(source.path)).is_dir():
+        check_weights(folder, OPTION)
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
     with _explained(name, source, "a complete causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=weights, local_files_only=source.local_files_only
-        )
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=weights, **source.options)
     if name == EMBEDDED:
         model.config._name_or_path = EMBEDDED_HUB_ID
     return model, _load_tokenizer(name, source)
@@ -85,7 +92,7 @@ def _load_tokenizer(name: str, source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _explained(name, source, "a model with its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=source.local_files_only)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
     if tokenizer.eos_token_id is None:
         raise OptionError(OPTION, name, "a tokenizer with an end token", "Set eos_token in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None:

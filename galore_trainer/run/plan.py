@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from galore_trainer.run.arguments import training_arguments
 from galore_trainer.run.config import RunConfig
 from galore_trainer.run.methods import METHODS, check_method
+from galore_trainer.run.publish import check_publish
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,12 +25,14 @@ def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
         launch: how it would be started, if not in this process.
 
     Raises:
-        OptionError: data that cannot be read, arguments that transformers refuses, a method that cannot run here.
+        OptionError: data that cannot be read, arguments that transformers refuses, a method that cannot run here, a hub
+            that cannot be uploaded to.
     """
     from galore_trainer.recipes import load_data
 
     arguments = training_arguments(config)
     check_method(config, arguments)
+    destination = check_publish(config)
     data = load_data(config.data)
     world = launch.processes if launch else arguments.world_size
     lines = [
@@ -41,6 +44,7 @@ def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
         ("steps", _steps(arguments, len(data.train), world)),
         *([("launch", f"{world} processes, {launch.name}")] if launch else ()),
         ("output", config.output_dir + _taken(config.output_dir)),
+        *([("upload", f"model, tokenizer and card to {destination.repo_id}")] if destination else ()),
     ]
     return "\n".join(f"{name:<14}{text}" for name, text in lines)
 

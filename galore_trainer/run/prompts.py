@@ -22,18 +22,48 @@ IGNORED = -100  # the label that torch's cross entropy skips
 PLAIN_TURN = {"system": "{}\n\n", "user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], name: str = "these turns"
+) -> str:
     """Write the turns as the model shall read them, up to where the assistant begins to write.
 
     With a chat template, that template; else ``Question: ...`` and ``Answer:``, after the begin token if the tokenizer
     sets one by itself. Encode the result with ``add_special_tokens=False``.
+
+    Args:
+        tokenizer: of the model.
+        messages: the turns.
+        name: of the example, for errors: its file and line.
+
+    Raises:
+        OptionError: the chat template raises, as some do on a system turn or on turns that do not alternate.
     """
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
-        return str(text)
+        turns = [dict(m) for m in messages]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            if not text:
+                raise ValueError("it writes nothing")
+            return text
+        except Exception as error:  # whatever a template does, it is the template's
+            raise _template_error(tokenizer, [m["role"] for m in messages], name, error) from error
     begin = tokenizer("")["input_ids"][:1]
     prefix = str(tokenizer.bos_token) if begin and begin[0] == tokenizer.bos_token_id else ""
     return prefix + "".join(PLAIN_TURN[m["role"]].format(m["content"]) for m in messages) + "Answer:"
+
+
+def _template_error(
+    tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], name: str, error: Exception
+) -> OptionError:
+    number = getattr(error, "lineno", None)  # of a syntax error
+    line = f" (its line {number})" if number is not None else ""
+    says = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{line}"
+    way_out = "Leave out data.system_prompt and system turns, or use" if "system" in roles else "Use"
+    return OptionError(
+        "chat_template", f"that of {tokenizer.name_or_path or 'the tokenizer'}",
+        f"a template that writes {name}, turns of {', '.join(roles)}",
+        f"It says {says}. {way_out} a model whose template takes them.",
+    )  # fmt: skip
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> dict[str, Any]:
@@ -44,7 +74,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
         Such an example is to be dropped, as ``encode_all`` does: a cut target would teach not to finish, a cut prompt
         would ask another question.
     """
-    prompt = token_ids(tokenizer, render_prompt(tokenizer, example.messages))
+    prompt = token_ids(tokenizer, render_prompt(tokenizer, example.messages, example.id))
     space = "" if tokenizer.chat_template else " "
     target = [*token_ids(tokenizer, space + example.target), tokenizer.eos_token_id]
     return {

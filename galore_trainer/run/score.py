@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.metrics.answers import exact_match, to_number
+from galore_trainer.metrics.answers import exact_match, plain_number
 from galore_trainer.metrics.nlg import nlg_scores
-from galore_trainer.recipes import TOLERANCE, nlg
-from galore_trainer.recipes.sources import SUFFIXES, Row, read_file, read_text
+from galore_trainer.recipes import nlg
+from galore_trainer.recipes.sources import SUFFIXES, MalformedJson, Row, decode_json, read_file, read_text
 from galore_trainer.recipes.split import gather
 
 TASKS = ("e2e", "gsm8k", "mawps")
@@ -48,7 +48,7 @@ def score_files(task: str, predictions: str, references: str) -> dict[str, Any]:
             if task == "e2e"
             else "",
         )
-    scores = nlg_scores(texts, groups) if task == "e2e" else exact_match(texts, golds, TOLERANCE[task])
+    scores = nlg_scores(texts, groups) if task == "e2e" else exact_match(texts, golds)
     del scores["per_example"]
     return {"task": task, **scores}
 
@@ -99,8 +99,9 @@ def _texts(row: Row) -> list[str]:
 
 def _gold(row: Row) -> str:
     answer = row.fields.get("answer")
-    gold = str(answer).rpartition("####")[2].strip()
-    if isinstance(answer, bool) or to_number(gold) is None:
+    number = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    gold = plain_number(str(answer).rpartition("####")[2]) if number else None
+    if gold is None:
         raise row.refuse(
             "answer", "a number or a solution ending in '#### number'", 'A line looks like {"answer": "72"}.'
         )
@@ -112,5 +113,12 @@ def _rows(option: str, source: str) -> list[Row]:
 
 
 def _has_fields(option: str, source: str) -> bool:
-    """Whether a file holds named fields, told from its ending or its first character, and not plain text."""
-    return Path(source).suffix in SUFFIXES or read_text(option, source).lstrip().startswith("{")
+    """Whether a file holds named fields, told from its ending or its first line, and not plain text."""
+    if Path(source).suffix in SUFFIXES:
+        return True
+    first, *_ = read_text(option, source).lstrip().split("\n", 1)
+    try:
+        value, end = decode_json(first)
+    except MalformedJson:
+        return False
+    return isinstance(value, dict) and end == len(first)

@@ -41,6 +41,10 @@ def choose_start(
         checkpoint, notes = choose_checkpoint(resume, output)
         for note in notes:
             say(note)
+        if checkpoint is not None:
+            from galore_trainer.hf.unpickling import check_checkpoint
+
+            check_checkpoint(checkpoint, "resume", best=config.training.get("load_best_model_at_end", False))
         return checkpoint
     if taken and not overwrite:
         raise OptionError(

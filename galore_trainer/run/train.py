@@ -28,6 +28,7 @@ from galore_trainer.run.distributed import (
     wait_for_all,
 )
 from galore_trainer.run.methods import ADAPTER, METHODS, check_method
+from galore_trainer.run.publish import Destination, check_publish, publish
 from galore_trainer.run.scores import in_words
 from galore_trainer.run.start import choose_start
 
@@ -128,6 +129,8 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
         result |= {"parameters": parameters, "seconds": _seconds(trainer, timing) | {"evaluation": evaluation_seconds}}
         _write_artifacts(output, config, trainer, result)
         say(_summary(result, output))
+        if ready.destination is not None:
+            say(f"upload  {publish(ready.destination, output / 'model')}")
     trainer.end() if hasattr(trainer, "end") else None
     return RunResult(output, result_path, False, result)
 
@@ -147,6 +150,7 @@ class Prepared:
     timing: Any
     interrupt: Any
     say: _Say
+    destination: Destination | None
 
 
 def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = False) -> Prepared:
@@ -157,6 +161,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     output = Path(config.output_dir).expanduser()
     checkpoint = choose_start(config, resume, overwrite, say)
     check_sharding(arguments, checkpoint)
+    destination = check_publish(config) if say.main else None
     wait_for_all()
 
     from transformers.utils.logging import disable_progress_bar
@@ -177,7 +182,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
             leave_files(model)
     trainer, timing, interrupt = _make_trainer(config, arguments, model, tokenizer, data, output, say)
     check_trainer(trainer)
-    return Prepared(trainer, model, tokenizer, data, checkpoint, timing, interrupt, say)
+    return Prepared(trainer, model, tokenizer, data, checkpoint, timing, interrupt, say, destination)
 
 
 def _clear(output: Path) -> None:

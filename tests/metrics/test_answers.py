@@ -5,11 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galore_trainer.metrics.answers import (
+    EXTRACTIONS,
     NORMAL_95,
     exact_match,
     extract_flexible,
     extract_last_number,
     extract_strict,
+    plain_number,
     same_number,
     to_number,
     wilson_interval,
@@ -49,15 +51,51 @@ def test_infinity_is_no_number():
     assert to_number("9" * 400) is None
 
 
-def test_comparison_is_numeric_and_relative_to_the_gold():
-    assert same_number("18.0", "18")
-    assert same_number("1,000", "1000")
-    assert not same_number("18.001", "18")
-    assert same_number("18.01", "18", tolerance=1e-3)
-    assert not same_number("18.02", "18", tolerance=1e-3)
-    assert same_number("0", "0")
-    assert not same_number("0.001", "0", tolerance=1e-3)
-    assert not same_number(None, "3")
+@pytest.mark.parametrize(
+    ("predicted", "gold", "same"),
+    [
+        ("18.0", "18", True),
+        ("1,000", "1000", True),
+        ("12345679", "12345678", False),
+        ("1001", "1000", False),
+        ("18.0001", "18", False),
+        ("12345678901234567891", "12345678901234567890", False),  # the same as floats
+        ("0", "0", True),
+        ("0.0001", "0", False),
+        ("-3", "-3.0", True),
+        ("1.8333", "1.8333333333333333", True),
+        ("27.151", "27.15", True),
+        ("27.1511", "27.15", False),
+        ("2000.501", "2000.5", True),
+        ("2000.6", "2000.5", False),
+        ("1", "0.99999999", True),
+        ("inf", "3", False),
+        ("9" * 400, "3", False),
+        ("1e999999999", "3", False),
+        (None, "3", False),
+    ],
+)
+def test_an_integer_must_be_equal_and_another_number_within_a_thousandth(predicted, gold, same):
+    assert same_number(predicted, gold) is same
+
+
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [("72", "72"), ("$5.00", "5"), ("+5", "5"), ("1e3", "1000"), ("1_000", "1000"), ("1 234", "1234"), ("-$5", "-5"),
+     ("\u22125", "-5"), ("1,200.50", "1200.5"), (".5", "0.5"), ("5.", "5"), ("20 %", "20"), ("1e-5", "0.00001"),
+     ("00072", "72"), ("-0", "0"), ("1\u202f234", "1234")]
+    + [(text, None) for text in ("", "-", "$", ".", "1,2", "12 34", "1.234,56", "1,234 567", "1e999", "0x10", "1/2",
+                                 "5 dollars", "nan", "e5", "1" * 400)],
+)  # fmt: skip
+def test_gold_numbers_in_plain_digits(written, plain):
+    assert plain_number(written) == plain
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**15), max_value=10**15, places=4))
+def test_plain_digits_are_read_by_every_extraction(value):
+    plain = plain_number(str(value))
+    assert plain is not None
+    assert all(same_number(extract(f"#### {plain}"), str(value)) for extract in EXTRACTIONS.values())
 
 
 @settings(deadline=None)  # a busy machine stalls

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from galore_trainer.errors import OptionError
-from galore_trainer.recipes import gsm8k, mawps, sft
+from galore_trainer.metrics.answers import EXTRACTIONS
+from galore_trainer.recipes import gsm8k, mawps, score, sft
 from galore_trainer.recipes.sources import Row
 
 
@@ -32,7 +33,25 @@ class TestGsm8k:
         assert [e.answer for e in parsed.examples] == ["1200", "-5"]
         assert [e.target for e in parsed.examples] == ["#### 1,200", "x\n#### -5"]
 
-    @pytest.mark.parametrize("answer", ["no mark: 72", "#### seventy", "####"])
+    @pytest.mark.parametrize(
+        ("written", "gold"),
+        [("$5.00", "5"), ("+5", "5"), ("1e3", "1000"), ("1_000", "1000"), ("1 234", "1234"), ("-$7", "-7"),
+         (".5", "0.5"), ("20%", "20"), ("12.", "12"), ("1,234,567", "1234567"), ("3.50", "3.5")],
+    )  # fmt: skip
+    @pytest.mark.parametrize("mark", ["#### ", "####", "####   "])
+    def test_the_target_of_any_spelling_scores_as_right(self, mark, written, gold):
+        example = gsm8k.parse(rows({"question": "q", "answer": f"so\n{mark}{written}"})).examples[0]
+        assert example.answer == gold
+        result = score("gsm8k", [example.target], [example])
+        assert all(result[f"exact_match_{name}"]["correct"] == 1 for name in EXTRACTIONS)
+
+    def test_an_earlier_number_that_scoring_would_read_is_refused(self):
+        with pytest.raises(OptionError, match=r"f\.jsonl.*one '#### number' alone.*line 1"):
+            gsm8k.parse(rows({"question": "q", "answer": "#### 3\nno:\n#### 4"}))
+
+    @pytest.mark.parametrize(
+        "answer", ["no mark: 72", "#### 1,2", "#### 12 34", "#### 1.234,56", "#### 1e999", "#### seventy", "####"]
+    )
     def test_solution_without_a_number_names_the_line(self, answer):
         with pytest.raises(OptionError, match=r"f\.jsonl.*'#### number' in field 'answer' of line 2.*data\.task=sft"):
             gsm8k.parse(rows({"question": "q", "answer": "#### 1"}, {"question": "q", "answer": answer}))
@@ -59,6 +78,16 @@ class TestMawps:
         )
         assert [e.answer for e in parsed.examples] == ["18", "18", "18", "1.8333333333333333"]
         assert parsed.examples[3].target == "11 / 6 = 1.8333\n#### 1.8333"
+
+    @pytest.mark.parametrize("answer", [0.99999999, 0.00012345, 1e-9, 9.99999e-5, 1234.56789, 2e15, -0.5, 1 / 3, 1e22])
+    def test_the_target_of_any_number_scores_as_right(self, answer):
+        example = mawps.parse(rows(self.row(equation=f"x={answer:.17f}", ans=answer))).examples[0]
+        result = score("mawps", [example.target], [example])
+        assert all(result[f"exact_match_{name}"]["correct"] == 1 for name in EXTRACTIONS)
+
+    def test_an_equation_that_misses_an_integer_by_little_is_for_evaluation_only(self):
+        parsed = mawps.parse(rows(self.row(equation="x=1000+1", ans=1000), self.row(equation="x=6667*0.3", ans=2000)))
+        assert parsed.eval_only == {"f:1"}
 
     def test_row_whose_equation_is_wrong_is_for_evaluation_only(self):
         parsed = mawps.parse(rows(self.row(), self.row(equation="x=40/7", ans=5.0), self.row(equation="X=0.3=0.2")))
@@ -93,6 +122,11 @@ class TestMawps:
     def test_blanks_are_filled_in_the_question(self):
         fields = {"Question": "She has N_00 and N_01 .", "Equation": "N_00 + N_01", "Answer": 5.5, "Numbers": "2.0 3.5"}
         assert question(mawps.parse(rows(fields)).examples[0]) == "She has 2 and 3.5."
+
+    def test_blanks_without_numbers_name_the_line(self):
+        fields = {"Question": "She has N_00 .", "Equation": "N_00", "Answer": 5, "Numbers": "five"}
+        with pytest.raises(OptionError, match=r"numbers for the blanks.*line 1"):
+            mawps.parse(rows(fields))
 
     def test_missing_equation_names_the_line(self):
         with pytest.raises(OptionError, match=r"'equation' of line 1"):

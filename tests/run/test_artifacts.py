@@ -158,6 +158,18 @@ def test_card_links_a_hub_data_set_and_says_when_nothing_was_scored():
     assert "| this model | none | 0.100 | 100 |" in unscored
 
 
+def test_card_links_hub_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("{}")
+    for source in ("train.jsonl", "data/train.jsonl", "embedded:restaurants"):
+        header, body = card(data=DataConfig(source=source))
+        assert "datasets" not in header
+        assert f"`{source.removeprefix('data/')}`" in body
+    header, _ = card(data=DataConfig(source="data/train.jsonl", eval_source="openai/gsm8k", eval_split="test"))
+    assert header["datasets"] == ["openai/gsm8k"]
+
+
 def test_card_of_texts_shows_every_metric_and_what_was_skipped():
     scores = {"bleu": 0.6512, "nist": 7.25, "meteor": None, "rouge_l": 0.7, "cider": 2.125}
     texts = {

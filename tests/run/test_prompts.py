@@ -24,6 +24,28 @@ def test_prompt_ends_where_the_assistant_begins(tokenizer):
     assert render_prompt(tokenizer, example().messages) == "<|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
+        ("{% for m in messages %}", "its line 1"),
+        ("{{ messages[9]['role'] }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% for i in range(10 ** 9) %}a{% endfor %}", "OverflowError"),
+        ("{% if false %}a{% endif %}", "writes nothing"),
+    ],
+)
+def test_a_template_that_raises_is_named_with_the_row(template, said, tokenizer):
+    tokenizer.chat_template = template
+    turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3?"})
+    bad = Example(messages=turns, target="5", answer="5", id="rows.jsonl:7")
+    with pytest.raises(OptionError, match=r"chat_template.*rows\.jsonl:7.*system, user.*data\.system_prompt") as error:
+        encode_all(tokenizer, [bad], 512)
+    assert said in str(error.value)
+    assert tokenizer.name_or_path in error.value.got
+
+
 def test_without_a_template_the_prompt_is_plain_and_the_target_follows_a_blank(tokenizer):
     tokenizer.chat_template = None
     turns = [

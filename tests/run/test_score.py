@@ -87,10 +87,18 @@ def test_numbers_are_matched(write, task: str) -> None:
     assert "per_example" not in scores
 
 
-def test_tolerance_is_the_task_s(write) -> None:
-    predictions, references = write("p.jsonl", [{"prediction": "1.8333"}]), write("r.jsonl", [{"answer": 11 / 6}])
-    assert score_files("mawps", predictions, references)["exact_match_flexible"]["correct"] == 1
-    assert score_files("gsm8k", predictions, references)["exact_match_flexible"]["correct"] == 0
+@pytest.mark.parametrize("task", ["gsm8k", "mawps"])
+def test_integers_must_be_equal_and_spellings_do_not_matter(write, task: str) -> None:
+    golds = ["12345678", 1000, 11 / 6, "$5.00", "so\n####+5", "1e3", "1 234"]
+    texts = ["12345679", "1001", "1.8333", "5", "5", "1,000", "1234"]
+    predictions = write("p.jsonl", [{"prediction": f"#### {text}"} for text in texts])
+    scores = score_files(task, predictions, write("r.jsonl", [{"answer": gold} for gold in golds]))
+    assert scores["exact_match_strict"]["correct"] == 5
+
+
+def test_plain_text_may_begin_with_a_brace(write) -> None:
+    lines = ["{Larkspur} is a pub.", "{}", "[1]"]
+    assert score_files("e2e", write("p.txt", "\n".join(lines)), write("r.txt", "\n\n".join(lines)))["rouge_l"] == 1.0
 
 
 @pytest.mark.parametrize(
