@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import os
 import re
@@ -31,8 +30,8 @@ from galore_trainer.run.cells import (
     remove_weights,
     timing_config,
 )
-from galore_trainer.run.checkpoints import checkpoints, damage
 from galore_trainer.run.config import RESOLVED_CONFIG
+from galore_trainer.run.distributed import die_with_parent
 from galore_trainer.run.launch import threads_each
 from galore_trainer.run.methods import METHODS
 from galore_trainer.run.scores import in_words
@@ -158,7 +157,6 @@ class _Sweep:
             raise
 
     def _start(self, job: Job, parallel: int, device: str | None) -> _Child:
-        _drop_broken_checkpoints(job.folder)
         path = job.folder.with_suffix(".yaml")
         write_file(path, job.config.to_yaml())
         command = [sys.executable, "-m", "galore_trainer.cli", "train", str(path), *_start_flags(job)]
@@ -244,23 +242,10 @@ def start_process(command: list[str], log: IO[bytes], environment: dict[str, str
     )  # fmt: skip
 
 
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
 def _prepare_child() -> None:
     """Hear SIGINT even where this process was started with it ignored, and (on Linux) die with this process."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if _LIBC is not None:
-        set_parent_death_signal = 1
-        _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _drop_broken_checkpoints(folder: Path) -> None:
-    """Where no checkpoint is whole, as after a kill during the first one, the run starts anew."""
-    found = checkpoints(folder)
-    if all(damage(path) for path in found):
-        for path in found:
-            shutil.rmtree(path)
+    die_with_parent()
 
 
 def _start_flags(job: Job) -> list[str]:
