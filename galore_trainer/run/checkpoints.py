@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.artifacts import flush_folder, write_json
+from galore_trainer.run.artifacts import flush_folder, write_file
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 ASIDE = "aside"
@@ -35,7 +35,7 @@ def seal(checkpoint: Path) -> None:
     sums = {path.relative_to(checkpoint).as_posix(): [path.stat().st_size, _crc(path, flush=True)] for path in files}
     for folder in [*(path for path in paths if path.is_dir()), checkpoint, checkpoint.parent]:
         flush_folder(folder)
-    write_json(manifest, {"files": sums})
+    write_file(manifest, json.dumps({"files": sums}, indent=2))  # no line end: no byte of it may be missing
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -231,13 +231,11 @@ def _misfit(checkpoint: Path) -> str | None:
 
 def _require_state(resume: str, checkpoint: Path) -> None:
     """Raise ``OptionError`` for a checkpoint that ``save_only_model`` left without the optimizer's state."""
-    if any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*")):
-        return
-    raise OptionError(
-        "resume", resume if resume != "auto" else f"auto, which finds {checkpoint}", "a checkpoint with its optimizer",
-        "It was saved with save_only_model=true, which keeps the weights alone: no run can go on from it. Start "
-        f"another run with model_name_or_path={checkpoint}, or anew with --overwrite.",
-    )  # fmt: skip
+    from galore_trainer.hf.checkpoints import WEIGHTS_ONLY, written_by
+
+    if written_by(checkpoint) == "weights":
+        got = resume if resume != "auto" else f"auto, which finds {checkpoint}"
+        raise OptionError("resume", got, "a checkpoint with the optimizer's state", WEIGHTS_ONLY)
 
 
 def _crc(path: Path, *, flush: bool = False) -> int:

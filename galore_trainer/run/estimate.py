@@ -129,6 +129,13 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
     )
 
 
+def estimate_run(config: RunConfig, layout: Layout | None = None) -> StepMemory:
+    """Count one training step of a run as it is configured."""
+    galore = METHODS[config.method].block == "galore"
+    method = LAYERWISE if galore and config.galore.layerwise else config.method
+    return estimate_one(config, method, config.galore.rank if galore else config.lora.rank, layout)
+
+
 def method_settings(galore: GaLoreConfig, method: str, rank: int) -> GaLoreConfig:
     """The settings that a method means, at a rank."""
     defaults = METHODS[method.split(",")[0]].defaults
@@ -149,11 +156,8 @@ def predict(config: RunConfig, rows: Any, processes: int = 1) -> dict[str, Any]:
     """
     longest = max((len(rows[i]["input_ids"]) for i in range(min(len(rows), SAMPLE))), default=config.max_length)
     config = dataclasses.replace(config, max_length=max(min(longest, config.max_length), 2))
-    galore = METHODS[config.method].block == "galore"
-    method = LAYERWISE if galore and config.galore.layerwise else config.method
     try:
-        layout = Layout("ddp", processes) if processes > 1 else None
-        memory = estimate_one(config, method, config.galore.rank if galore else config.lora.rank, layout)
+        memory = estimate_run(config, Layout("ddp", processes) if processes > 1 else None)
     except Exception as error:  # a model that cannot be built without its weights must not end a finished run
         return {"peak_bytes": None, "length": config.max_length, "note": f"{type(error).__name__}: {error}"}
     return {

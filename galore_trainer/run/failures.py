@@ -14,6 +14,9 @@ from galore_trainer.run.checkpoints import checkpoints, is_sealed, newest_whole,
 LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system answers where a disk is full, a quota is used up, or a file may not grow further."""
 
+TORCH = re.compile(r"inline_container|PytorchStreamWriter|ios\w*::clear")
+"""What torch says where C++ could not write, whatever the reason."""
+
 
 def disk_limit(error: BaseException) -> str | None:
     """In the system's words, which limit of the disk an error comes from; None for any other error.
@@ -31,7 +34,7 @@ def disk_limit(error: BaseException) -> str | None:
         for limit in LIMITS:
             if number == limit or os.strerror(limit) in text:
                 return os.strerror(limit)
-        if ("inline_container" in text or "PytorchStreamWriter" in text) and "Reader" not in text:
+        if TORCH.search(text) and "Reader" not in text:
             return "torch could not finish a file"
         at = at.__cause__ or at.__context__
     return None

@@ -31,14 +31,14 @@ def check_all(config: RunConfig, processes: int | None = None) -> None:
         processes: of the run, where it is to be launched.
 
     Raises:
-        OptionError: a method, a tracker, the hub, a model, its modules or the output folder that cannot be used.
+        OptionError: a method, a tracker, a model, its modules or the output folder that cannot be used, a full disk.
     """
     from galore_trainer.recipes import load_data
 
     arguments = run_arguments(config)
     check_method(config, arguments)
     check_output(config)
-    check_services(arguments)
+    check_trackers(arguments)
     data = load_data(config.data)
     if (model := _model(config, arguments)) is not None:
         check_room(config, arguments, model, len(data.train), processes or arguments.world_size)
@@ -53,24 +53,30 @@ def check_output(config: RunConfig) -> None:
         raise OptionError("output_dir", str(output), "a folder to write in", f"Nothing can be written in {there}.")
 
 
-def check_services(arguments: TrainingArguments) -> None:
-    """Raise ``OptionError`` for a tracker that cannot be started, and where the hub is wanted and does not know us."""
-    from transformers.integrations import get_reporting_integration_callbacks
-
+def check_trackers(arguments: TrainingArguments) -> None:
+    """Raise ``OptionError`` for a tracker that cannot be started here."""
     for name in arguments.report_to or ():
-        try:
-            for callback in get_reporting_integration_callbacks([name]):
-                callback()
-            if name == "wandb" and os.environ.get("WANDB_MODE") not in OFFLINE:
-                import wandb
+        _check_tracker(name)
 
-                wandb.login()
-        except Exception as error:  # each tracker has errors of its own
-            wanted = "a tracker that can be started here"
-            way_out = f"It says: {' '.join(str(error).split()).rstrip('.')}. Or leave it out: {TRACKERS}=none."
-            raise OptionError(TRACKERS, name, wanted, way_out) from error
-    if arguments.push_to_hub:
-        _check_hub(arguments)
+
+def _check_tracker(name: str) -> None:
+    from transformers import integrations
+
+    missing = name in integrations.INTEGRATION_TO_CALLBACK and name not in (
+        *integrations.get_available_reporting_integrations(), "azure_ml", "flyte",  # which it does not always tell
+    )  # fmt: skip
+    try:
+        if missing:
+            raise ImportError(f"{name} is not installed")
+        for callback in integrations.get_reporting_integration_callbacks([name]):
+            callback()
+        if name == "wandb" and os.environ.get("WANDB_MODE") not in OFFLINE:
+            import wandb
+
+            wandb.login()
+    except Exception as error:  # each tracker has errors of its own
+        way_out = f"{' '.join(str(error).split()).rstrip('.')}. Or leave it out: {TRACKERS}=none."
+        raise OptionError(TRACKERS, name, "a tracker that can be started here", way_out) from error
 
 
 def check_room(
@@ -114,7 +120,7 @@ def checkpoint_bytes(config: RunConfig, model: Any, *, only_model: bool = False)
 
     block = METHODS[config.method].block
     saved = [p.nbytes for p in model.parameters() if p.requires_grad or block != "lora"]
-    whole = sum(p.nbytes for p in model.parameters())
+    whole = sum(p.nbytes for p in model.parameters())  # with the adapters, which have a folder of their own
     if only_model:
         return sum(saved), whole
     if block == "galore":
@@ -153,20 +159,3 @@ def _model(config: RunConfig, arguments: TrainingArguments) -> Any:
     model = empty_model(config)
     with torch.device("meta"):
         return METHODS[config.method].prepare(model, config, arguments).model
-
-
-def _check_hub(arguments: TrainingArguments) -> None:
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    from galore_trainer.hub import probe
-
-    option, wanted = "push_to_hub", "a hub that can be reached and knows you"
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else probe(constants.ENDPOINT)
-    if reason:
-        raise OptionError(option, True, wanted, f"{constants.ENDPOINT} cannot be reached ({reason}).")
-    try:
-        HfApi(token=arguments.hub_token).whoami()
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(".")
-        raise OptionError(option, True, wanted, f"It says: {first}. Run: hf auth login") from error

@@ -28,7 +28,7 @@ from galore_trainer.run.distributed import (
 )
 from galore_trainer.run.failures import explained
 from galore_trainer.run.methods import ADAPTER, METHODS, check_method
-from galore_trainer.run.preflight import check_room, check_services
+from galore_trainer.run.preflight import check_room, check_trackers
 from galore_trainer.run.results import LOG, RESULT, make_result, seconds, summary, write_artifacts
 from galore_trainer.run.scores import in_words
 from galore_trainer.run.start import choose_start, own_folder
@@ -171,7 +171,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     say = _Say(arguments.process_index == 0)
     check_method(config, arguments)
     if say.main:
-        check_services(arguments)
+        check_trackers(arguments)
     output = Path(config.output_dir).expanduser()
     checkpoint = choose_start(config, resume, overwrite, say)
     check_sharding(arguments, checkpoint)
