@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from galore_trainer.layouts.dtensor import local
 from galore_trainer.optim.on_host import OnHost
-from galore_trainer.optim.skips import ROW_LIMIT, finite_flags
+from galore_trainer.optim.skips import ROW_LIMIT, some_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -25,14 +25,9 @@ def not_finite(model: nn.Module) -> list[str]:
     """The names of weights that hold an infinity or NaN, as far as they lie on this process; waits for the device."""
     weights = {name: local(p.detach()) for name, p in model.named_parameters()}
     weights = {name: own for name, own in weights.items() if own.is_floating_point() and own.numel()}
-    flags = finite_flags(list(weights.values()))
-    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
-    return [name for name, ok in zip(weights, finite, strict=True) if not ok]
-
-
-def shown(names: list[str]) -> str:
-    """Some of many names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if torch.isfinite(nn.utils.get_total_norm(weights.values())):  # the fastest pass; large numbers overflow in it
+        return []
+    return [name for name, own in weights.items() if not torch.isfinite(own).all()]
 
 
 class FiniteCallback(TrainerCallback):
@@ -103,6 +98,6 @@ class FiniteCallback(TrainerCallback):
 
     def _check_weights(self, model: nn.Module, when: str) -> None:
         if bad := not_finite(model):
-            raise FloatingPointError(f"weights were not finite {when}: {shown(bad)}; {self._advice}")
+            raise FloatingPointError(f"weights were not finite {when}: {some_of(bad)}; {self._advice}")
 
     _advice = "lower learning_rate or weight_decay, or look for a bad batch"

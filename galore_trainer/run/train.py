@@ -179,8 +179,9 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
 
     from transformers.utils.logging import disable_progress_bar
 
+    from galore_trainer.optim.skips import some_of
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.finite import not_finite, shown
+    from galore_trainer.run.finite import not_finite
     from galore_trainer.run.model import leave_files, load_model
 
     data = load_data(config.data)
@@ -192,7 +193,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
     if bad := not_finite(model):
         wanted = "a model of finite weights"
-        raise OptionError("model_name_or_path", config.model_name_or_path, wanted, f"Not finite: {shown(bad)}.")
+        raise OptionError("model_name_or_path", config.model_name_or_path, wanted, f"Not finite: {some_of(bad)}.")
     if not cuts_weights(arguments):  # else each process gets its part from the backend
         model.to(arguments.device)  # type: ignore[arg-type]
         if arguments.device.type == "cpu":
