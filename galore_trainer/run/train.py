@@ -116,7 +116,9 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
     result_path = output / RESULT
     if interrupt.heard():
         newest = newest_whole(output) if main else None
-        go_on = f"go on with --resume auto (from {newest})" if METHODS[config.method].resumable else "it cannot resume"
+        go_on = f"go on with --resume auto (from {newest or 'the beginning'})"
+        if not METHODS[config.method].resumable:
+            go_on = "it cannot resume"
         say(f"interrupted at step {trainer.state.global_step}; {go_on}")
         wait_for_all()  # a launcher ends the others once one process has ended
         return RunResult(output, result_path, True, {})

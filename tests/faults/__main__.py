@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import random
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+
 from damages import MANIFESTS, WAYS, falls_back, files_of, write_manifest
 from faults import FINAL, IN_SAVE, LAST, VARIANTS, Campaign, Kill, Outcome, Worker, equal, settings, state
 from galore_trainer.run.artifacts import environment
 from galore_trainer.run.checkpoints import MANIFEST, checkpoints, damage
+from galore_trainer.run.config import RunConfig
 
 AT_ONCE = 2  # campaigns
 MANIFESTED = ("before the manifest", "half of the manifest", "before the rotation", "half of the rotation",
@@ -142,6 +146,31 @@ def disks(model: Path, folder: Path, say: Callable[[str], None]) -> list[DiskRow
     return rows
 
 
+def signals(model: Path, folder: Path, say: Callable[[str], None]) -> list[tuple[str, str, str]]:
+    """What becomes of a run, of one process and of two, whose first process gets signals."""
+    rows = []
+    for words, who in (((), "the only process"), (("--num-processes", "2"), "the launcher of two processes")):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+            name = f"{len(words)}-{len(rows)}"
+            config = RunConfig.from_dict(settings("galore_plus", model, folder / name, max_steps=100_000))
+            path, log = folder / f"{name}.yaml", folder / f"{name}.log"
+            folder.mkdir(exist_ok=True)
+            path.write_text(config.to_yaml())
+            with log.open("w") as file:
+                command = [sys.executable, "-m", "galore_trainer.cli", "train", str(path), *words]
+                process = subprocess.Popen(command, stdout=file, stderr=file)
+            while "step 7/" not in log.read_text() and process.poll() is None:
+                time.sleep(0.05)
+            workers = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(number)
+            code = process.wait(60)
+            _, alive = psutil.wait_procs(workers, timeout=10)
+            left = ", ".join(f"{path.name} {damage(path) or 'whole'}" for path in checkpoints(folder / name)[:1])
+            rows.append((f"{number.name} to {who}", f"exit code {code}, {len(alive)} processes left", left))
+            say(str(rows[-1]))
+    return rows
+
+
 @contextlib.contextmanager
 def mounted(folder: Path) -> Iterator[Path]:
     """A disk of 64 MiB, where this process may mount one."""
@@ -166,7 +195,9 @@ KILLED = (
 )  # fmt: skip
 
 
-def report(rows: list[Row], damages: dict[str, int], full: list[DiskRow], seconds: float) -> str:
+def report(
+    rows: list[Row], damages: dict[str, int], full: list[DiskRow], signalled: list[tuple[str, str, str]], seconds: float
+) -> str:
     """All tables, with what they were made by."""
     versions = environment()["versions"]
     names = ("python", "torch", "transformers", "accelerate", "peft", "trl")
@@ -198,6 +229,11 @@ def report(rows: list[Row], damages: dict[str, int], full: list[DiskRow], second
         "",
         table(("disk", "runs", "one sentence", "nothing broken", "ended equal"), map(dataclasses.astuple, full)),
         "",
+        "## Signals",
+        "A signal to a run that is in its steps: the first SIGTERM or Ctrl-C saves a checkpoint.",
+        "",
+        table(("signal", "end", "newest checkpoint"), signalled),
+        "",
     ])  # fmt: skip
 
 
@@ -225,9 +261,12 @@ def main(path: Path) -> int:
         worker = Worker(folder, {"config": settings("galore_plus", model, run, save_total_limit=2)})
         assert worker.wait() == 0, worker.said()
         damages = damaged(run)
-    path.write_text(report(rows, damages, disk_rows, time.monotonic() - started))
+        signalled = signals(model, folder / "signals", say)
+    path.write_text(report(rows, damages, disk_rows, signalled, time.monotonic() - started))
     good = all(row.equal == row.runs and not row.lost for row in rows) and len({*damages.values()}) == 1
-    return 0 if good and all(row.told == row.clean == row.equal == row.runs for row in disk_rows) else 1
+    good &= all(row.told == row.clean == row.equal == row.runs for row in disk_rows)
+    good &= all("130, 0" in end or "-9, 0" in end for _, end, _ in signalled)
+    return 0 if good and all(left.endswith("whole") for _, _, left in signalled) else 1
 
 
 if __name__ == "__main__":

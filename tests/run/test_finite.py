@@ -13,22 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run import estimate, results
 from galore_trainer.run.callbacks import TimingCallback
 from galore_trainer.run.checkpoints import checkpoints, newest_whole
 from galore_trainer.run.config import RunConfig
 from galore_trainer.run.train import train
 
+pytestmark = pytest.mark.usefixtures("short_end")
 Run = Callable[..., RunConfig]
 NAN, INF = float("nan"), float("inf")
 NO_SCORES = {"data": {"source": "embedded:arithmetic", "train_samples": 40, "eval_samples": 0}}
-
-
-@pytest.fixture(autouse=True)
-def short_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither count memory nor draw a plot at the end of a run."""
-    monkeypatch.setattr(estimate, "predict", lambda *args: {"peak_bytes": None})
-    monkeypatch.setattr(results, "plot_losses", lambda *args, **more: None)
 
 
 def at_step(step: int, monkeypatch: pytest.MonkeyPatch, do: Callable[[Any, Any], None], *, last: int = 10**9) -> None:
