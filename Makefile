@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO := runs/quickstart
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check faults clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -27,6 +27,9 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(MAKE) test
+
+faults: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(VENV)/bin/python tests/faults docs/faults.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

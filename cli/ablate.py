@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from galore_trainer.cli.options import Debug, Overrides, integers
 from galore_trainer.cli.train import INTERRUPTED
+from galore_trainer.errors import OptionError
 
 FAILED = 1
 
@@ -21,11 +23,12 @@ OutputDir = Annotated[
 ]
 Seeds = Annotated[str | None, typer.Option("--seeds", metavar="0,1,2", help="Seeds, in place of the study's.")]
 Jobs = Annotated[
-    int,
+    str,
     typer.Option(
-        "--jobs", metavar="N", min=1, help="Runs side by side, over all GPUs; then a timing pass of each cell."
+        "--jobs", metavar="N|auto", help="Runs side by side, over all GPUs (auto: as many as their memory is estimated "
+        "to hold); then a timing pass of each cell.",
     ),
-]
+]  # fmt: skip
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; run nothing.")]
 Only = Annotated[str | None, typer.Option("--only", metavar="TEXT", help="Run cells with this in their name.")]
 MaxCells = Annotated[
@@ -45,7 +48,7 @@ def ablate(
     *,
     output_dir: OutputDir = None,
     seeds: Seeds = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = "1",
     dry_run: DryRun = False,
     only: Only = None,
     max_cells: MaxCells = None,
@@ -60,12 +63,13 @@ def ablate(
     """
     from galore_trainer.run.study import load_study
 
+    number: int | Literal["auto"] = "auto" if jobs == "auto" else _count(jobs)
     loaded = load_study(study, overrides or (), None if seeds is None else integers("--seeds", seeds))
     output = Path(output_dir or f"runs/ablate-{loaded.name}").expanduser()
     if dry_run:
         from galore_trainer.run.sweep_plan import describe_sweep
 
-        typer.echo(describe_sweep(loaded, output, jobs=jobs, only=only, max_cells=max_cells))
+        typer.echo(describe_sweep(loaded, output, jobs=number, only=only, max_cells=max_cells))
         return
     from galore_trainer.run.ablate import ablate as run_study
 
@@ -73,7 +77,7 @@ def ablate(
     given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     given += [] if timing else ["--no-timing"]
     outcome = run_study(
-        loaded, output, jobs=jobs, only=only, max_cells=max_cells, keep_models=keep_models, timing=timing,
+        loaded, output, jobs=number, only=only, max_cells=max_cells, keep_models=keep_models, timing=timing,
         command=shlex.join(["galore-ft", "ablate", study, *(overrides or ()), *given]), say=_say,
     )  # fmt: skip
     for name, reason in outcome.failed.items():
@@ -87,6 +91,13 @@ def ablate(
         typer.echo(f"tables and plots: galore-ft report {shlex.quote(str(output))}")
     if outcome.failed:
         raise typer.Exit(FAILED)
+
+
+def _count(jobs: str) -> int:
+    with contextlib.suppress(ValueError):
+        if (number := int(jobs)) >= 1:
+            return number
+    raise OptionError("--jobs", jobs, "auto, or a number of at least 1")
 
 
 def _say(text: str) -> None:

@@ -52,7 +52,7 @@ def train(
     transformers.TrainingArguments; a flag such as --rank is short for galore.rank=. With --num-processes or
     --launch-config the run is started on several processes by accelerate launch.
     """
-    if resume and overwrite:
+    if resume is not None and overwrite:
         both = f"--resume {resume} and --overwrite"
         raise OptionError("--overwrite", both, "one of the two", "To go on, leave out --overwrite.")
     run = load(config, overrides, flags, reach=() if show_config else ("data", "model"))
@@ -65,7 +65,12 @@ def train(
     launch = plan_launch(run, num_processes=num_processes, launch_config=launch_config)
     if dry_run:
         from galore_trainer.run.plan import describe_plan
+        from galore_trainer.run.preflight import check_all
+        from galore_trainer.run.start import choose_start
 
+        check_all(run, launch.processes if launch else None)
+        if resume is not None:
+            choose_start(run, resume, overwrite, typer.echo)
         plan = describe_plan(run, launch)
         if is_main_process():
             typer.echo(plan)

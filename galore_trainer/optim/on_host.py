@@ -23,6 +23,11 @@ class OnHost:
         """Whether a device may have to be waited for."""
         return self._there is not None
 
+    @property
+    def there(self) -> bool:
+        """Whether nothing has to be waited for."""
+        return self._there is None or bool(self._there.query())
+
     def tolist(self) -> list[Any]:
         """Wait until they are there."""
         if self._there is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import os
 import re
@@ -15,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from galore_trainer.errors import OptionError
 from galore_trainer.run.artifacts import write_file
@@ -25,24 +24,29 @@ from galore_trainer.run.cells import (
     INTERRUPTED,
     RUNNING,
     TIMING,
+    WAITING,
     Job,
     Record,
     read_result,
     remove_weights,
     timing_config,
 )
-from galore_trainer.run.checkpoints import checkpoints, damage
 from galore_trainer.run.config import RESOLVED_CONFIG
+from galore_trainer.run.distributed import die_with_parent
 from galore_trainer.run.launch import threads_each
 from galore_trainer.run.methods import METHODS
 from galore_trainer.run.scores import in_words
 from galore_trainer.run.study import Study
+from galore_trainer.run.sweep_memory import VISIBLE, choose_jobs, visible_devices
 from galore_trainer.run.sweep_plan import count_all_steps, select
 
 POLL_SECONDS = 0.2
 LOG_LINES = 20
 EXIT_INTERRUPTED = 130
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can(no|')t allocate memory|MemoryError|_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED", re.I
+)
+"""What libraries say where memory does not suffice; cuBLAS cannot begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Outcome:
     interrupted: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Child:
     job: Job
     process: subprocess.Popen[bytes]
@@ -68,22 +72,25 @@ class _Child:
     exclusive: bool
     log_start: int
     device: str | None
+    beside: int = 0  # the most that had the device at a time, this one aside
 
 
 def ablate(
-    study: Study, output: Path, *, jobs: int = 1, only: str | None = None, max_cells: int | None = None,
-    keep_models: bool = False, timing: bool = True, command: str = "", say: Callable[[str], None] = print,
+    study: Study, output: Path, *, jobs: int | Literal["auto"] = 1, only: str | None = None,
+    max_cells: int | None = None, keep_models: bool = False, timing: bool = True, command: str = "",
+    say: Callable[[str], None] = print,
 ) -> Outcome:  # fmt: skip
     """Run what is still to do of a study, and record what became of it in ``study.json``.
 
     Finished runs are left alone, others go on from their last checkpoint. With several jobs the runs' own times are not
     exclusive: a short timing pass of each cell follows, alone on the device. Every run has one device; where there are
-    several, jobs spread over them.
+    several, jobs spread over them. A run for which the memory did not suffice beside others waits, and goes on with
+    fewer beside it; only alone has it failed.
 
     Args:
         study: resolved cells.
         output: the study's folder.
-        jobs: runs side by side.
+        jobs: runs side by side; ``auto`` lets as many run as fit into the memory, see ``choose_jobs``.
         only: part of a cell's name; other cells wait.
         max_cells: most runs to start; the others wait.
         keep_models: leave trained models and checkpoints in the runs' folders.
@@ -100,6 +107,9 @@ def ablate(
     record = Record(study, output)
     todo = select(record, only)[:max_cells]
     steps = count_all_steps(study)
+    if jobs == "auto":
+        jobs, reason = choose_jobs([job.config for job in todo], visible_devices(environment), environment)
+        say(reason)
     output.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(output / ".sweep.lock").acquire(timeout=0)
@@ -136,7 +146,8 @@ class _Sweep:
     ) -> None:
         self.record, self.environment, self.keep_models, self.say = record, environment, keep_models, say
         self.devices = visible_devices(environment)
-        self.total = self.done = 0
+        self.most: dict[str | None, int] = {}  # runs at a time on a device whose memory did not suffice for more
+        self.total, self.done, self.stopping = 0, 0, False
 
     def run(self, jobs: Sequence[Job], parallel: int) -> None:
         """Run all jobs, some at a time; on KeyboardInterrupt the running ones save a checkpoint and end."""
@@ -146,19 +157,24 @@ class _Sweep:
         self.record.save()
         try:
             while waiting or running:
-                while waiting and len(running) < parallel:
-                    busy = [child.device for child in running]
-                    device = min(self.devices, key=busy.count, default=None)
-                    running.append(self._start(waiting.popleft(), parallel, device))
+                while waiting and len(running) < parallel and (devices := self._with_room(running)):
+                    running.append(self._start(waiting.popleft(), parallel, devices[0]))
+                    _count_neighbours(running)
                 time.sleep(POLL_SECONDS)
-                self._collect(running)
+                waiting.extendleft(self._collect(running))
         except KeyboardInterrupt:
             self.say("interrupted: the running cells save a checkpoint and end (again to stop at once)")
             self._stop(running)
             raise
 
+    def _with_room(self, running: Sequence[_Child]) -> list[str | None]:
+        """The devices that may have one more run, those with the fewest first."""
+        busy = collections.Counter(child.device for child in running)
+        devices: list[str | None] = [*self.devices] or [None]
+        devices = [device for device in devices if busy[device] < self.most.get(device, sys.maxsize)]
+        return sorted(devices, key=busy.__getitem__)
+
     def _start(self, job: Job, parallel: int, device: str | None) -> _Child:
-        _drop_broken_checkpoints(job.folder)
         path = job.folder.with_suffix(".yaml")
         write_file(path, job.config.to_yaml())
         command = [sys.executable, "-m", "galore_trainer.cli", "train", str(path), *_start_flags(job)]
@@ -172,18 +188,24 @@ class _Sweep:
             process = start_process(command, log, _shared_cores(self.environment, parallel) | own)
         return _Child(job, process, time.perf_counter(), parallel == 1, end, device)
 
-    def _collect(self, running: list[_Child]) -> None:
-        for child in [child for child in running if child.process.poll() is not None]:
+    def _collect(self, running: list[_Child]) -> list[Job]:
+        """Record the runs that have ended; those are returned that are to go on with fewer beside them."""
+        ended = [child for child in running if child.process.poll() is not None]
+        for child in ended:
             running.remove(child)
-            self._finish(child)
+        survivors = collections.Counter(child.device for child in running)
+        return [child.job for child in ended if not self._finish(child, survivors[child.device])]
 
-    def _finish(self, child: _Child) -> None:
+    def _finish(self, child: _Child, survivors: int) -> bool:
         job, entry, code = child.job, child.job.entry, child.process.returncode
         seconds = time.perf_counter() - child.start
         entry["wall_seconds"] += seconds
         entry["exclusive"] = entry["exclusive"] and child.exclusive
         entry["exit_code"] = code
         result = read_result(job.folder) if code == 0 else None
+        stopped = code in (EXIT_INTERRUPTED, -signal.SIGINT) or (self.stopping and code == -signal.SIGKILL)
+        if result is None and not stopped and child.beside and self._wants_room(child, survivors):
+            return False
         self.done += 1
         if result is not None:
             entry.update(status=FINISHED, steps=result["steps"])
@@ -193,17 +215,32 @@ class _Sweep:
             if timing or not self.keep_models:
                 remove_weights(job.folder)
         else:
-            log = job.folder.with_suffix(".log").read_bytes()[child.log_start :]
-            lines = log.decode(errors="replace").splitlines()
-            stopped = code in (EXIT_INTERRUPTED, -signal.SIGINT)
+            lines = _log_of(child)
             entry.update(status=INTERRUPTED if stopped else FAILED, log_tail=lines[-LOG_LINES:])
             entry["reason"] = None if stopped else failure(code, lines)
             told = "interrupted" if stopped else f"failed: {entry['reason']} ({job.folder.with_suffix('.log')})"
         self.record.save()
         self.say(f"[{self.done}/{self.total}] {entry['folder']} {told}")
+        return True
+
+    def _wants_room(self, child: _Child, survivors: int) -> bool:
+        """Have a run for which the memory did not suffice beside others wait; False where it ended otherwise.
+
+        Its place goes to no other run: the device has no more at a time than have survived there.
+        """
+        lines = _log_of(child)
+        if not out_of_memory(child.process.returncode, lines):
+            return False
+        most = self.most[child.device] = max(min(self.most.get(child.device, sys.maxsize), survivors), 1)
+        reason = f"out of memory beside {child.beside} others; from now on {most} at a time"
+        child.job.entry.update(status=WAITING, reason=reason, log_tail=lines[-LOG_LINES:])
+        self.record.save()
+        self.say(f"{child.job.entry['folder']} waits: {reason}")
+        return True
 
     def _stop(self, running: list[_Child]) -> None:
         """End the children: SIGINT for each interrupt, then, at the third, SIGKILL."""
+        self.stopping = True
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGKILL):
             for child in running:
                 child.process.send_signal(number)
@@ -214,26 +251,33 @@ class _Sweep:
                 return
 
 
+def _count_neighbours(running: Sequence[_Child]) -> None:
+    busy = collections.Counter(child.device for child in running)
+    for child in running:
+        child.beside = max(child.beside, busy[child.device] - 1)
+
+
+def _log_of(child: _Child) -> list[str]:
+    log = child.job.folder.with_suffix(".log").read_bytes()[child.log_start :]
+    return log.decode(errors="replace").splitlines()
+
+
+def out_of_memory(code: int, lines: Sequence[str]) -> bool:
+    """Whether a run failed for want of memory, of a device or of the system, which ends processes by SIGKILL."""
+    return code == -signal.SIGKILL or OUT_OF_MEMORY.search(" ".join(lines[-LOG_LINES:])) is not None
+
+
 def failure(code: int, lines: Sequence[str]) -> str:
     """Why a run failed, in one line, from its exit code and its log."""
     said = [line.strip() for line in lines if line.strip() and "--debug" not in line]
     word = next((line for line in reversed(said) if line.startswith(("Failed", "Error"))), said[-1] if said else "")
     word = re.sub(r"^(Failed|Error)( on rank \d+)?: ", "", word)
-    if "out of memory" in " ".join(said[-LOG_LINES:]).lower():
+    if code >= 0 and out_of_memory(code, said):
         return f"out of memory: {word}"
     if code < 0:
         name = signal.Signals(-code).name
         return f"ended by {name}" + (", as a system short of memory does" if name == "SIGKILL" else "")
     return word or f"exit code {code}"
-
-
-def visible_devices(environment: dict[str, str]) -> list[str]:
-    """The CUDA devices that runs may have, by the names that ``CUDA_VISIBLE_DEVICES`` takes."""
-    if VISIBLE in environment:
-        return [name.strip() for name in environment[VISIBLE].split(",") if name.strip()]
-    import torch
-
-    return [str(i) for i in range(torch.cuda.device_count())]  # counts without taking hold of a device
 
 
 def start_process(command: list[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -244,23 +288,10 @@ def start_process(command: list[str], log: IO[bytes], environment: dict[str, str
     )  # fmt: skip
 
 
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
 def _prepare_child() -> None:
     """Hear SIGINT even where this process was started with it ignored, and (on Linux) die with this process."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if _LIBC is not None:
-        set_parent_death_signal = 1
-        _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _drop_broken_checkpoints(folder: Path) -> None:
-    """Where no checkpoint is whole, as after a kill during the first one, the run starts anew."""
-    found = checkpoints(folder)
-    if all(damage(path) for path in found):
-        for path in found:
-            shutil.rmtree(path)
+    die_with_parent()
 
 
 def _start_flags(job: Job) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
@@ -13,6 +15,24 @@ if TYPE_CHECKING:
     from galore_trainer.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
+RUN_DEFAULTS: dict[str, Any] = {
+    "report_to": "none", "logging_steps": 10, "save_total_limit": 2, "save_steps": 100, "logging_nan_inf_filter": False,
+}  # fmt: skip
+"""TrainingArguments fields a run sets below the user's own."""
+
+
+def run_arguments(config: RunConfig) -> TrainingArguments:
+    """``training_arguments`` of a run that is trained here, with a run's own defaults.
+
+    Raises:
+        OptionError: a setting under which a failure would not be seen, or anything ``training_arguments`` refuses.
+    """
+    arguments = training_arguments(config, **{**RUN_DEFAULTS, "disable_tqdm": not sys.stderr.isatty()})
+    if arguments.logging_nan_inf_filter:
+        raise OptionError(
+            "logging_nan_inf_filter", True, "false, as a run has it", "A loss that is not finite would be shown as 0."
+        )
+    return arguments
 
 
 def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
@@ -33,6 +53,9 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     cls, below = arguments_class(config)
     fields = {**below, **more, **config.training}
     fields.pop("push_to_hub", None)  # publish.py uploads the model; the Trainer would upload all of output_dir
+    for name, value in config.training.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise OptionError(name, value, "a finite number")
     device = device_type(use_cpu=bool(fields.get("use_cpu")))
     if fields.get("bf16") == "auto":
         fields["bf16"] = not fields.get("fp16") and uses_bf16("auto", device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import io
 import json
@@ -35,8 +36,23 @@ def write_file(path: str | Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        flush_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have a folder's entries written to the disk, so that what was renamed into it outlasts a power cut."""
+    if os.name != "posix":
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+            raise
+    finally:
+        os.close(number)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +18,26 @@ if TYPE_CHECKING:
 
     from galore_trainer.run.model import Dtype
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+
+
+def is_main_process() -> bool:
+    """Whether this process writes a run's files and speaks for it: the only one, or rank 0 of a launcher's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def end_with_launcher() -> None:
+    """End this process as torchrun, which started it, ends: killed itself, that could not end it (on Linux)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process once the one that started it has ended; does nothing but on Linux."""
+    if _LIBC is not None:
+        set_parent_death_signal = 1
+        _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def several() -> bool:

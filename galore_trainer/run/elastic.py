@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,15 +39,17 @@ def import_checkpoint(config: RunConfig, checkpoint: str) -> Path:
             refuses.
     """
     from galore_trainer.hf.elastic import import_state
-    from galore_trainer.run.distributed import wait_for_all
+    from galore_trainer.run.distributed import is_main_process, wait_for_all
+    from galore_trainer.run.start import own_folder
     from galore_trainer.run.train import prepare
 
     check_import(checkpoint)
-    prepared = prepare(config)
-    target = import_state(prepared.trainer, checkpoint)
-    if prepared.say.main:
-        seal(target)
-    wait_for_all()
+    with own_folder(Path(config.output_dir).expanduser()) if is_main_process() else contextlib.nullcontext():
+        prepared = prepare(config)
+        target = import_state(prepared.trainer, checkpoint)
+        if prepared.say.main:
+            seal(target)
+        wait_for_all()
     return target
 
 

@@ -107,7 +107,7 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
 
     def make_own(model: Any) -> Any:
         if not method.startswith("galore"):
-            return _adam_state(model, eight_bit=method == "adamw_8bit"), 0
+            return adam_state(model, eight_bit=method == "adamw_8bit"), 0
         galore = dataclasses.replace(method_settings(config.galore, method, rank), kernels="torch")  # fake tensors
         if method == "galore_torch":
             return _galore_torch_memory(model, galore)
@@ -127,6 +127,13 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
     return share_out(
         memory, sizes[-1], layout, element=element, averaged=averaged[-1], adamw=not method.startswith("galore")
     )
+
+
+def estimate_run(config: RunConfig, layout: Layout | None = None) -> StepMemory:
+    """Count one training step of a run as it is configured."""
+    galore = METHODS[config.method].block == "galore"
+    method = LAYERWISE if galore and config.galore.layerwise else config.method
+    return estimate_one(config, method, config.galore.rank if galore else config.lora.rank, layout)
 
 
 def method_settings(galore: GaLoreConfig, method: str, rank: int) -> GaLoreConfig:
@@ -149,11 +156,8 @@ def predict(config: RunConfig, rows: Any, processes: int = 1) -> dict[str, Any]:
     """
     longest = max((len(rows[i]["input_ids"]) for i in range(min(len(rows), SAMPLE))), default=config.max_length)
     config = dataclasses.replace(config, max_length=max(min(longest, config.max_length), 2))
-    galore = METHODS[config.method].block == "galore"
-    method = LAYERWISE if galore and config.galore.layerwise else config.method
     try:
-        layout = Layout("ddp", processes) if processes > 1 else None
-        memory = estimate_one(config, method, config.galore.rank if galore else config.lora.rank, layout)
+        memory = estimate_run(config, Layout("ddp", processes) if processes > 1 else None)
     except Exception as error:  # a model that cannot be built without its weights must not end a finished run
         return {"peak_bytes": None, "length": config.max_length, "note": f"{type(error).__name__}: {error}"}
     return {
@@ -185,16 +189,25 @@ def inspect(config: RunConfig) -> str:
     Raises:
         OptionError: what training would refuse, in the same words.
     """
-    import torch
-
     from galore_trainer.hf.table import plan_table
     from galore_trainer.optim.groups import plan_weights
 
-    with torch.device("meta"):
-        model = _build(_model_config(config), config)
+    model = empty_model(config)
     galore = config.galore
     rates = {"projected": f"lr x {galore.scale:g}", "plain": f"lr x {galore.plain_lr_ratio:g}", "frozen": "-"}
     return plan_table([(weight, rates[weight.kind]) for weight in plan_weights(model, galore)], galore)
+
+
+def empty_model(config: RunConfig) -> Any:
+    """A run's model on the meta device, where it has shapes and no weights.
+
+    Raises:
+        OptionError: there is no such model, or its configuration cannot be read.
+    """
+    import torch
+
+    with torch.device("meta"):
+        return _build(_model_config(config), config)
 
 
 def _model_config(config: RunConfig) -> Any:
@@ -231,7 +244,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _adam_state(model: Any, *, eight_bit: bool) -> dict[str, int]:
+def adam_state(model: Any, *, eight_bit: bool) -> dict[str, int]:
     """Torch keeps moments in the parameter's dtype; bitsandbytes in 8 bits with a scale for each 256."""
     from torch import nn
 

@@ -107,7 +107,7 @@ def plan_launch(config: RunConfig, *, num_processes: int | None, launch_config: 
 
 
 def run_launch(launch: Launch, words: Sequence[str]) -> int:
-    """Run ``galore-ft WORDS`` on several processes to its end, and pass Ctrl-C on to them.
+    """Run ``galore-ft WORDS`` on several processes to its end, and pass Ctrl-C and SIGTERM on to them.
 
     Returns:
         The exit code of the process that failed first, 0 where none did.
@@ -118,7 +118,7 @@ def run_launch(launch: Launch, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = launch_command_parser().parse_args(launch.command(words))
-    handled = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGHUP,SIGQUIT"}  # the default of torchrun's --signals-to-handle
+    handled = {"PET_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}  # the default of torchrun's --signals-to-handle
     with patch_environment(**launch.environment(os.environ), **handled), _signals():
         try:
             launch_command(arguments)
@@ -191,7 +191,10 @@ def _device_count() -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Pass SIGINT on to the processes of the run, which save a checkpoint; afterwards all handlers are as before."""
+    """Pass on to the processes of the run what has them save a checkpoint; afterwards all handlers are as before.
+
+    For SIGTERM torchrun would give them half a minute.
+    """
     import psutil
 
     def pass_on(number: int, frame: Any) -> None:
@@ -201,7 +204,8 @@ def _signals() -> Iterator[None]:
 
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     previous = {number: signal.getsignal(number) for number in names}
-    signal.signal(signal.SIGINT, pass_on)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
     try:
         yield
     finally:

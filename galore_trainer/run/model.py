@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from galore_trainer.errors import OptionError
 
@@ -61,7 +61,13 @@ def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel,
         check_weights(folder, OPTION)
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
     with _explained(name, source, "a complete causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=weights, **source.options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=weights, output_loading_info=True, **source.options
+        )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # which transformers has made up
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise OptionError(OPTION, name, "a model with all of its weights", f"Its files lack {some}.")
     if name == EMBEDDED:
         model.config._name_or_path = EMBEDDED_HUB_ID
     return model, _load_tokenizer(name, source)
@@ -195,6 +201,11 @@ def find_embedded_gguf() -> Path:
         if absent:
             raise OptionError(OPTION, EMBEDDED, f"the package {missing} installed", f"Run: {INSTALL_EMBEDDED}")
     return files[0]
+
+
+def is_converted() -> bool:
+    """Whether the embedded model lies in the cache."""
+    return _is_complete(cache_dir() / "smollm2-135m")
 
 
 def _is_complete(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from galore_trainer.run.arguments import training_arguments
 from galore_trainer.run.config import RunConfig
 from galore_trainer.run.methods import METHODS, check_method
 from galore_trainer.run.publish import check_publish
+from galore_trainer.run.start import is_taken
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -98,8 +99,7 @@ def _steps(arguments: TrainingArguments, examples: int, world: int) -> str:
 
 
 def _taken(folder: str) -> str:
-    path = Path(folder).expanduser()
-    taken = path.is_dir() and any(path.iterdir())
+    taken = is_taken(Path(folder).expanduser())
     return " (not empty: --resume auto goes on there, --overwrite starts anew)" if taken else ""
 
 

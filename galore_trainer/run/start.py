@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,54 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.checkpoints import choose_checkpoint
 from galore_trainer.run.config import BLOCKS, RESOLVED_CONFIG, RunConfig, load_run_config
 from galore_trainer.run.methods import METHODS, check_resumable
+
+LOCK = ".run.lock"
+
+
+@contextlib.contextmanager
+def own_folder(output: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder; the lock ends with the process, however that ends.
+
+    A folder in which nothing was written is removed afterwards.
+
+    Raises:
+        OptionError: another run works there, or nothing can be written there.
+    """
+    from filelock import FileLock, Timeout
+
+    check_folder(output)
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise OptionError(
+            "output_dir", str(output), "a folder that no other run works in",
+            "Wait until that run has ended, or give another --output-dir.",
+        ) from None  # fmt: skip
+    except OSError as error:
+        raise OptionError("output_dir", str(output), "a folder to write in", f"{error.strerror}.") from error
+    try:
+        with lock:
+            yield
+    finally:
+        if made and not is_taken(output):
+            (output / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # parents that others use by now
+                for folder in made:
+                    folder.rmdir()
+
+
+def check_folder(output: Path) -> None:
+    """Raise ``OptionError`` where a file stands in the way of a run's folder."""
+    first = next(folder for folder in (output, *output.parents) if folder.exists() or folder.is_symlink())
+    if not first.is_dir():
+        raise OptionError("output_dir", str(output), "a folder", f"{first} is none: choose another.")
+
+
+def is_taken(output: Path) -> bool:
+    """Whether a run's folder holds anything."""
+    return output.is_dir() and any(path.name != LOCK for path in output.iterdir())
 
 
 def choose_start(
@@ -28,16 +77,17 @@ def choose_start(
         OptionError: a folder that is taken, a checkpoint that is missing or does not fit the configuration.
     """
     output = Path(config.output_dir).expanduser()
-    if resume and overwrite:
+    if resume is not None and overwrite:
         raise OptionError("overwrite", True, "either --resume or --overwrite", "Both together make no sense.")
-    if output.exists() and not output.is_dir():
-        raise OptionError("output_dir", str(output), "a folder", "A file of this name exists: choose another.")
-    taken = output.is_dir() and any(output.iterdir())
-    if resume:
+    check_folder(output)
+    taken = is_taken(output)
+    if resume is not None:
+        if not resume:
+            raise OptionError("resume", resume, "auto or a checkpoint-N folder")
         check_resumable(config.method, resume)
         saved = output / RESOLVED_CONFIG
-        if saved.is_file():
-            _check_resumable(config, load_run_config(saved), say)
+        if saved.is_file() and (began := _read_saved(saved, resume, say)):
+            _check_resumable(config, began, say)
         checkpoint, notes = choose_checkpoint(resume, output)
         for note in notes:
             say(note)
@@ -54,6 +104,17 @@ def choose_start(
     if taken and not (output / RESOLVED_CONFIG).is_file():
         raise OptionError("output_dir", str(output), "a run's folder, to overwrite it", "It holds other files.")
     return None
+
+
+def _read_saved(saved: Path, resume: str, say: Callable[[str], None]) -> RunConfig | None:
+    """The configuration a run began with; None, with a word, where ``auto`` is to go on without it."""
+    try:
+        return load_run_config(saved)
+    except OptionError as error:
+        if resume != "auto":
+            raise
+        say(f"{saved.name} is not compared with this run's settings, as it cannot be read: {error}")
+        return None
 
 
 def _check_resumable(now: RunConfig, saved: RunConfig, say: Callable[[str], None]) -> None:

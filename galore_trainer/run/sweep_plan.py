@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from galore_trainer.errors import OptionError
 from galore_trainer.run.cells import FINISHED, Job, Record, timing_config
 from galore_trainer.run.study import Study, show_value
+from galore_trainer.run.sweep_memory import choose_jobs, visible_devices
 
 
 def select(record: Record, only: str | None) -> list[Job]:
@@ -38,8 +41,9 @@ def count_all_steps(study: Study) -> dict[str, int]:
 
 
 def describe_sweep(
-    study: Study, output: Path, *, jobs: int = 1, only: str | None = None, max_cells: int | None = None
-) -> str:
+    study: Study, output: Path, *, jobs: int | Literal["auto"] = 1, only: str | None = None,
+    max_cells: int | None = None,
+) -> str:  # fmt: skip
     """The plan of ``ablate`` with the same arguments, in lines; changes nothing.
 
     Raises:
@@ -48,6 +52,10 @@ def describe_sweep(
     record = Record(study, output)
     todo = select(record, only)[:max_cells]
     steps = count_all_steps(study)
+    reason = ""
+    if jobs == "auto":
+        environment = dict(os.environ)
+        jobs, reason = choose_jobs([job.config for job in todo], visible_devices(environment), environment)
     width = max(len(cell.name) for cell in study.cells) + 2
     lines = [
         f"{study.title}: {study.question}".rstrip(": "),
@@ -60,7 +68,10 @@ def describe_sweep(
                   if job.slug == cell.slug and job.entry["seed"] == seed]  # fmt: skip
         lines.append(f"{cell.name:<{width}}{steps[cell.slug]:>7}  " + "".join(f"{state:<13}" for state in states))
     counts = collections.Counter(job.entry["status"] for job in record.runs)
-    lines += ["", f"now to run: {len(todo)} of {len(record.runs)} ({_counted(counts)}), {jobs} at a time"]
+    lines += [
+        "",
+        f"now to run: {len(todo)} of {len(record.runs)} ({_counted(counts)}), {reason or f'{jobs} at a time'}",
+    ]
     if jobs > 1:
         short = {timing_config(cell.configs[study.seeds[0]], steps[cell.slug]).training["max_steps"]
                  for cell in study.cells}  # fmt: skip

@@ -4,42 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
-import shutil
+import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.arguments import training_arguments
-from galore_trainer.run.artifacts import environment, plot_losses, write_file, write_json
-from galore_trainer.run.checkpoints import checkpoints, damage
+from galore_trainer.run.arguments import run_arguments
+from galore_trainer.run.artifacts import write_file, write_json
+from galore_trainer.run.checkpoints import ASIDE, checkpoints, make_way, newest_whole, remove, saved_step
 from galore_trainer.run.config import RESOLVED_CONFIG, RunConfig
 from galore_trainer.run.distributed import (
     check_sharding,
     check_trainer,
     cuts_weights,
+    end_with_launcher,
+    is_main_process,
     save_whole_model,
     scored_model,
-    shards_state,
     wait_for_all,
 )
+from galore_trainer.run.failures import explained
 from galore_trainer.run.methods import ADAPTER, METHODS, check_method
+from galore_trainer.run.preflight import check_room, check_trackers
 from galore_trainer.run.publish import Destination, check_publish, publish
+from galore_trainer.run.results import LOG, RESULT, make_result, seconds, summary, write_artifacts
 from galore_trainer.run.scores import in_words
-from galore_trainer.run.start import choose_start
+from galore_trainer.run.start import choose_start, own_folder
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
     from galore_trainer.recipes.base import TaskData
 
-RESULT, LOG, SCORE_BEFORE = "result.json", "log.jsonl", "score_before.json"
-RUN_DEFAULTS: dict[str, Any] = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2, "save_steps": 100}
-"""TrainingArguments fields a run sets below the user's own."""
+MODEL, SCORE_BEFORE = "model", "score_before.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,17 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
         OptionError: a setting that cannot be honoured; nothing was changed on disk.
         RuntimeError: training failed, or the disk is full; the last whole checkpoint is named.
     """
-    ready = prepare(config, resume=resume, overwrite=overwrite)
+    output = Path(config.output_dir).expanduser()
+    with own_folder(output) if is_main_process() else contextlib.nullcontext():
+        ready = prepare(config, resume=resume, overwrite=overwrite)
+        with explained(output):
+            return _run(config, ready, output, resume=resume, overwrite=overwrite)
+
+
+def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None, overwrite: bool) -> RunResult:
     trainer, arguments, say, main = ready.trainer, ready.trainer.args, ready.say, ready.say.main
     data, model, tokenizer, checkpoint = ready.data, ready.model, ready.tokenizer, ready.checkpoint
     timing, interrupt = ready.timing, ready.interrupt
-    output = Path(config.output_dir).expanduser()
 
     from galore_trainer.run.evaluate import evaluate_examples
     from galore_trainer.run.figures import parameter_counts
@@ -84,7 +90,10 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
     parameters = parameter_counts(trainer.model)
     say(f"parameters: {parameters['trained']:,} of {parameters['total']:,} are trained")
     if main:  # from here on the run exists
-        _clear(output) if overwrite and checkpoint is None else None
+        if overwrite and checkpoint is None:
+            _clear(output)
+        for note in make_way(output, checkpoint):
+            say(note)
         write_file(output / RESOLVED_CONFIG, config.to_yaml())
 
     before, evaluation_seconds = None, 0.0
@@ -101,37 +110,45 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
         evaluation_seconds += before["seconds"]
         say(f"before training: {in_words(before)}")
 
+    resumed_from = saved_step(checkpoint) if checkpoint else None  # which may be removed as training goes on
     memory = PeakMemory(arguments.device)
-    with interrupt.listening(), _disk_guard(output):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with interrupt.listening():
+        _train(trainer, checkpoint, say)
     result_path = output / RESULT
     if interrupt.heard():
-        newest = next((c for c in checkpoints(output) if damage(c) is None), None)
-        go_on = f"go on with --resume auto (from {newest})" if METHODS[config.method].resumable else "it cannot resume"
+        newest = newest_whole(output) if main else None
+        go_on = f"go on with --resume auto (from {newest or 'the beginning'})"
+        if not METHODS[config.method].resumable:
+            go_on = "it cannot resume"
         say(f"interrupted at step {trainer.state.global_step}; {go_on}")
+        wait_for_all()  # a launcher ends the others once one process has ended
         return RunResult(output, result_path, True, {})
     peak = memory.report()
     finish = METHODS[config.method].finish
-    with _disk_guard(output):
-        finish(trainer, config, output) if finish else None
-        save_whole_model(trainer, output / "model")
+    with explained(output, MODEL, ADAPTER):
+        if finish:
+            finish(trainer, config, output)
+        save_whole_model(trainer, output / MODEL)
     after = None
     if main and data.eval:
-        with scored_model(model, arguments, str(output / "model"), config.dtype) as scored:
+        with scored_model(model, arguments, str(output / MODEL), config.dtype) as scored:
             after = evaluate_examples(
                 scored, tokenizer, data.task, data.eval, config, predictions_path=output / "predictions.jsonl",
                 progress=say.progress("scoring the trained model"),
             )  # fmt: skip
+        if not math.isfinite(after["eval_loss"]):
+            raise FloatingPointError(f"the loss of the trained model on held-out examples is {after['eval_loss']}")
         evaluation_seconds += after["seconds"]
     result: dict[str, Any] = {}
     if main:
-        result = _result(config, trainer, data, before, after, peak, checkpoint)
-        result |= {"parameters": parameters, "seconds": _seconds(trainer, timing) | {"evaluation": evaluation_seconds}}
-        _write_artifacts(output, config, trainer, result)
-        say(_summary(result, output))
+        result = make_result(config, trainer, data, before, after, peak, resumed_from)
+        result |= {"parameters": parameters, "seconds": seconds(trainer, timing) | {"evaluation": evaluation_seconds}}
+        write_artifacts(output, config, trainer, result)
+        say(summary(result, output))
         if ready.destination is not None:
-            say(f"upload  {publish(ready.destination, output / 'model')}")
-    trainer.end() if hasattr(trainer, "end") else None
+            say(f"upload  {publish(ready.destination, output / MODEL)}")
+    if hasattr(trainer, "end"):
+        trainer.end()
     return RunResult(output, result_path, False, result)
 
 
@@ -155,9 +172,12 @@ class Prepared:
 
 def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = False) -> Prepared:
     """Check what ``train`` was asked for, load data and model, make the Trainer; changes nothing on disk."""
-    arguments = training_arguments(config, **{**RUN_DEFAULTS, "disable_tqdm": not sys.stderr.isatty()})
+    end_with_launcher()
+    arguments = run_arguments(config)
     say = _Say(arguments.process_index == 0)
     check_method(config, arguments)
+    if say.main:
+        check_trackers(arguments)
     output = Path(config.output_dir).expanduser()
     checkpoint = choose_start(config, resume, overwrite, say)
     check_sharding(arguments, checkpoint)
@@ -166,7 +186,9 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
 
     from transformers.utils.logging import disable_progress_bar
 
+    from galore_trainer.optim.skips import some_of
     from galore_trainer.recipes import load_data
+    from galore_trainer.run.finite import not_finite
     from galore_trainer.run.model import leave_files, load_model
 
     data = load_data(config.data)
@@ -176,6 +198,9 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     if arguments.disable_tqdm:
         disable_progress_bar()
     model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
+    if bad := not_finite(model):
+        wanted = "a model of finite weights"
+        raise OptionError("model_name_or_path", config.model_name_or_path, wanted, f"Not finite: {some_of(bad)}.")
     if not cuts_weights(arguments):  # else each process gets its part from the backend
         model.to(arguments.device)  # type: ignore[arg-type]
         if arguments.device.type == "cpu":
@@ -187,8 +212,8 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
 
 def _clear(output: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for path in [*checkpoints(output), output / "model", output / ADAPTER]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in [*checkpoints(output), output / ASIDE, output / MODEL, output / ADAPTER]:
+        remove(path)
     names = (RESULT, LOG, SCORE_BEFORE, RESOLVED_CONFIG, "predictions.jsonl", "predictions_before.jsonl", "loss.png")
     for name in names:
         (output / name).unlink(missing_ok=True)
@@ -209,7 +234,8 @@ def _make_trainer(
 ) -> tuple[Trainer, Any, Any]:
     from transformers import PrinterCallback
 
-    from galore_trainer.run.callbacks import InterruptCallback, LogCallback, SealCallback, TimingCallback
+    from galore_trainer.run.callbacks import EndCallback, InterruptCallback, LogCallback, SealCallback, TimingCallback
+    from galore_trainer.run.finite import FiniteCallback
     from galore_trainer.run.prompts import encode_all
     from galore_trainer.run.trainers import build_trainer
 
@@ -220,126 +246,31 @@ def _make_trainer(
         raise OptionError("data.source", config.data.source, "at least one example to train on")
     held_out = encode_all(tokenizer, data.eval, config.max_length).rows if data.eval else None
     model, plugin = METHODS[config.method].prepare(model, config, arguments)
-    timing, interrupt = TimingCallback(arguments.device), InterruptCallback()
+    if say.main and not cuts_weights(arguments):
+        check_room(config, arguments, model, len(rows), arguments.world_size)
+    timing, interrupt, finite = TimingCallback(arguments.device), InterruptCallback(), FiniteCallback()
+    limit, arguments.save_total_limit = arguments.save_total_limit, None  # SealCallback's, see there
     trainer = build_trainer(config, arguments, model, tokenizer, rows, held_out, **plugin)
     trainer.remove_callback(PrinterCallback)
-    for callback in (timing, SealCallback(), interrupt, LogCallback(output / LOG, bool(arguments.disable_tqdm))):
+    finite.watch(trainer)
+    log = LogCallback(output / LOG, bool(arguments.disable_tqdm))
+    for callback in (timing, log, finite, SealCallback(limit, finite), interrupt, EndCallback()):
         trainer.add_callback(callback)
     return trainer, timing, interrupt
 
 
-@contextlib.contextmanager
-def _disk_guard(output: Path) -> Iterator[None]:
-    """Turn a full disk into one clear word, after removing the checkpoint that could not be finished."""
+def _train(trainer: Trainer, checkpoint: Path | None, say: _Say) -> None:
+    """Train to the end; of a run that is over, load what it came to."""
+    from galore_trainer.run.callbacks import RunIsOver
+
     try:
-        yield
-    except Exception as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full and not ("PytorchStreamWriter" in str(error) and shutil.disk_usage(output).free < 1 << 20):
-            raise
-        good = None
-        for path in checkpoints(output):
-            if damage(path) is None:
-                good = good or path
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-        kept = f"{good.name} is whole: free some space, then --resume auto" if good else "no checkpoint was whole yet"
-        raise RuntimeError(
-            f"the disk is full: the newest checkpoint could not be written and was removed; {kept}"
-        ) from error
-
-
-# ------------------------------------------------------------------------------------------ afterwards
-
-
-def _seconds(trainer: Trainer, timing: Any) -> dict[str, float]:
-    """Seconds of training by part, without those of diagnosis, which is no part of the method."""
-    from galore_trainer.run.figures import optimizer_seconds
-
-    mine = timing.stopwatch.seconds()
-    parts = ("diagnosis", "refresh", "update", "plain")
-    diagnosis, refresh, *updates = (optimizer_seconds(trainer.optimizer, part) for part in parts)
-    step = mine.get("step", 0.0) - diagnosis
-    # DeepSpeed takes its step inside the backward pass, where the Trainer's callbacks do not see it.
-    optimizer = max(mine.get("optimizer", 0.0) - diagnosis, refresh + sum(updates))
-    return {"training": step, "forward_backward": step - optimizer, "refresh": refresh, "update": optimizer - refresh}
-
-
-def _result(
-    config: RunConfig, trainer: Trainer, data: TaskData, before: Any, after: Any, peak: dict[str, Any],
-    checkpoint: Path | None,
-) -> dict[str, Any]:  # fmt: skip
-    from galore_trainer.hf.backend import training_backend
-    from galore_trainer.run.estimate import predict
-    from galore_trainer.run.figures import optimizer_figures
-
-    backend = training_backend(trainer.args)
-    uncounted = {"peak_bytes": None, "note": f"counted for whole weights and state, which {backend} shards"}
-
-    history = trainer.state.log_history
-    return {
-        "method": config.method,
-        "trainer": config.trainer,
-        "learning_rate": trainer.args.learning_rate,
-        "task": data.task,
-        "seed": trainer.args.seed,
-        "backend": backend,
-        "processes": trainer.args.world_size,
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None,
-        "train_examples": len(data.train),
-        "score_before": before,
-        "score_after": after,
-        "train_loss": next((row["loss"] for row in reversed(history) if "loss" in row), None),
-        "peak_memory": peak,
-        "predicted_memory": uncounted
-        if shards_state(trainer.args)
-        else predict(config, trainer.train_dataset, trainer.args.world_size),
-        "environment": environment(),
-        "data_notes": data.notes,
-        "config": config.to_dict(),
-        **optimizer_figures(trainer.optimizer),
-    }
-
-
-def _write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: dict[str, Any]) -> None:
-    from galore_trainer.run.card import model_card
-
-    gap = config.galore.update_proj_gap
-    projects = METHODS[config.method].block == "galore"
-    refreshes = range(1, result["steps"] + 1, gap) if projects and result["steps"] / gap <= 50 else ()
-    plot_losses(output / "loss.png", trainer.state.log_history, refresh_steps=list(refreshes))
-    card = model_card(
-        config, before=result["score_before"], after=result["score_after"], environment=result["environment"]
-    )
-    write_file(output / "model" / "README.md", card)
-    write_json(output / RESULT, result)
-
-
-def _summary(result: dict[str, Any], output: Path) -> str:
-    from galore_trainer.hf.table import human_bytes
-    from galore_trainer.run.columns import predicted_peak
-
-    seconds = result["seconds"]
-    parts = ", ".join(
-        f"{name.replace('_', '+')} {seconds[name]:.0f} s ({seconds[name] / max(seconds['training'], 1e-9):.0%})"
-        for name in ("forward_backward", "update", "refresh")
-    )
-    lines = []
-    for when in ("before", "after"):
-        if result[f"score_{when}"]:
-            lines.append(f"{when:<7} {in_words(result[f'score_{when}'])}")
-    lines.append(f"time    training {seconds['training']:.0f} s: {parts}; evaluation {seconds['evaluation']:.0f} s")
-    state = human_bytes(sum(result["optimizer_state_bytes"].values()))
-    peak = result["peak_memory"]["peak_bytes"]
-    told = f"; peak {human_bytes(peak)} {result['peak_memory']['meaning']}" if peak is not None else ""
-    if (predicted := predicted_peak(result)) is not None:
-        told += f", predicted {human_bytes(predicted)}"
-    lines.append(f"memory  optimizer state {state}{told}")
-    adapter = f" {ADAPTER}/," if METHODS[result["method"]].block == "lora" else ""
-    lines.append(f"files   {output}: model/,{adapter} {RESULT}, {LOG}, predictions.jsonl, loss.png, {RESOLVED_CONFIG}")
-    return "\n".join(lines)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RunIsOver:
+        say(f"all {trainer.state.global_step} steps are done already: nothing is left to train")
+        trainer.is_in_train = False
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+        trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 class _Say:

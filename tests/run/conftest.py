@@ -99,3 +99,10 @@ def short_run(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         return RunConfig.from_dict({**settings, **more})
 
     return configure
+
+
+@pytest.fixture
+def short_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process neither count their memory nor draw a plot at the end."""
+    monkeypatch.setattr("galore_trainer.run.estimate.predict", lambda *args: {"peak_bytes": None})
+    monkeypatch.setattr("galore_trainer.run.results.plot_losses", lambda *args, **more: None)

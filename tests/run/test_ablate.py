@@ -320,3 +320,69 @@ def _locked(output: Path) -> Any:
 )
 def test_the_reason_of_a_failure_is_one_line(code: int, lines: list[str], reason: str) -> None:
     assert failure(code, lines) == reason
+
+
+class Card:
+    """Runs that share a device with room for some of them, one tick a poll."""
+
+    def __init__(self, room: int, sizes: dict[str, int], ticks: int = 3) -> None:
+        self.room, self.sizes, self.ticks = room, sizes, ticks
+        self.running: dict[str, list[int]] = {}
+        self.most, self.started = 0, list[str]()
+
+    def start(self, command: list[str], log: IO[bytes], environment: dict[str, str]) -> Any:
+        path = Path(command[4])
+        name = path.parent.name
+        self.started.append(name)
+        self.running[name] = [0]
+        process = types.SimpleNamespace(returncode=None)
+
+        def poll() -> int | None:
+            self.most = max(self.most, len(self.running))
+            self.running[name][0] += 1
+            if self.running[name][0] < self.ticks:
+                return None
+            used = sum(self.sizes.get(other, 1) for other in self.running)
+            process.returncode = 1 if used > self.room else 0  # an evaluation at the end takes all of it
+            if process.returncode:
+                with path.with_suffix(".log").open("a") as file:
+                    file.write("Failed: CUDA out of memory. Tried to allocate 2 GiB\n")
+            else:
+                folder = path.with_suffix("")
+                folder.mkdir(exist_ok=True)
+                (folder / "result.json").write_text(json.dumps({"steps": 4, "score_after": None}))
+            del self.running[name]
+            return process.returncode
+
+        process.poll = poll
+        return process
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(3, {}), (1, {}), (5, {"rank-2": 5}), (12, {})])
+def test_what_has_no_room_beside_others_waits(
+    room: int, sizes: dict[str, int], make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card, said = Card(room, sizes), list[str]()
+    monkeypatch.setattr(module, "start_process", card.start)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    ranks = list(range(2, 14))
+    outcome = ablate(make_study({"galore.rank": ranks}), tmp_path / "out", jobs=12, timing=False, say=said.append)
+    assert outcome == module.Outcome({}, 0, False)
+    assert card.most == 12
+    again = len(card.started) - len(ranks)
+    assert (again > 0) == (room < 12)
+    assert again == sum("waits: out of memory beside" in line for line in said)
+    assert {run["status"] for run in entries(tmp_path / "out").values()} == {"finished"}
+
+
+def test_a_run_that_has_no_room_alone_has_failed(
+    make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = Card(3, {"rank-3": 4})
+    monkeypatch.setattr(module, "start_process", card.start)
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    outcome = ablate(make_study({"galore.rank": [2, 3, 4]}), tmp_path / "out", jobs=3, timing=False, say=quiet)
+    assert outcome.failed == {"rank 3, seed 0": "out of memory: CUDA out of memory. Tried to allocate 2 GiB"}
+    assert outcome.unfinished == 0
