@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# One worker runs all tests under such a path, because they share runs that take long; elsewhere a file is the unit.
-TOGETHER = ("tests/distributed/",)
-# Files of more than ten seconds begin early, so that no worker is left with one of them at the end.
-LONG = (
-    "tests/optim/test_sharded.py", "tests/kernels/test_step.py", "tests/kernels/test_kernels.py",
-    "tests/run/test_ablate.py", "tests/run/test_estimate.py", "tests/hf/test_smollm2.py",
+# One worker runs these: their processes are forks of one server, and some of their launches serve several tests.
+TOGETHER = (
+    "tests/distributed/", "tests/hf/test_ddp.py", "tests/run/test_launch.py", "tests/run/test_train.py",
+    "tests/run/test_ablate.py",
 )  # fmt: skip
+# Other files of more than ten seconds begin early, so that no worker is left with one of them at the end.
+LONG = ("tests/optim/test_sharded.py", "tests/kernels/", "tests/run/test_estimate.py", "tests/hf/test_smollm2.py")
 
 
 def is_alone(item: pytest.Item | None) -> bool:
-    """Whether a test starts several processes: it has the mark, or one of the fixtures that start them."""
-    return item is not None and (item.get_closest_marker("alone") is not None or "torchrun" in item.fixturenames)  # type: ignore[attr-defined]
+    """Whether a test starts several processes: it has the mark, or the fixture that starts them."""
+    return item is not None and ("alone" in item.keywords or "torchrun" in getattr(item, "fixturenames", ()))
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
@@ -34,7 +34,7 @@ def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 class Scheduling(LoadScopeScheduling):
-    """A file a worker, in the order of the collection."""
+    """A file a worker, in the order of the collection; files that stand together are as one."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         config.option.loadscopereorder = False
@@ -42,7 +42,7 @@ class Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return next((path for path in TOGETHER if file.startswith(path)), file)
+        return "together" if file.startswith(TOGETHER) else file
 
     def remove_node(self, node: Any) -> str | None:
         """Give the tests of a worker that crashed to the others, but for the one that it crashed in."""
