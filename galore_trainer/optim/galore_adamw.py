@@ -24,7 +24,7 @@ from galore_trainer.optim.group_settings import (
     prepare_group,
     warn_if_plain,
 )
-from galore_trainer.optim.jobs import Projected, jobs_of, with_gradients
+from galore_trainer.optim.jobs import Projected, jobs_of, smallest_of, with_gradients
 from galore_trainer.optim.layerwise import ProjectedGradient, attach_group, drop_projected
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Directions, Part, Whole, sketch_matrices
@@ -97,6 +97,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     ) -> None:
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False)
         check_optimizer_options(defaults)
+        if not isinstance(config, GaLoreConfig | None):
+            raise OptionError("config", config, "a GaLoreConfig", "Give lr by its name: lr=1e-4.")
         self.config = config or GaLoreConfig()
         self.seed = seed
         self.stopwatch = Stopwatch()
@@ -165,7 +167,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         flags += self._move_projected(whole)
         count_skips(flags)
         self._steps += 1
-        self._watch.look(self._steps, self._counters, self._locator.leaves)
+        skips = any(ok.device.type == "cpu" and not ok for _, ok in flags)
+        self._watch.look(self._steps, self._counters, self._locator.leaves, lambda: smallest_of(plain, whole), skips)
         return loss
 
     def _jobs(self, whole: Iterable[Projected]) -> Iterator[Job]:

@@ -274,7 +274,7 @@ def parameter_groups(
     """
     if joint := [w for w in weights if w.falls_back(config)]:
         _tell_joint(joint)
-    groups = []
+    groups, settings = [], config.to_dict()
     for kind in ("projected", "plain"):
         for decay in (True, False):
             members = [w for w in weights if w.kind == kind and (w.name not in no_decay) == decay]
@@ -289,6 +289,7 @@ def parameter_groups(
             }
             if kind == "projected":
                 group["matrices"] = [list(w.matrices) for w in members]
+                group["galore"] = {key: settings[key] for key in GaLoreConfig.trajectory_fields()}
             groups.append(group)
     return groups
 

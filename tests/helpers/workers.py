@@ -60,8 +60,8 @@ class Scheduling(LoadScopeScheduling):
 class Turns:
     """A test that starts several processes has the machine for itself: the other workers wait at their next test.
 
-    Three busy processes on two cores make each other miss their deadlines. All tests hold one lock, shared or exclusive,
-    for which they ask through a second one: those who share it cannot keep out the one who waits.
+    Three busy processes on two cores make each other miss their deadlines. All tests hold one lock, shared or
+    exclusive, for which they ask through a second one: those who share it cannot keep out the one who waits.
     """
 
     def __init__(self) -> None:
