@@ -167,7 +167,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         flags += self._move_projected(whole)
         count_skips(flags)
         self._steps += 1
-        skips = any(ok.device.type == "cpu" and not ok for _, ok in flags)
+        skips = any(type(ok) is Tensor and ok.device.type == "cpu" and not ok for _, ok in flags)
         self._watch.look(self._steps, self._counters, self._locator.leaves, lambda: smallest_of(plain, whole), skips)
         return loss
 
