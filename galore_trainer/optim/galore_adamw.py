@@ -103,6 +103,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.max_stack_elements: int | None = None  # None chooses by device
         self.projection_errors: dict[str, Tensor] = {}  # by matrix, of the newest refresh
         self.excess_errors: dict[str, tuple[float, float]] = {}  # excess and sharing excess, where diagnosed
+        self.notes: dict[str, str] = {}  # why targeted weights are not projected, by name
         self._steps = 0
         self._places: dict[str, int] = {}  # of projected weights, by name
         self._locator = Locator(self)
@@ -340,7 +341,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or pickle keeps: torch's part, and what this class adds but the stopwatch."""
         self._doubts.settle()
-        own = ("config", "seed", "max_stack_elements", "projection_errors", "excess_errors", "_steps", "_places")
+        shown = ("projection_errors", "excess_errors", "notes")
+        own = ("config", "seed", "max_stack_elements", "_steps", "_places", *shown)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
