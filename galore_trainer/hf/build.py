@@ -78,6 +78,9 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
 
     Returns:
         ``optimizer_cls_and_kwargs`` and ``callbacks``. To pass callbacks of your own, add them to that list.
+        A Trainer without the parameter ``optimizer_cls_and_kwargs`` (``Seq2SeqTrainer`` of some versions) raises a
+        ``TypeError`` for it. On one process and under DDP it takes
+        ``optimizers=(build_optimizer(model, config, lr=...), None), callbacks=[GaLoreCallback()]`` instead.
 
     Raises:
         OptionError: ``optim``, ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or a setting
