@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from galore_trainer.errors import OptionError
@@ -47,3 +48,33 @@ def check_kept(optimizer: GaLoreAdamW, args: Any) -> None:
         wanted = f"{took[name]!r}, which the optimizer was made with"
         way_out = "A Trainer keeps its optimizer between calls of train(): make a new Trainer."
         raise OptionError(" and ".join(FIELDS[name]), now, wanted, way_out)
+
+
+def overruled(optimizer: GaLoreAdamW) -> str:
+    """Settings of a loaded state that differ from what the optimizer was made with, both values of each; else empty.
+
+    The learning rate is compared where a schedule keeps it as ``initial_lr``: ``reduce_lr_on_plateau`` does not.
+    """
+    groups = optimizer.param_groups
+    pairs = list(zip(groups, optimizer.asked, strict=False))
+    first = next((pair for pair in pairs if pair[0]["projected"]), None)
+    found: dict[str, None] = {}
+    for group, asked in pairs:
+        # a cyclic schedule moves beta1 and says so in the group
+        cycled = "max_momentum" in group or "base_momentum" in group
+        values = {
+            "learning_rate": tuple(each.get("initial_lr") for each in (group, asked)),
+            "weight_decay": (group["weight_decay"], asked["weight_decay"]),
+            "adam_beta1": (None, None) if cycled else (group["betas"][0], asked["betas"][0]),
+            "adam_beta2": (group["betas"][1], asked["betas"][1]),
+            "adam_epsilon": (group["eps"], asked["eps"]),
+        }
+        if first is not None and not group["projected"]:  # its learning rate follows from that of the projected ones
+            rates = zip(values.pop("learning_rate"), (each.get("initial_lr") for each in first), strict=True)
+            values["galore.plain_lr_ratio"] = tuple(
+                rate / lead if rate is not None and lead else None for rate, lead in rates
+            )
+        for name, (saved, now) in values.items():
+            if saved is not None and now is not None and not math.isclose(saved, now):
+                found[f"{name} {float(saved):.6g} (now asked for: {float(now):.6g})"] = None
+    return ", ".join(found)

@@ -21,7 +21,7 @@ from galore_trainer.hf.membership import watch_first_steps
 from galore_trainer.hf.unpickling import check_checkpoint
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.groups import parameter_groups, plan_weights
+from galore_trainer.optim.groups import Weight, parameter_groups, plan_weights
 from galore_trainer.optim.locate import check_settings
 from galore_trainer.optim.streams import logical_name
 
@@ -78,6 +78,9 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
 
     Returns:
         ``optimizer_cls_and_kwargs`` and ``callbacks``. To pass callbacks of your own, add them to that list.
+        A Trainer without the parameter ``optimizer_cls_and_kwargs`` (``Seq2SeqTrainer`` of some versions) raises a
+        ``TypeError`` for it. On one process and under DDP it takes
+        ``optimizers=(build_optimizer(model, config, lr=...), None), callbacks=[GaLoreCallback()]`` instead.
 
     Raises:
         OptionError: ``optim``, ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or a setting
@@ -154,10 +157,15 @@ class GaLoreFactory:
 
 def galore_groups(model: nn.Module, config: GaLoreConfig, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups of a model under the Trainer's rule for what is not decayed; see ``parameter_groups``."""
+    return _groups_of(model, plan_weights(model, config), config, lr, weight_decay)
+
+
+def _groups_of(
+    model: nn.Module, weights: list[Weight], config: GaLoreConfig, lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
     from transformers import Trainer
 
     decayed = {logical_name(n) for n in Trainer.get_decay_parameter_names(None, model)}  # type: ignore[arg-type]
-    weights = plan_weights(model, config)
     no_decay = {w.name for w in weights} - decayed
     return parameter_groups(weights, config, lr=lr, weight_decay=weight_decay, no_decay=no_decay)
 
@@ -171,8 +179,10 @@ def _build(
     eps: float,
     seed: int,
 ) -> GaLoreAdamW:
-    groups = galore_groups(model, config, lr=lr, weight_decay=weight_decay)
+    weights = plan_weights(model, config)
+    groups = _groups_of(model, weights, config, lr, weight_decay)
     optimizer = GaLoreAdamW(groups, config, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed)
+    optimizer.notes = {w.name: w.note for w in weights if w.note}
     if training_backend() == "ddp" and dist.is_available() and dist.is_initialized():  # a single process is wrapped too
         if config.layerwise:
             projected = {id(p) for _, p in optimizer.projected_weights()}

@@ -11,14 +11,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from galore_trainer.errors import OptionError
-from galore_trainer.hf.arguments import check_kept
+from galore_trainer.hf.arguments import check_kept, overruled
 from galore_trainer.hf.backend import check_averaged, training_backend
 from galore_trainer.hf.checkpoints import lacks_state
-from galore_trainer.hf.membership import Membership
+from galore_trainer.hf.membership import Membership, without_gradient
 from galore_trainer.hf.table import weight_table
 from galore_trainer.layouts.shard import checksum
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.group_settings import scale_of
+from galore_trainer.optim.skips import some_of
 
 logger = logging.getLogger(__name__)
 STEPS_TO_MOVE = 3
@@ -57,7 +58,7 @@ class GaLoreCallback(TrainerCallback):
         self._optimizer: GaLoreAdamW | None = None
         self._membership: Membership | None = None
         self._before: dict[str, torch.Tensor] = {}
-        self._steps_with_lr = 0
+        self._steps_with_lr = self._first_step = 0
         self._logged: dict[str, float] = {}
         self._skipped: dict[str, int] = {}
 
@@ -83,11 +84,19 @@ class GaLoreCallback(TrainerCallback):
         """Check that the Trainer kept the optimizer and that it holds the model's weights; print the table."""
         self._go_first()
         self._forget()
+        self._first_step = state.global_step
         self._optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if state.global_step and not self._optimizer.state:
             raise lacks_state(args, state.global_step)
         if self._plugin is not None:
             check_kept(self._optimizer, args)
+        if (changed := overruled(self._optimizer)) and state.is_world_process_zero:
+            logger.warning(
+                "the checkpoint's settings go on: %s; begin a new run from its weights for others (model_name_or_path: "
+                "the checkpoint's folder, no resume)",
+                changed,
+            )
+        self._optimizer.asked = []
         if (model := kwargs.get("model")) is not None:
             check_averaged(model, args)
             self._membership = Membership(model, self._optimizer, training_backend(args))
@@ -131,9 +140,16 @@ class GaLoreCallback(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell of steps that no log has told of; stop a run in whose last steps a parameter had no finite gradient."""
+        """Tell of steps that no log has told of, and of weights that never had a gradient.
+
+        It stops a run in whose last steps a parameter had no finite gradient.
+        """
         self._membership = None
         self._tell_skipped()
+        if self._optimizer is None or not self._optimizer.state or state.global_step <= self._first_step:
+            return
+        if (idle := without_gradient(self._optimizer)) and state.is_world_process_zero:
+            logger.warning("these weights had no gradient in any step, and stay as they were: %s", some_of(idle))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the projection's figures to the log of a training step."""

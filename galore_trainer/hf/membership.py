@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.skips import some_of
 
 logger = logging.getLogger(__name__)
 EMPTY_STEPS = 2
@@ -56,7 +57,7 @@ class Membership:
             raise _differ(loose, foreign)
         frozen = [name for name, p in held.values() if not p.requires_grad]
         if frozen:
-            logger.warning("the optimizer holds frozen weights, which stay as they are: %s", _some(frozen))
+            logger.warning("the optimizer holds frozen weights, which stay as they are: %s", some_of(frozen))
         self._modules = list(self.model.modules())
         self._seen = self._look()
 
@@ -84,6 +85,16 @@ def held_weights(optimizer: GaLoreAdamW, backend: str = "single") -> dict[int, t
     return held
 
 
+def without_gradient(optimizer: GaLoreAdamW) -> list[str]:
+    """Names of weights that train and have had no gradient in any step; none under DeepSpeed, which fills in zeros."""
+    found = []
+    for group in optimizer.param_groups:
+        if not optimizer._locator.is_flat(group):
+            pairs = zip(group["names"], group["params"], strict=True)
+            found += [name for name, p in pairs if p.requires_grad and not optimizer.state.get(p)]
+    return found
+
+
 def watch_first_steps(optimizer: GaLoreAdamW, model: nn.Module) -> None:
     """Let the first steps of an optimizer notice that it was built for another model, or before some of its weights.
 
@@ -107,7 +118,7 @@ def watch_first_steps(optimizer: GaLoreAdamW, model: nn.Module) -> None:
             if loose:
                 logger.warning(
                     "these weights have gradients and are not in the optimizer, which was built before them: %s",
-                    _some(loose),
+                    some_of(loose),
                 )
         elif steps == EMPTY_STEPS:
             got = f"{EMPTY_STEPS} steps in which none of its weights had a gradient"
@@ -129,13 +140,8 @@ FREEZE = (
 def _differ(loose: Sequence[str], foreign: Sequence[str]) -> OptionError:
     says = []
     if loose:
-        says.append(f"a model that trains {_some(loose)} without it")
+        says.append(f"a model that trains {some_of(loose)} without it")
     if foreign:
-        says.append(f"weights that the model does not have: {_some(foreign)}")
+        says.append(f"weights that the model does not have: {some_of(foreign)}")
     way_out = f"{BUILD_LAST} {FREEZE}" if loose and not foreign else BUILD_LAST
     return OptionError("optimizer", "; ".join(says), "every weight that the model trains, and no other", way_out)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

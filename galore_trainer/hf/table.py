@@ -32,7 +32,7 @@ def weight_table(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> str:
     """One line for each kind of weight: equal weights of all layers are counted together.
 
     Args:
-        optimizer: its groups say what is projected and with which learning rate.
+        optimizer: its groups say what is projected and with which learning rate, its ``notes`` why a target is not.
         model: adds frozen parameters, which are in no group.
 
     Returns:
@@ -83,7 +83,7 @@ def _weights(optimizer: GaLoreAdamW, model: nn.Module | None) -> Iterable[tuple[
         matrices = group.get("matrices", [()] * len(group["names"]))
         for name, shape, m in zip(group["names"], optimizer.shapes_of(group), matrices, strict=True):
             seen.add(name)
-            yield Weight(name, _stand_in(shape, trained=True), tuple(m)), f"{lr:.3g}"
+            yield Weight(name, _stand_in(shape, trained=True), tuple(m), optimizer.notes.get(name, "")), f"{lr:.3g}"
     for full_name, p in model.named_parameters() if model is not None else ():
         if logical_name(full_name) not in seen:
             yield Weight(logical_name(full_name), _stand_in(getattr(p, "ds_shape", p.shape), trained=False)), "-"

@@ -9,6 +9,7 @@ from torch import nn
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
+from galore_trainer.optim.computed import COMPUTED, WHOLE_AGAIN
 from galore_trainer.optim.streams import logical_name
 
 PACKED = ("qweight", "qzeros", "weight_packed")  # buffers of GPTQ, AWQ and compressed-tensors layers
@@ -16,7 +17,7 @@ WANTED = "linear layers of the model itself that train"
 
 
 def nothing_projected(
-    model: nn.Module, config: GaLoreConfig, small: Mapping[str, int], any_target: bool
+    model: nn.Module, config: GaLoreConfig, small: Mapping[str, int], any_target: bool, any_computed: bool
 ) -> OptionError:
     """The error for a model of which no weight would be projected.
 
@@ -25,12 +26,15 @@ def nothing_projected(
         config: gives the rank.
         small: the smaller side of every target that trains and is too small for its rank, by parameter name.
         any_target: whether target_modules matches anything, whether it trains or not.
+        any_computed: whether a target that trains has a weight that is no parameter.
     """
     adapters = _adapters(model)
     sides = [side for name, side in small.items() if name not in adapters]
     if sides:
         wanted = f"at most {max(sides)}, the largest smaller side of any target that trains"
         return OptionError("galore.rank", config.rank, wanted, "No weight would be projected.")
+    if any_computed:
+        return OptionError("model", f"weights that are {COMPUTED} in all targets that train", WANTED, WHOLE_AGAIN)
     if adapters:
         return _only_adapters(model)
     if kind := _quantized(model):

@@ -22,6 +22,7 @@ from galore_trainer.optim.group_settings import (
     complete_group,
     gap_of,
     prepare_group,
+    settings_of,
     warn_if_plain,
 )
 from galore_trainer.optim.jobs import Projected, jobs_of, smallest_of, with_gradients
@@ -105,6 +106,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.max_stack_elements: int | None = None  # None chooses by device
         self.projection_errors: dict[str, Tensor] = {}  # by matrix, of the newest refresh
         self.excess_errors: dict[str, tuple[float, float]] = {}  # excess and sharing excess, where diagnosed
+        self.asked: list[dict[str, Any]] = []  # settings of the groups before the newest load
+        self.notes: dict[str, str] = {}  # why targeted weights are not projected, by name
         self._steps = 0
         self._places: dict[str, int] = {}  # of projected weights, by name
         self._locator = Locator(self)
@@ -343,7 +346,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or pickle keeps: torch's part, and what this class adds but the stopwatch."""
         self._doubts.settle()
-        own = ("config", "seed", "max_stack_elements", "projection_errors", "excess_errors", "_steps", "_places")
+        shown = ("projection_errors", "excess_errors", "notes")
+        own = ("config", "seed", "max_stack_elements", "asked", "_steps", "_places", *shown)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -384,6 +388,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         loaded = unpack(self, state_dict)
+        self.asked = settings_of(self.param_groups)
         drop_projected(p for group in self.param_groups for p in group["params"])  # they belong to the state before
         self.__setstate__(loaded)
         for after in self._optimizer_load_state_dict_post_hooks.values():

@@ -197,6 +197,12 @@ def config_of(group: Mapping[str, Any], config: GaLoreConfig) -> GaLoreConfig:
     return dataclasses.replace(config, **{key: group[key] for key in OVERRIDES if key in group})
 
 
+def settings_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What groups say that a loaded state may overrule; ``initial_lr`` is the learning rate before any schedule."""
+    keys = ("initial_lr", "weight_decay", "betas", "eps")
+    return [{key: group[key] for key in keys if key in group} for group in groups]
+
+
 def scale_of(group: Mapping[str, Any], config: GaLoreConfig) -> float:
     """The factor on the lifted update of a projected group."""
     scale: float = group.get("scale", config.scale)

@@ -8,10 +8,11 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
 
 from galore_trainer.config import ALL_LINEAR, GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
@@ -27,6 +28,7 @@ from galore_trainer.optim.attention import (
     unknown_heads,
 )
 from galore_trainer.optim.causes import adapters_alone, nothing_projected
+from galore_trainer.optim.computed import COMPUTED, WHOLE_AGAIN, check_not_lazy, computed_weight, sources_of
 from galore_trainer.optim.geometry import heads_of
 from galore_trainer.optim.residual_state import has_residual, support_shape
 from galore_trainer.optim.sides import project_whole
@@ -91,8 +93,10 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
 
     Raises:
         OptionError: a target or rank pattern that matches nothing, a rank that does not fit a module the user named,
-            nothing left to project, heads or embeddings that are unknown.
+            or one whose weight is computed from other parameters, nothing left to project, heads or embeddings that
+            are unknown, a lazy layer that has no shape yet.
     """
+    check_not_lazy(model)
     candidates = _candidates(model)
     chosen = _targets(candidates, config)
     if config.embeddings != "plain":
@@ -101,28 +105,39 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
             for end in ends.values():
                 end.requires_grad_(False)
         else:
-            candidates |= {name: _Candidate(name, _shape(end), False, False) for name, end in ends.items()}
+            candidates |= {name: _Candidate(name, (end,), False, False) for name, end in ends.items()}
             chosen |= ends.keys()
     ranks = _ranks(chosen, config)
     by_user = config.target_modules != ALL_LINEAR
-    weights = []
+    targets = {id(p): c for name, c in reversed(candidates.items()) if name in chosen for p in c.parameters}
+    weights: list[Weight] = []
+    small: dict[str, int] = {}
     for full_name, parameter in model.named_parameters():
         name = logical_name(full_name)
-        module_name = module_of(name)
-        if not parameter.requires_grad or module_name not in chosen:
+        own = candidates[module_of(name)] if module_of(name) in chosen else None
+        candidate = own or targets.get(id(parameter))
+        if not parameter.requires_grad or candidate is None:
             weights.append(Weight(name, parameter))
             continue
-        candidate = candidates[module_name]
-        rank, named = ranks.get(module_name, (config.rank, by_user))
-        smaller = min(candidate.shape[-2:])
-        if rank > smaller and not named:
-            weights.append(Weight(name, parameter, note=f"rank {rank} > smaller side {smaller}"))
+        rank, named = ranks.get(candidate.name, (config.rank, by_user))
+        if candidate.computed and named:
+            raise computed_weight(candidate.name, name, in_pattern=not by_user)
+        smaller = min(_shape(parameter)[-2:], default=0)
+        note = ""
+        if candidate.computed:
+            note = COMPUTED
+        elif own is None and not named:
+            note = f"tied to {candidate.name}"  # embeddings, for example, which all-linear leaves alone
+        elif rank > smaller and not named:
+            note = f"rank {rank} > smaller side {smaller}"
+            small[name] = smaller
+        if note:
+            weights.append(Weight(name, parameter, note=note))
             continue
         matrices, why_joint = _project(candidate, rank, config)
         weights.append(Weight(name, parameter, tuple(matrices), why_joint=why_joint))
     if not any(w.matrices for w in weights):
-        small = {w.name: min(candidates[module_of(w.name)].shape[-2:]) for w in weights if w.note}
-        raise nothing_projected(model, config, small, bool(chosen))
+        raise nothing_projected(model, config, small, bool(chosen), any(w.note == COMPUTED for w in weights))
     _check_heads(model, weights, config, by_user)
     return weights
 
@@ -150,15 +165,16 @@ def _check_heads(model: nn.Module, weights: list[Weight], config: GaLoreConfig, 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
     name: str
-    shape: tuple[int, ...]
+    parameters: tuple[nn.Parameter, ...]  # the weight, or what it is computed from
     transposed: bool
     in_block: bool
     around: tuple[nn.Module, ...] = ()  # the modules that hold it, from its attention to the model
+    computed: bool = False  # it is no parameter itself: weight norm, pruning
 
 
 def _project(candidate: _Candidate, rank: int, config: GaLoreConfig) -> tuple[list[LogicalMatrix], str]:
     """The logical matrices of a weight, and why its heads play no part where they should."""
-    name, shape, transposed = candidate.name, candidate.shape, candidate.transposed
+    name, shape, transposed = candidate.name, _shape(candidate.parameters[0]), candidate.transposed
     may_share = config.head_sharing != "joint" and len(shape) == 2
     role = role_of(name, config.share_output_heads) if may_share else None
     if role is None:
@@ -182,7 +198,9 @@ def _project(candidate: _Candidate, rank: int, config: GaLoreConfig) -> tuple[li
 
 def _candidates(model: nn.Module) -> dict[str, _Candidate]:
     """Every weight that could be projected, by module name (a stack of experts: by parameter name)."""
-    lists = [n for n, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    # a ParametrizationList is a ModuleList, but no list of blocks
+    kinds = [(n, module) for n, module in model.named_modules() if not isinstance(module, ParametrizationList)]
+    lists = [n for n, module in kinds if isinstance(module, nn.ModuleList)]
     output_embeddings: Any = getattr(model, "get_output_embeddings", None)
     head = output_embeddings() if output_embeddings else None
     modules = dict(model.named_modules())
@@ -190,14 +208,19 @@ def _candidates(model: nn.Module) -> dict[str, _Candidate]:
     for module_name, module in modules.items():
         name = logical_name(module_name)
         in_block = (any(module_name.startswith(f"{n}.") for n in lists) or not lists) and module is not head
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if isinstance(module, nn.Linear) or type_before_parametrizations(module).__name__ == "Conv1D":
             transposed = not isinstance(module, nn.Linear)
-            weight: Any = module.weight
             around = tuple(modules[outer] for outer in _outer_names(projection_name(module_name)))
-            found[name] = _Candidate(name, _shape(weight), transposed, in_block, around or (model,))
-        for key, parameter in module.named_parameters(recurse=False):
+            sources, computed = sources_of(module, "weight")
+            found[name] = _Candidate(name, sources, transposed, in_block, around or (model,), computed)
+        own = () if isinstance(module, ParametrizationList) else module.named_parameters(recurse=False)
+        for key, parameter in own:
             if parameter.dim() == 3 and "expert" in f"{name}.{key}".lower():
-                found[f"{name}.{key}"] = _Candidate(f"{name}.{key}", _shape(parameter), False, in_block)
+                found[f"{name}.{key}"] = _Candidate(f"{name}.{key}", (parameter,), False, in_block)
+        for key in module.parametrizations if is_parametrized(module) else ():
+            if "expert" in f"{name}.{key}".lower() and getattr(module, key).dim() == 3:
+                sources, computed = sources_of(module, key)
+                found[f"{name}.{key}"] = _Candidate(f"{name}.{key}", sources, False, in_block, computed=computed)
     return found
 
 
@@ -211,12 +234,15 @@ def _outer_names(name: str) -> Iterator[str]:
 def _ends_of_model(model: nn.Module, config: GaLoreConfig) -> dict[str, nn.Parameter]:
     """Weights of the input embeddings and the output layer by module name; one if they are tied."""
     getters: Any = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
-    found = [module.weight for get in getters if get and (module := get()) is not None]
-    if not found:
+    ends = [module for get in getters if get and (module := get()) is not None]
+    if not ends:
         wanted = "a transformers model, which tells its embeddings"
         raise OptionError("galore.embeddings", config.embeddings, wanted, "Freeze them by hand, or leave them plain.")
+    if any(sources_of(end, "weight")[1] for end in ends):
+        got = f"{config.embeddings}, of which a weight is {COMPUTED}"
+        raise OptionError("galore.embeddings", got, "weights that are parameters", WHOLE_AGAIN)
     named = {logical_name(name).removesuffix(".weight"): p for name, p in model.named_parameters()}
-    return {name: p for name, p in named.items() if any(p is weight for weight in found)}
+    return {name: p for name, p in named.items() if any(p is end.weight for end in ends)}
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
@@ -272,8 +298,10 @@ def parameter_groups(
         weight_decay: of parameters not in ``no_decay``.
         no_decay: names that are not decayed.
     """
-    if joint := [w for w in weights if w.falls_back(config)]:
-        _tell_joint(joint)
+    joint = [(module_of(w.name), w.why_joint) for w in weights if w.falls_back(config)]
+    _tell("heads unknown, projected jointly (galore.head_fallback: joint)", joint)
+    noted = dict.fromkeys((re.split(r"\.parametrizations\.|\.\w+$", w.name)[0], w.note) for w in weights if w.note)
+    _tell("targeted, but not projected", noted)
     groups, settings = [], config.to_dict()
     for kind in ("projected", "plain"):
         for decay in (True, False):
@@ -294,15 +322,20 @@ def parameter_groups(
     return groups
 
 
-def _tell_joint(weights: list[Weight]) -> None:
-    """One warning that names what is projected jointly for want of known heads."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+def _tell(what: str, reasons: Iterable[tuple[str, str]]) -> None:
+    """One warning for weights that are not treated as was to be expected.
+
+    Args:
+        what: what happens to them.
+        reasons: name and reason of each.
+    """
     by_reason = defaultdict(list)
-    for weight in weights:
-        by_reason[weight.why_joint].append(module_of(weight.name))
+    for name, reason in reasons:
+        by_reason[reason].append(name)
+    if not by_reason or os.environ.get("RANK", "0") != "0":
+        return
     lines = (
         f"{names[0]} ({reason})" if len(names) == 1 else f"{len(names)} modules such as {names[0]} ({reason})"
         for reason, names in by_reason.items()
     )
-    logger.warning("heads unknown, projected jointly (galore.head_fallback: joint): %s", "; ".join(lines))
+    logger.warning("%s: %s", what, "; ".join(lines))
