@@ -21,6 +21,7 @@ from galore_trainer.optim.group_settings import (
     check_optimizer_options,
     complete_group,
     gap_of,
+    given_config,
     prepare_group,
     settings_of,
     warn_if_plain,
@@ -98,9 +99,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     ) -> None:
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False)
         check_optimizer_options(defaults)
-        if not isinstance(config, GaLoreConfig | None):
-            raise OptionError("config", config, "a GaLoreConfig", "Give lr by its name: lr=1e-4.")
-        self.config = config or GaLoreConfig()
+        self.config = given_config(config)
         self.seed = seed
         self.stopwatch = Stopwatch()
         self.max_stack_elements: int | None = None  # None chooses by device
@@ -149,9 +148,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             if self.config.layerwise:
-                raise OptionError(
-                    "step(closure)", "a closure", "none in layer-wise mode", "Call backward, then step()."
-                )
+                raise OptionError("step(closure)", "a closure", "none in layer-wise mode", "Call backward before.")
             with torch.enable_grad():
                 loss = closure()
         if self.averager is not None:

@@ -184,6 +184,13 @@ def warn_if_plain(groups: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def given_config(config: Any) -> GaLoreConfig:
+    """The optimizer's settings; ``OptionError`` for something else in their place, such as a learning rate."""
+    if not isinstance(config, GaLoreConfig | None):
+        raise OptionError("config", config, "a GaLoreConfig", "Give lr by its name: lr=1e-4.")
+    return config or GaLoreConfig()
+
+
 def config_of(group: Mapping[str, Any], config: GaLoreConfig) -> GaLoreConfig:
     """The settings of one group.
 
