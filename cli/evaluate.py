@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from galore_trainer.cli.loading import is_main_process, load, split_overrides
+from galore_trainer.cli.loading import load, split_overrides
 from galore_trainer.cli.options import Config, Debug, Overrides
+from galore_trainer.cli.outcome import is_main_process
 from galore_trainer.run.config import RESOLVED_CONFIG
 from galore_trainer.run.scores import as_lines
 

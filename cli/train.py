@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from galore_trainer.cli.loading import is_main_process, load
+from galore_trainer.cli.loading import load
 from galore_trainer.cli.options import Config, Debug, Overrides, with_flags
+from galore_trainer.cli.outcome import INTERRUPTED, is_main_process
 from galore_trainer.errors import OptionError
-
-INTERRUPTED = 130
 
 Resume = Annotated[
     str | None,

@@ -1,0 +1,90 @@
+"""What a command ends with: its exit code, and what is said of an error.
+
+Exit codes: 0 done, 1 the run failed, 2 a command line or configuration that cannot be honoured, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from galore_trainer.errors import OptionError
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+SECONDS_FOR_RANK_0 = 3.0
+LONGEST = 800  # characters of an error's own words
+PLAIN = (RuntimeError, OSError, ValueError, ImportError, MemoryError, FloatingPointError)
+"""Errors whose message is a sentence; of others the type is told, too."""
+# Package that an error comes from -> what happened, in words that its own message lacks.
+LEADS = {
+    "httpx": "the network failed",
+    "httpcore": "the network failed",
+    "jinja2": "the chat template of the tokenizer cannot be used",
+    "pickle": "a file holds Python objects, which are not loaded",
+}
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for the run: the only one, or rank 0 of a launcher's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print a line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def interrupted() -> int:
+    """Say that Ctrl-C ended the command, and return the exit code."""
+    say(f"{chr(10) if sys.stderr.isatty() else ''}Interrupted.")  # a terminal has just shown ^C
+    return INTERRUPTED
+
+
+def report_error(error: BaseException, *, debug: bool) -> int:
+    """Say what went wrong and return the exit code.
+
+    A traceback is shown with ``--debug``, and of a failed assertion, which is a fault of this program.
+    """
+    usage = hasattr(error, "format_message") and hasattr(error, "show")  # the command-line parser's own
+    code = USAGE if usage or isinstance(error, OptionError) else FAILED
+    rank = "" if is_main_process() else f" on rank {os.environ['RANK']}"
+    if rank and code == USAGE:
+        # Most such errors are found by every rank: rank 0 tells, and its launcher ends the others meanwhile.
+        time.sleep(SECONDS_FOR_RANK_0)
+    if debug or isinstance(error, AssertionError):
+        import traceback
+
+        traceback.print_exception(error)
+    elif usage and not rank:
+        error.show()  # type: ignore[attr-defined]
+    elif code == USAGE:
+        say(f"Error{rank}: {error}")
+    else:
+        say(f"Failed{rank}: {in_words(error)}")
+        say("Add --debug for the full traceback.")
+    return code
+
+
+def in_words(error: BaseException) -> str:
+    """An error in one line: its message, after what it means or its type where the message alone does not tell."""
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]} ..."
+    packages = {cls.__module__.partition(".")[0].lstrip("_") for cls in type(error).__mro__}
+    lead = next((lead for package, lead in LEADS.items() if package in packages), None)
+    if lead:
+        return f"{lead}: {text or kind}"
+    if isinstance(error, PLAIN):
+        return text or kind
+    return f"{kind}{_place(error)}: {text}" if text else f"{kind}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """Where an error was raised, for whoever reports it."""
+    step = error.__traceback__
+    if step is None:
+        return ""
+    while step.tb_next is not None:
+        step = step.tb_next
+    return f" in {os.path.basename(step.tb_frame.f_code.co_filename)}, line {step.tb_lineno}"
