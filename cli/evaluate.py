@@ -44,16 +44,9 @@ def evaluate(
     run = load(name, rest, {} if limit is None else {"eval.limit": limit}, model=model_or_run)
 
     from galore_trainer.run.evaluate import evaluate as evaluate_model
+    from galore_trainer.run.progress import counting
 
-    scores = evaluate_model(model_or_run, run, predictions_path=predictions, progress=_show_progress)
+    with counting("generated", file=sys.stderr, silent=not is_main_process()) as progress:
+        scores = evaluate_model(model_or_run, run, predictions_path=predictions, progress=progress)
     if is_main_process():
         typer.echo(json.dumps(scores, indent=2, ensure_ascii=False) if as_json else "\n".join(as_lines(scores)))
-
-
-def _show_progress(done: int, total: int) -> None:
-    if not is_main_process():
-        return
-    if sys.stderr.isatty():
-        typer.echo(f"\rgenerated {done} of {total}", nl=done == total, err=True)
-    else:
-        typer.echo(f"generated {done} of {total}", err=True)

@@ -1,4 +1,4 @@
-"""A command whose options are given once and not empty."""
+"""A command whose options are given once, and whose words are not empty."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ class OptionsOnce(TyperCommand):
         """Parse the words of a command line.
 
         Raises:
-            OptionError: an option that stands there twice, or whose value is empty.
+            OptionError: an option that stands there twice, or an empty value of an option or an argument.
         """
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        for parameter in order:
-            name = parameter.opts[-1] if parameter.param_type_name == "option" else ""
-            if not name or ctx.resilient_parsing:
-                continue
-            if (count := order.count(parameter)) > 1:
+        for parameter in () if ctx.resilient_parsing else order:
+            value, option = values.get(parameter.name), parameter.param_type_name == "option"
+            name = parameter.opts[-1] if option else parameter.metavar or parameter.name.upper()
+            if option and (count := order.count(parameter)) > 1:
                 raise OptionError(name, f"given {count} times", "it once", "Remove all but one.")
-            value = values.get(parameter.name)
-            if isinstance(value, str) and not value.strip():
-                raise OptionError(name, value, "a value", f"Write one after {name}, or leave {name} out.")
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str) and not text.strip():
+                    raise OptionError(name, text, "a value", f"Write one after {name}, or leave {name} out." * option)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

@@ -9,11 +9,10 @@ import os
 import sys
 import time
 
-from galore_trainer.errors import OptionError
+from galore_trainer.errors import OptionError, one_line
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 SECONDS_FOR_RANK_0 = 3.0
-LONGEST = 800  # characters of an error's own words
 PLAIN = (RuntimeError, OSError, ValueError, ImportError, MemoryError, FloatingPointError)
 """Errors whose message is a sentence; of others the type is told, too."""
 # Package that an error comes from -> what happened, in words that its own message lacks.
@@ -44,7 +43,7 @@ def interrupted() -> int:
 def report_error(error: BaseException, *, debug: bool) -> int:
     """Say what went wrong and return the exit code.
 
-    A traceback is shown with ``--debug``, and of a failed assertion, which is a fault of this program.
+    A traceback is shown with ``--debug``, and of a failed assertion of this program, which is to be reported.
     """
     usage = hasattr(error, "format_message") and hasattr(error, "show")  # the command-line parser's own
     code = USAGE if usage or isinstance(error, OptionError) else FAILED
@@ -52,7 +51,7 @@ def report_error(error: BaseException, *, debug: bool) -> int:
     if rank and code == USAGE:
         # Most such errors are found by every rank: rank 0 tells, and its launcher ends the others meanwhile.
         time.sleep(SECONDS_FOR_RANK_0)
-    if debug or isinstance(error, AssertionError):
+    if debug or (isinstance(error, AssertionError) and "site-packages" not in _raised_in(error)[0]):
         import traceback
 
         traceback.print_exception(error)
@@ -68,23 +67,26 @@ def report_error(error: BaseException, *, debug: bool) -> int:
 
 def in_words(error: BaseException) -> str:
     """An error in one line: its message, after what it means or its type where the message alone does not tell."""
-    text, kind = " ".join(str(error).split()), type(error).__name__
-    if len(text) > LONGEST:
-        text = f"{text[:LONGEST]} ..."
+    text, kind = one_line(error), type(error).__name__
     packages = {cls.__module__.partition(".")[0].lstrip("_") for cls in type(error).__mro__}
     lead = next((lead for package, lead in LEADS.items() if package in packages), None)
     if lead:
-        return f"{lead}: {text or kind}"
-    if isinstance(error, PLAIN):
-        return text or kind
-    return f"{kind}{_place(error)}: {text}" if text else f"{kind}{_place(error)}"
+        return f"{lead}: {text}"
+    if isinstance(error, PLAIN) or text == kind:
+        return text
+    return f"{kind}{_place(error)}: {text}"
 
 
 def _place(error: BaseException) -> str:
-    """Where an error was raised, for whoever reports it."""
+    file, line = _raised_in(error)
+    return f" in {os.path.basename(file)}, line {line}" if file else ""
+
+
+def _raised_in(error: BaseException) -> tuple[str, int]:
+    """File and line where an error was raised; an empty name for one that was not."""
     step = error.__traceback__
     if step is None:
-        return ""
+        return "", 0
     while step.tb_next is not None:
         step = step.tb_next
-    return f" in {os.path.basename(step.tb_frame.f_code.co_filename)}, line {step.tb_lineno}"
+    return step.tb_frame.f_code.co_filename, step.tb_lineno

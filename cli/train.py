@@ -68,7 +68,7 @@ def train(
         from galore_trainer.run.start import choose_start
 
         check_all(run, launch.processes if launch else None)
-        if resume is not None:
+        if resume or overwrite:
             choose_start(run, resume, overwrite, typer.echo)
         plan = describe_plan(run, launch)
         if is_main_process():

@@ -7,7 +7,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from galore_trainer.errors import OptionError
+from galore_trainer.errors import OptionError, one_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -73,13 +73,13 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
             fields[new], fields[old] = fields[old], None
     try:
         arguments = cls(output_dir=config.output_dir, **fields)
-        _check_scheduler(arguments)
     except Exception as error:  # whatever it raises: these are a user's settings
         named = [name for name in config.training if name in str(error)]
         got = {name: config.training[name] for name in named} or config.training
         option = named[0] if len(named) == 1 else "training arguments"
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise OptionError(option, got, "settings that transformers accepts", f"It says: {said}") from error
+        way_out = f"It says: {one_line(error)}"
+        raise OptionError(option, got, "settings that transformers accepts", way_out) from error
+    _check_scheduler(arguments)
     if told := use_one_device(arguments):
         logger.warning(told)
     return arguments
@@ -90,13 +90,17 @@ def _check_scheduler(arguments: TrainingArguments) -> None:
     import torch
     from transformers import get_scheduler
 
-    given = arguments.lr_scheduler_kwargs
-    settings = json.loads(given) if isinstance(given, str) else given
+    given, kind = arguments.lr_scheduler_kwargs, arguments.lr_scheduler_type
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=arguments.learning_rate)
-    get_scheduler(
-        arguments.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=MANY_STEPS,
-        scheduler_specific_kwargs=dict(settings or {}),
-    )  # fmt: skip
+    try:
+        settings = dict((json.loads(given) if isinstance(given, str) else given) or {})
+        get_scheduler(
+            kind, optimizer, num_warmup_steps=1, num_training_steps=MANY_STEPS, scheduler_specific_kwargs=settings
+        )
+    except Exception as error:
+        name = getattr(kind, "value", kind)
+        way_out = f"It says: {one_line(error)}"
+        raise OptionError("lr_scheduler_kwargs", given, f"settings of the schedule {name!r}", way_out) from error
 
 
 def use_one_device(arguments: TrainingArguments) -> str | None:

@@ -10,10 +10,13 @@ import math
 import os
 import platform
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from galore_trainer.errors import OptionError
 
 PACKAGES = (
     "galore-trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy",
@@ -53,6 +56,27 @@ def flush_folder(folder: Path) -> None:
             raise
     finally:
         os.close(number)
+
+
+def check_writable(option: str, path: str | Path) -> None:
+    """Refuse a file that could not be written after hours of work: a folder of its name, a place without permission.
+
+    Args:
+        option: that named the file, for the error.
+        path: of a file that ``write_file`` is to write; its folder is made, the file is not touched.
+
+    Raises:
+        OptionError: with what the system says.
+    """
+    path, wanted = Path(path), "the path of a file that can be written"
+    if path.exists() and not path.is_file():
+        raise OptionError(option, str(path), wanted, "Something else of this name exists: choose another.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}-"):
+            pass
+    except (OSError, ValueError) as error:
+        raise OptionError(option, str(path), wanted, f"{error}.") from None
 
 
 def write_json(path: str | Path, value: Any) -> None:

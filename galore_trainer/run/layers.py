@@ -59,7 +59,8 @@ def command_line_settings(overrides: Sequence[str], flags: Mapping[str, Any]) ->
         key, equals, written = text.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise OptionError("argument", text, "key=value", f"Write {text.strip() or 'key'}=... or remove it.")
+            way_out = f"Write {key or 'key'}={written or '...'}, or remove it."
+            raise OptionError("argument", text, "key=value", way_out)
         for path, value in _flatten({key: parse_value(written)}):
             yield Setting(".".join(path), value, text, written if len(path) == 1 else None)
     for key, value in flags.items():

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback
@@ -63,7 +63,7 @@ class ProgressCallback(TrainerCallback):
         live: whether to draw a live line; else a line is printed at each log.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], *, live: bool) -> None:
+    def __init__(self, rows: Any, *, live: bool) -> None:
         self.live, self.pace = live, Pace()
         every = max(len(rows) // SAMPLE, 1)
         lengths = [len(rows[i]["input_ids"]) for i in range(0, len(rows), every)]
@@ -201,7 +201,7 @@ def counting(what: str, *, file: TextIO | None = None, silent: bool = False) -> 
             nonlocal last
             if done == total or time.perf_counter() - last > SECONDS_BETWEEN_LINES:
                 last = time.perf_counter()
-                print(f"{what}: {done}/{total}", file=file, flush=True)
+                print(f"{what} {done} of {total}", file=file, flush=True)
 
         yield show
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import wilson_interval
-from galore_trainer.run.cells import FAILED, FINISHED, STUDY_FILE, TIMING, read_result, read_study_file
+from galore_trainer.run.cells import FAILED, FINISHED, RESULT, STUDY_FILE, TIMING, read_result, read_study_file
 from galore_trainer.run.columns import Column, Result
 from galore_trainer.run.config import RESOLVED_CONFIG
 from galore_trainer.run.methods import METHODS
+from galore_trainer.run.shapes import check_result, read_log
 from galore_trainer.run.study import comparable, short_names, show_value
 
 LOG = "log.jsonl"
@@ -160,6 +161,8 @@ def _study(folder: Path) -> Gathered:
             else:
                 unfinished.append(entry["folder"])
         timing = read_result(folder / cell["slug"] / TIMING) or {}
+        if timing:
+            check_result(folder / cell["slug"] / TIMING / RESULT, timing)
         groups.append(
             Group(name=cell["name"], values=cell["values"], runs=tuple(runs), timing=timing, failures=failures)
         )
@@ -189,6 +192,8 @@ def _comparison(folders: Sequence[Path]) -> Gathered:
         result = read_result(folder)
         if result is not None:
             runs.append(_run(folder, result))
+        elif (folder / RESULT).exists():
+            raise OptionError("RUNS", str(folder / RESULT), "JSON with a run's results", "It cannot be read.")
         elif (folder / RESOLVED_CONFIG).is_file():
             unfinished.append(str(folder))
         else:
@@ -241,7 +246,7 @@ def _name(groups: Sequence[Group]) -> list[Group]:
 
 def is_number(value: Any) -> bool:
     """Whether a setting's value can be put on an axis."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _training_defaults(runs: Sequence[Run]) -> dict[str, Any]:
@@ -262,13 +267,10 @@ def _key(value: Any) -> str:
 
 
 def _run(folder: Path, result: Result) -> Run:
+    check_result(folder / RESULT, result)
     rows: dict[tuple[int, bool], Mapping[str, Any]] = {}
-    try:
-        for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            rows[row["step"], "loss" in row] = row  # a resumed run repeats the steps after its checkpoint
-    except (OSError, ValueError, KeyError):
-        pass
+    for row in read_log(folder / LOG):
+        rows[row["step"], "loss" in row] = row  # a resumed run repeats the steps after its checkpoint
     return Run(folder=folder, result=result, log=tuple(rows.values()))
 
 
