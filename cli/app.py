@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -27,21 +28,24 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for _name, _command in {
-    "train": train,
-    "eval": evaluate,
-    "estimate": estimate,
-    "inspect": inspect,
-    "score": score,
-    "ablate": ablate,
-    "bench": bench,
-    "report": report,
-}.items():
-    app.command(_name, cls=OptionsOnce)(_command)
-app.add_typer(config.app, name="config")
-app.add_typer(data.app, name="data")
-app.add_typer(state.app, name="state")
-app.command(cls=OptionsOnce)(doctor)
+# Command -> its line in the list of commands, which the parser would cut from the longer help.
+_COMMANDS: dict[Callable[..., None], str] = {
+    train: "Fine-tune a model and score it before and after.",
+    evaluate: "Score a model on held-out problems.",
+    estimate: "Tell the memory that training would take.",
+    inspect: "Show what would be projected, plain and frozen.",
+    score: "Score any system's output file.",
+    ablate: "Run a study: a grid of settings, over seeds.",
+    bench: "Time GaLore+ against other methods.",
+    report: "Write tables and plots of finished runs.",
+    doctor: "Report versions, device and what is missing.",
+}
+for _command, _line in _COMMANDS.items():
+    _name = "eval" if _command is evaluate else _command.__name__
+    app.command(_name, cls=OptionsOnce, short_help=_line)(_command)
+app.add_typer(config.app, name="config", short_help="List, show and check configurations.")
+app.add_typer(data.app, name="data", short_help="Look at the data before training.")
+app.add_typer(state.app, name="state", short_help="Let a checkpoint go on under another launch.")
 
 
 def _print_version(value: bool) -> None:

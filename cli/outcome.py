@@ -15,9 +15,9 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 SECONDS_FOR_RANK_0 = 3.0
 PLAIN = (RuntimeError, OSError, ValueError, ImportError, MemoryError, FloatingPointError)
 """Errors whose message is a sentence; of others the type is told, too."""
-# Package that an error comes from -> what happened, in words that its own message lacks.
+# How the package of an error begins -> what happened, in words that its own message lacks.
 LEADS = {
-    "httpx": "the network failed",
+    "httpx": "the network failed",  # and httpx2
     "httpcore": "the network failed",
     "jinja2": "the chat template of the tokenizer cannot be used",
     "pickle": "a file holds Python objects, which are not loaded",
@@ -68,8 +68,8 @@ def report_error(error: BaseException, *, debug: bool) -> int:
 def in_words(error: BaseException) -> str:
     """An error in one line: its message, after what it means or its type where the message alone does not tell."""
     text, kind = one_line(error), type(error).__name__
-    packages = {cls.__module__.partition(".")[0].lstrip("_") for cls in type(error).__mro__}
-    lead = next((lead for package, lead in LEADS.items() if package in packages), None)
+    packages = tuple(cls.__module__.lstrip("_") for cls in type(error).__mro__)
+    lead = next((lead for start, lead in LEADS.items() if any(name.startswith(start) for name in packages)), None)
     if lead:
         return f"{lead}: {text}"
     if isinstance(error, PLAIN) or text == kind:

@@ -12,6 +12,7 @@ LEFT_OUT = {
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     "DeepSpeed": ("Setting accelerator to CPU", "Setting ds_accelerator to cpu"),
     "transformers.utils.generic": ("`use_cache=True` is incompatible with gradient checkpointing",),
+    "transformers.trainer_utils": ("mtime may not be reliable on this filesystem",),
     "transformers.modeling_layers": ("Caching is incompatible with gradient checkpointing",),
 }
 # Beginnings of warnings: peft asks transformers for a property by the name that it had before.

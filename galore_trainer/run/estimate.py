@@ -175,7 +175,7 @@ def as_table(rows: Sequence[Row]) -> str:
         m = row.memory
         parts = (m.weights, m.gradients, sum(m.state.values()), m.backward, m.step, m.peak)
         shown = ["-" if part is None else f"{part / GIB:.2f}" for part in parts]
-        lines.append((row.method, str(row.rank or "-"), *shown))
+        lines.append(("layerwise" if row.method == LAYERWISE else row.method, str(row.rank or "-"), *shown))
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
     text = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))

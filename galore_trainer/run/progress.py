@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 10.0
 STEPS_OF_PACE = 50  # over which the pace is taken
+BESIDE_FIGURES = len("evaluating the bar /  0:00:00 left")
 SAMPLE = 500  # rows whose mean length tells the tokens of a step
 SHOWN = ("loss", "eval_loss", "grad_norm", "learning_rate", "galore/projection_error")
 """Figures of a log that are printed; all others stand in ``log.jsonl``."""
@@ -95,7 +96,7 @@ class ProgressCallback(TrainerCallback):
         """One step further."""
         self.pace.step()
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=state.global_step, figures=self._figures())
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step, figures=self._figures(state))
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation is going on."""
@@ -129,18 +130,23 @@ class ProgressCallback(TrainerCallback):
             print("  ".join([*words, f"{time.perf_counter() - self._start:.0f} s"]), flush=True)
         elif "loss" in logs:
             self._latest = shown
-            self._bar.update(self._bar.task_ids[0], figures=self._figures())
+            self._bar.update(self._bar.task_ids[0], figures=self._figures(state))
         else:
             self._bar.console.print(f"step {state.global_step}  {figures}", highlight=False, markup=False)
 
-    def _figures(self) -> str:
+    def _figures(self, state: Any) -> str:
+        """As many of the newest figures as there is room for."""
         words = []
         if "loss" in self._latest:
             words.append(f"loss {self._latest['loss']:.4g}")
-        if "learning_rate" in self._latest:
-            words.append(f"lr {self._latest['learning_rate']:.2g}")
         if rate := self._tokens_per_second():
-            words.append(f"{rate:,.0f} tokens/s")
+            words.append(f"{rate:,.0f} tok/s")
+        if "learning_rate" in self._latest:
+            words.insert(1, f"lr {self._latest['learning_rate']:.2g}")
+        width = self._bar.console.width if self._bar is not None else 0
+        room = width - BESIDE_FIGURES - 2 * len(str(state.max_steps))
+        while words and len("  ".join(words)) > room:
+            words.pop(1 if len(words) > 1 else 0)
         return "  ".join(words)
 
     def _tokens_per_second(self) -> float | None:
@@ -157,6 +163,7 @@ def make_bar() -> Progress:
     """A live line on standard error: what goes on, a bar, steps, figures, time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+    from rich.table import Column
     from rich.text import Text
 
     class Time(TimeRemainingColumn):
@@ -168,7 +175,7 @@ def make_bar() -> Progress:
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
-        Time(elapsed_when_finished=True),
+        Time(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         console=Console(stderr=True),
         refresh_per_second=4,
         expand=True,
