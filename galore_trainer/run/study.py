@@ -106,9 +106,9 @@ def load_study(study: str | Path, overrides: Sequence[str] = (), seeds: Sequence
     seeds = tuple(data.get("seeds", (0,)) if seeds is None else seeds)
     _check_seeds(seeds)
     if len(points) > MOST_CELLS or len(points) * len(seeds) > MOST_RUNS:
-        cells = f"more than {MOST_CELLS} cells" if len(points) > MOST_CELLS else f"{len(points)} cells"
+        many = f"more than {MOST_CELLS} cells" if len(points) > MOST_CELLS else f"{len(points)} cells"
         wanted = f"at most {MOST_CELLS} cells and {MOST_RUNS} runs"
-        raise OptionError("grid", f"{cells} x {len(seeds)} seeds", wanted, f"Vary less at a time. ({document.name})")
+        raise OptionError("grid", f"{many} x {len(seeds)} seeds", wanted, f"Vary less at a time. ({document.name})")
 
     cells: list[Cell] = []
     slugs: set[str] = set()
