@@ -10,13 +10,23 @@ import warnings
 # imports DeepSpeed, whatever a run uses.
 LEFT_OUT = {
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
-    "DeepSpeed": ("Setting accelerator to CPU", "Setting ds_accelerator to cpu"),
+    "DeepSpeed": (
+        "Setting accelerator to CPU",
+        "Setting ds_accelerator to cpu",
+        "**** You are using ZeRO with an untested optimizer",
+    ),
     "transformers.utils.generic": ("`use_cache=True` is incompatible with gradient checkpointing",),
     "transformers.trainer_utils": ("mtime may not be reliable on this filesystem",),
     "transformers.modeling_layers": ("Caching is incompatible with gradient checkpointing",),
 }
-# Beginnings of warnings: peft asks transformers for a property by the name that it had before.
-WARNINGS = ("`is_gradient_checkpointing` is deprecated",)
+# Beginnings of warnings: names that transformers has changed, and that older versions know alone; what setuptools says
+# when DeepSpeed builds its extensions.
+WARNINGS = (
+    "`is_gradient_checkpointing` is deprecated",
+    "`gradient_checkpointing_enable` is deprecated",
+    "Distutils was imported before Setuptools",
+    "Setuptools is replacing distutils",
+)
 
 
 def hush() -> None:

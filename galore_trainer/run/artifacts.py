@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import io
@@ -63,7 +64,7 @@ def check_writable(option: str, path: str | Path) -> None:
 
     Args:
         option: that named the file, for the error.
-        path: of a file that ``write_file`` is to write; its folder is made, the file is not touched.
+        path: of a file that ``write_file`` is to write; nothing is left there.
 
     Raises:
         OptionError: with what the system says.
@@ -71,12 +72,17 @@ def check_writable(option: str, path: str | Path) -> None:
     path, wanted = Path(path), "the path of a file that can be written"
     if path.exists() and not path.is_file():
         raise OptionError(option, str(path), wanted, "Something else of this name exists: choose another.")
+    new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}-"):
             pass
     except (OSError, ValueError) as error:
         raise OptionError(option, str(path), wanted, f"{error}.") from None
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def write_json(path: str | Path, value: Any) -> None:

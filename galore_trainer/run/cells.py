@@ -12,7 +12,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.artifacts import write_json
 from galore_trainer.run.config import RESOLVED_CONFIG, RunConfig, load_run_config
 from galore_trainer.run.methods import ADAPTER
-from galore_trainer.run.shapes import check_study
+from galore_trainer.run.shapes import check_result, check_study
 from galore_trainer.run.study import Cell, Study, comparable
 
 STUDY_FILE, RESULT, TIMING = "study.json", "result.json", "timing"
@@ -56,7 +56,7 @@ class Record:
     def __init__(self, study: Study, output: Path) -> None:
         self.study, self.output = study, output
         old = _read_record(study, output)
-        self.commands: list[str] = old.get("commands", [])
+        self.commands: list[str] = old.get("commands") or []
         self._old_cells = {cell["slug"]: cell for cell in old.get("cells", [])}
         self.runs: list[Job] = []
         self.timings: list[Job] = []
@@ -111,6 +111,7 @@ class Record:
             _check_settings(job)
         result = read_result(job.folder)
         if result is not None:
+            check_result(job.folder / RESULT, result)
             entry.update(status=FINISHED, reason=None, steps=result["steps"])
         elif entry["status"] != FAILED:
             entry["status"] = INTERRUPTED if (job.folder / RESOLVED_CONFIG).is_file() else WAITING

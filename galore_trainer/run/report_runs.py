@@ -148,6 +148,7 @@ def score_interval(group: Group) -> tuple[float, float] | None:
 
 def _study(folder: Path) -> Gathered:
     record = read_study_file(folder / STUDY_FILE)
+    commands = record.get("commands") or []
     groups, unfinished, shared = [], [], False
     for cell in record["cells"]:
         runs, failures = [], {}
@@ -157,7 +158,7 @@ def _study(folder: Path) -> Gathered:
                 runs.append(_run(folder / entry["folder"], result))
                 shared |= entry["status"] == FINISHED and not entry["exclusive"]
             elif entry["status"] == FAILED:
-                failures[entry["seed"]] = entry["reason"]
+                failures[entry["seed"]] = entry["reason"] or "for no known reason"
             else:
                 unfinished.append(entry["folder"])
         timing = read_result(folder / cell["slug"] / TIMING) or {}
@@ -167,7 +168,7 @@ def _study(folder: Path) -> Gathered:
             Group(name=cell["name"], values=cell["values"], runs=tuple(runs), timing=timing, failures=failures)
         )
     if unfinished:
-        again = next(iter(record["commands"][-1:]), "galore-ft ablate")
+        again = next(iter(commands[-1:]), "galore-ft ablate")
         raise OptionError(
             "RUNS", unfinished, "finished runs alone",
             f"Finish them with `{again}`, or report on finished ones: galore-ft report {folder}/CELL/seed-*.",
@@ -177,10 +178,14 @@ def _study(folder: Path) -> Gathered:
         reasons = dict.fromkeys(reason for group in groups for reason in group.failures.values())
         raise OptionError("RUNS", str(folder), "at least one finished run", " ".join(reasons))
     return Gathered(
-        title=record["title"], question=record["question"], task=_task({group.name: group.runs for group in groups}),
-        groups=tuple(groups), metrics=tuple(record["metrics"]), exclusive_pass=shared,
-        commands=tuple(record["commands"]),
-    )  # fmt: skip
+        title=record.get("title") or record["name"],
+        question=record.get("question") or "",
+        task=_task({group.name: group.runs for group in groups}),
+        groups=tuple(groups),
+        metrics=tuple(record.get("metrics") or ()),
+        exclusive_pass=shared,
+        commands=tuple(commands),
+    )
 
 
 # ------------------------------------------------------------------------------------------ any runs

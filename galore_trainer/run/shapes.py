@@ -68,10 +68,10 @@ SCORE: dict[str, Field] = {
 }
 STUDY: dict[str, Field] = {
     "name": TEXT,
-    "title": TEXT,
-    "question": TEXT,
-    "metrics": Field(list[str]),
-    "commands": Field(list[str]),
+    "title": Field(str | None),
+    "question": Field(str | None),
+    "metrics": Field(list[str] | None),
+    "commands": Field(list[str] | None),
     "cells": Field(list[dict[str, Any]]),
 }
 CELL: dict[str, Field] = {

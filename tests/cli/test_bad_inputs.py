@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from odd_files import write_odd_files
 
 from galore_trainer.cli.main import main
+from odd_files import write_odd_files
 
 TABLE = Path(__file__).parents[2] / "docs" / "bad-inputs.md"
 HEAD = """\

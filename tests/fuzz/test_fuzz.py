@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from odd_files import RESULT, SETTINGS, STUDY
 
+from fuzzing import FUZZ, SECONDS, fuzz
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import exact_match
@@ -28,8 +28,7 @@ from galore_trainer.run.config import RunConfig, known_keys, load_run_config
 from galore_trainer.run.report import report
 from galore_trainer.run.score import score_files
 from galore_trainer.run.study import load_study
-
-Fuzz = Callable[[Callable[[], None]], None]
+from odd_files import RESULT, SETTINGS, STUDY
 
 NUMBERS = st.one_of(
     st.integers(-3, 5), st.integers(), st.floats(), st.sampled_from([0, -1, 2**31, 2**64, 10**40, 1e308, -0.0])
@@ -94,15 +93,16 @@ def mutated(draw: st.DrawFn, value: Any) -> Any:
     return value
 
 
-def test_a_configuration_is_used_as_written_or_refused(fuzz: Fuzz, place: Path) -> None:
+def test_a_configuration_is_used_as_written_or_refused(place: Path) -> None:
     saved = place / "saved.yaml"
 
+    @FUZZ
     @given(settings_of_any_kind())
     @example({"galore.scale": 10**400})
     @example({"lr_scheduler_kwargs": {"speed": 2}})
     @example({"num_train_epochs": 1e308})
-    def check(settings: dict[str, Any]) -> None:
-        config = allowed(lambda: RunConfig.from_dict({"use_cpu": True, **settings}))
+    def check(chosen: dict[str, Any]) -> None:
+        config = allowed(lambda: RunConfig.from_dict({"use_cpu": True, **chosen}))
         if config is not None:
             saved.write_text(config.to_yaml(), encoding="utf-8", errors="surrogatepass")
             again = allowed(lambda: load_run_config(saved))
@@ -112,7 +112,8 @@ def test_a_configuration_is_used_as_written_or_refused(fuzz: Fuzz, place: Path) 
     fuzz(check)
 
 
-def test_any_text_after_an_equals_sign(fuzz: Fuzz, place: Path) -> None:
+def test_any_text_after_an_equals_sign(place: Path) -> None:
+    @FUZZ
     @given(st.sampled_from(KEYS), st.one_of(TEXTS, VALUES.map(str), NUMBERS.map(str)))
     @example("galore.rank", "9" * 5000)
     @example("data.columns", "{a: {b: c}}")
@@ -122,7 +123,7 @@ def test_any_text_after_an_equals_sign(fuzz: Fuzz, place: Path) -> None:
     fuzz(check)
 
 
-def test_any_yaml(fuzz: Fuzz, place: Path) -> None:
+def test_any_yaml(place: Path) -> None:
     file = place / "any.yaml"
     pieces = st.lists(
         st.one_of(TEXTS, st.sampled_from([
@@ -131,6 +132,7 @@ def test_any_yaml(fuzz: Fuzz, place: Path) -> None:
         ])), max_size=12,
     )  # fmt: skip
 
+    @FUZZ
     @given(st.one_of(pieces.map("".join).map(lambda text: text.encode(errors="surrogatepass")), st.binary(max_size=40)))
     def check(content: bytes) -> None:
         file.write_bytes(content)
@@ -140,12 +142,13 @@ def test_any_yaml(fuzz: Fuzz, place: Path) -> None:
     fuzz(check)
 
 
-def test_any_study(fuzz: Fuzz, place: Path) -> None:
+def test_any_study(place: Path) -> None:
     (place / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
     study = {"base": "tiny.yaml", "grid": {"galore.rank": [4, 8]}, "cells": [{"name": "a", "seed": 1}], "seeds": [0],
              "metrics": ["score"], "set": {"galore": {"scale": 2}}, "title": "t", "question": "q"}  # fmt: skip
     file = place / "study.yaml"
 
+    @FUZZ
     @given(mutated(study))
     def check(content: Any) -> None:
         file.write_bytes(yaml.safe_dump(content, allow_unicode=False).encode(errors="surrogatepass"))
@@ -162,7 +165,8 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_any_rows_of_data(fuzz: Fuzz, place: Path) -> None:
+def test_any_rows_of_data(place: Path) -> None:
+    @FUZZ
     @given(
         st.sampled_from(sorted(ROWS)).flatmap(lambda t: st.tuples(st.just(t), st.lists(mutated(ROWS[t]), max_size=3)))
     )
@@ -176,7 +180,7 @@ def test_any_rows_of_data(fuzz: Fuzz, place: Path) -> None:
     fuzz(check)
 
 
-def test_any_bytes_in_a_file_of_data(fuzz: Fuzz, place: Path) -> None:
+def test_any_bytes_in_a_file_of_data(place: Path) -> None:
     pieces = [
         "{",
         "}",
@@ -198,6 +202,7 @@ def test_any_bytes_in_a_file_of_data(fuzz: Fuzz, place: Path) -> None:
     ]
     text = st.lists(st.one_of(st.text(max_size=5), st.sampled_from(pieces)), max_size=10).map("".join)
 
+    @FUZZ
     @given(st.sampled_from([".json", ".jsonl", ".csv", ".txt", ".parquet"]), st.one_of(st.binary(max_size=30), text))
     @example(".jsonl", "[" * 100_000)
     @example(".csv", "a,b\n1," + "x" * 200_000)
@@ -211,12 +216,13 @@ def test_any_bytes_in_a_file_of_data(fuzz: Fuzz, place: Path) -> None:
     fuzz(check)
 
 
-def test_any_manifest_is_damage_or_vouches_for_its_files(fuzz: Fuzz, place: Path) -> None:
+def test_any_manifest_is_damage_or_vouches_for_its_files(place: Path) -> None:
     checkpoint = place / "run" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(b"abc")
     manifest = {"files": {"weights": [3, 891568578]}}
 
+    @FUZZ
     @given(st.one_of(mutated(manifest).map(json.dumps), st.text(max_size=20), st.just("[" * 100_000)))
     @example(json.dumps({"files": {"../x": [1, 2]}}))
     def check(text: str) -> None:
@@ -229,13 +235,14 @@ def test_any_manifest_is_damage_or_vouches_for_its_files(fuzz: Fuzz, place: Path
     fuzz(check)
 
 
-def test_any_result_log_and_study_of_a_report(fuzz: Fuzz, place: Path) -> None:
+def test_any_result_log_and_study_of_a_report(place: Path) -> None:
     run, study = place / "run", place / "study"
     for folder in (run, study / "rank-4" / "seed-0"):
         folder.mkdir(parents=True)
     (study / "rank-4" / "seed-0" / "result.json").write_text(json.dumps(RESULT))
     log = [{"step": 1, "loss": 2.0, "eval_loss": 1.0}, {"step": 2, "loss": 1.0}]
 
+    @settings(FUZZ, max_examples=50 if SECONDS else 3)  # each one draws the report's figures
     @given(mutated(RESULT), st.lists(mutated(log[0]), max_size=2), mutated(STUDY))
     @example({**RESULT, "config": {"max_steps": 10**400}}, [], STUDY)
     @example({**RESULT, "config": {"run_name": "a$b$_"}}, [], STUDY)
@@ -249,11 +256,12 @@ def test_any_result_log_and_study_of_a_report(fuzz: Fuzz, place: Path) -> None:
     fuzz(check)
 
 
-def test_any_prediction_has_a_score(fuzz: Fuzz) -> None:
+def test_any_prediction_has_a_score() -> None:
     words = st.one_of(
         st.text(max_size=20), st.sampled_from(["#### 1", "$5.00", "1e3", "-.", "١٢", "9" * 400, "inf", "4,"])
     )
 
+    @FUZZ
     @given(st.lists(st.tuples(words, words), min_size=1, max_size=4))
     def check(pairs: list[tuple[str, str]]) -> None:
         scores = exact_match([p for p, _ in pairs], [g for _, g in pairs], 1e-6)
@@ -264,7 +272,7 @@ def test_any_prediction_has_a_score(fuzz: Fuzz) -> None:
     fuzz(check)
 
 
-def test_any_command_line(fuzz: Fuzz, place: Path) -> None:
+def test_any_command_line(place: Path) -> None:
     words = st.sampled_from([
         "train", "eval", "estimate", "inspect", "score", "ablate", "bench", "report", "config", "data", "state",
         "validate", "show", "preview", "export", "import", "--rank", "--seed", "--debug", "--json", "--task",
@@ -272,6 +280,7 @@ def test_any_command_line(fuzz: Fuzz, place: Path) -> None:
         "model_name_or_path=x/y/z",
     ])  # fmt: skip
 
+    @FUZZ
     @given(st.lists(st.one_of(words, TEXTS), max_size=6))
     def check(line: list[str]) -> None:
         if "quickstart" in line and "model_name_or_path=x/y/z" not in line:
