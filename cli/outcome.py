@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 a command line or configuration that can
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -46,6 +47,8 @@ def report_error(error: BaseException, *, debug: bool) -> int:
     A traceback is shown with ``--debug``, and of a failed assertion of this program, which is to be reported.
     """
     usage = hasattr(error, "format_message") and hasattr(error, "show")  # the command-line parser's own
+    if (no_path := _no_path(error)) is not None:
+        error = no_path
     code = USAGE if usage or isinstance(error, OptionError) else FAILED
     rank = "" if is_main_process() else f" on rank {os.environ['RANK']}"
     if rank and code == USAGE:
@@ -63,6 +66,15 @@ def report_error(error: BaseException, *, debug: bool) -> int:
         say(f"Failed{rank}: {in_words(error)}")
         say("Add --debug for the full traceback.")
     return code
+
+
+def _no_path(error: BaseException) -> OptionError | None:
+    """The error for a text that cannot be a path on this system, wherever it was given."""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return OptionError("path", str(error.filename)[:80], "a path", f"The system says: {error.strerror}.")
+    if isinstance(error, RuntimeError) and str(error).startswith("Could not determine home"):
+        return OptionError("path", "~", "the folder of a user", "A path begins with ~ and no user's name: write ~/.")
+    return None
 
 
 def in_words(error: BaseException) -> str:

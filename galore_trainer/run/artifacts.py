@@ -70,10 +70,11 @@ def check_writable(option: str, path: str | Path) -> None:
         OptionError: with what the system says.
     """
     path, wanted = Path(path), "the path of a file that can be written"
-    if path.exists() and not path.is_file():
-        raise OptionError(option, str(path), wanted, "Something else of this name exists: choose another.")
-    new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    new: list[Path] = []
     try:
+        if path.exists() and not path.is_file():
+            raise FileExistsError("something else of this name exists")
+        new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}-"):
             pass

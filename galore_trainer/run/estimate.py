@@ -20,7 +20,7 @@ CHOICES = ("adamw", "adamw_8bit", "lora", "dora", "galore_torch", "galore", "gal
 EMBEDDING_BITS = 32  # of bitsandbytes' moments, as the Trainer asks for
 SMALL = 4096  # entries below which bitsandbytes keeps 32 bits
 GIB = 1 << 30
-MOST_LAYERS, MOST_WEIGHTS = 10_000, 10**14  # beyond which counting would never end
+MOST_LAYERS, MOST_WEIGHTS = 1000, 10**14  # beyond which counting would never end
 SAMPLE = 2000  # rows that are looked at for the longest
 
 

@@ -121,7 +121,7 @@ class ProgressCallback(TrainerCallback):
         """New figures."""
         if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
             return
-        shown = {key.removeprefix("galore/"): logs[key] for key in SHOWN if key in logs}
+        shown = {key.removeprefix("galore/"): logs[key] for key in SHOWN if logs.get(key) is not None}
         figures = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
         if self._bar is None:
             words = [f"step {state.global_step}/{state.max_steps}", figures]

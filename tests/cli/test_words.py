@@ -57,6 +57,13 @@ def test_an_error_is_a_sentence(error: BaseException, said: str, capsys: pytest.
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x.yaml", "x" * 5000])
+@pytest.mark.parametrize("words", [["train"], ["report"], ["eval"], ["inspect"], ["config", "validate"]])
+def test_what_cannot_be_a_path_is_a_mistake(path: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, path]) == 2
+    assert capsys.readouterr().err.startswith(("Error: path: got ", "Error: model_name_or_path: got "))
+
+
 def test_a_panic_of_rust_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class PanicException(BaseException):
         pass

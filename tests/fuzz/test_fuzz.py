@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from fuzzing import FUZZ, SECONDS, fuzz
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
+from galore_trainer.hf.checkpoints import check_importable
 from galore_trainer.metrics.answers import exact_match
 from galore_trainer.metrics.nlg import nlg_scores
 from galore_trainer.recipes import load_data
@@ -25,6 +28,8 @@ from galore_trainer.recipes.base import DataConfig
 from galore_trainer.run.arguments import training_arguments
 from galore_trainer.run.checkpoints import choose_checkpoint, damage
 from galore_trainer.run.config import RunConfig, known_keys, load_run_config
+from galore_trainer.run.elastic import export_checkpoint
+from galore_trainer.run.estimate import inspect
 from galore_trainer.run.report import report
 from galore_trainer.run.score import score_files
 from galore_trainer.run.study import load_study
@@ -231,6 +236,54 @@ def test_any_manifest_is_damage_or_vouches_for_its_files(place: Path) -> None:
         assert found is None or found
         allowed(lambda: choose_checkpoint("auto", place / "run"))
         allowed(lambda: choose_checkpoint(str(checkpoint), place / "run"))
+
+    fuzz(check)
+
+
+CHECKPOINTS = Path(__file__).parents[1] / "fixtures" / "checkpoints"
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """The bytes of a file, cut, or with a few of them replaced; of JSON one value is another."""
+    kind = draw(st.sampled_from(["value", "cut", "bytes", "other"]))
+    if kind == "value" and content.startswith(b"{"):
+        return json.dumps(draw(mutated(json.loads(content)))).encode()
+    if kind == "other":
+        return draw(st.binary(max_size=20))
+    at = draw(st.integers(0, max(len(content) - 1, 0)))
+    return content[:at] if kind == "cut" else content[:at] + draw(st.binary(min_size=1, max_size=8)) + content[at + 8 :]
+
+
+def test_any_file_of_a_checkpoint(place: Path) -> None:
+    @FUZZ
+    @given(st.data(), st.sampled_from(["single-8-bit", "fsdp2", "zero2"]))
+    def check(data: st.DataObject, name: str) -> None:
+        for folder in (place / "checkpoint-6", place / "out"):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(CHECKPOINTS / name / "checkpoint-6", place / "checkpoint-6")
+        files = sorted(path for path in (place / "checkpoint-6").rglob("*") if path.is_file())
+        file = data.draw(st.sampled_from(files))
+        file.write_bytes(data.draw(damaged(file.read_bytes())))
+        for action in (check_importable, lambda path: export_checkpoint(path, str(place / "out"))):
+            allowed(functools.partial(action, str(place / "checkpoint-6")))
+        assert {path.name for path in place.iterdir()} <= {"checkpoint-6", "out"}  # nothing is written elsewhere
+
+    fuzz(check)
+
+
+def test_any_configuration_of_a_model(place: Path, tiny_model_dir: Path) -> None:
+    own = json.loads((tiny_model_dir / "config.json").read_text())
+    folder = place / "model"
+    folder.mkdir()
+
+    @FUZZ
+    @given(mutated(own))
+    @example({**own, "num_hidden_layers": 10**9})
+    @example({**own, "hidden_size": 10**12})
+    def check(content: Any) -> None:
+        (folder / "config.json").write_text(json.dumps(content))
+        allowed(lambda: inspect(load_run_config(None, [f"model_name_or_path={folder}", "galore.rank=4"])))
 
     fuzz(check)
 
