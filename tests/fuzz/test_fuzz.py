@@ -106,6 +106,7 @@ def test_a_configuration_is_used_as_written_or_refused(place: Path) -> None:
     @example({"galore.scale": 10**400})
     @example({"lr_scheduler_kwargs": {"speed": 2}})
     @example({"num_train_epochs": 1e308})
+    @example({"data.columns": {"\x85": "\u2028"}})
     def check(chosen: dict[str, Any]) -> None:
         config = allowed(lambda: RunConfig.from_dict({"use_cpu": True, **chosen}))
         if config is not None:
