@@ -30,6 +30,7 @@ def _is_size(value: float) -> bool:
 
 COUNT = Range(_is_count, f"an integer from 1 to {MOST}")
 SEED = Range(lambda value: 0 <= value <= LARGEST_SEED, f"an integer from 0 to {LARGEST_SEED}")
+FINITE = Range(lambda value: -math.inf < value < math.inf, "a finite number")
 SIZE = Range(_is_size, "a finite number of at least 0")
 BETA = Range(lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 EVERY = Range(lambda value: 0 < value <= MOST, f"a number above 0, at most {MOST}; below 1 it is a share of all steps")
@@ -52,7 +53,7 @@ RANGES: dict[str, Range] = {
     "adam_beta1": BETA,
     "adam_beta2": BETA,
     "adam_epsilon": SIZE,
-    "max_grad_norm": Range(lambda value: value >= 0, "a number of at least 0", "0 switches clipping off."),
+    "max_grad_norm": SIZE._replace(way_out="0 switches clipping off."),
     "warmup_steps": SIZE,
     "label_smoothing_factor": BETA,
     "neftune_noise_alpha": SIZE,
@@ -79,7 +80,7 @@ def check_range(key: str, value: Any, *, option: str = "", place: str = "") -> N
     """Refuse a number that no run could use.
 
     Args:
-        key: of TrainingArguments or of TRL's; others are let through.
+        key: of TrainingArguments or of TRL's; one without a range of its own must be finite.
         value: of the right type already; None where the key may be unset.
         option: the key with what stands before it, for example ``methods.adamw.seed``.
         place: where it was written, for example ``gsm8k.yaml, line 7``.
@@ -87,9 +88,9 @@ def check_range(key: str, value: Any, *, option: str = "", place: str = "") -> N
     Raises:
         OptionError: naming the range.
     """
-    known = RANGES.get(key)
+    known = RANGES.get(key, FINITE)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if known is None or not number or known.allows(value):
+    if not number or known.allows(value):
         return
     seen = f"({place})" if place and not place.startswith(option or key) else ""
     raise OptionError(option or key, value, known.wanted, f"{known.way_out} {seen}".strip())
