@@ -44,7 +44,14 @@ CONFIGS: dict[str, str | bytes] = {
     "broken.yaml": "seed: 1\n  a: b: c\n",
     "unknown.yaml": "seed: 1\nlerning_rate: 1\n",
     "python.yaml": "a: !!python/object/apply:os.getcwd []\n",
+    "set.yaml": "report_to: !!set {wandb}\n",
     "number.yaml": "1: 2\n",
+    "digits.yaml": f"seed: {'9' * 400}\n",
+    "deep.yaml": "report_to: " + "[" * 1000 + "]" * 1000 + "\n",
+    "bomb.yaml": "a: &a [x, x]\n"
+    + "".join(
+        f"{name}: &{name} [*{chr(ord(name) - 1)}, *{chr(ord(name) - 1)}]\n" for name in "bcdefghijklmnopqrstuvwxyz"
+    ),
     "latin.yaml": b"run_name: caf\xe9\n",
     "foo.yaml": "methods: {foo: {}}\n",
     "foo_null.yaml": "methods: {foo: null}\n",
@@ -77,6 +84,9 @@ DATA: dict[str, str | bytes] = {
     "half.jsonl": '{"prediction": "3"\n',
     "numbers.jsonl": '{"prediction": 3, "answer": "three"}\n',
     "texts.txt": "a\nb\n",
+    "deep.jsonl": "[" * 100_000 + "\n",
+    "digits.jsonl": '{"question": "q", "answer": ' + "9" * 5000 + "}\n",
+    "half_letter.jsonl": '{"question": "\\ud800", "answer": "#### 1"}\n',
     "binary.jsonl": b"\xff\xfe\x00\x01",
 }
 
