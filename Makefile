@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO := runs/quickstart
 
-.PHONY: setup demo test check faults clean
+.PHONY: setup demo test check faults fuzz clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -30,6 +30,9 @@ check: setup
 
 faults: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(VENV)/bin/python tests/faults docs/faults.md
+
+fuzz: setup  # ten minutes
+	FUZZ_SECONDS=55 $(VENV)/bin/python -m pytest tests/fuzz
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,10 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from galore_trainer.cli.options import Debug, Overrides, integers
-from galore_trainer.cli.train import INTERRUPTED
+from galore_trainer.cli.outcome import FAILED, INTERRUPTED
 from galore_trainer.errors import OptionError
-
-FAILED = 1
 
 Name = Annotated[
     str, typer.Argument(metavar="STUDY", help="rank, residual, cross_head, svd, methods, or a YAML file of yours.")

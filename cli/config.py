@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from galore_trainer.cli.once import OptionsOnce
 from galore_trainer.cli.options import Debug, Overrides
 from galore_trainer.errors import OptionError
 from galore_trainer.run.config import load_run_config, packaged_configs, read_packaged
@@ -23,7 +24,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="One of those that 'co
 File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file or packaged name.")]
 
 
-@app.command("list")
+@app.command("list", cls=OptionsOnce)
 def list_configs() -> None:
     """Name the packaged configurations, the studies of 'galore-ft ablate', and the ways to launch several processes."""
     for kind, title in KINDS.items():
@@ -32,14 +33,14 @@ def list_configs() -> None:
             typer.echo(f"  {name:<14}{text.splitlines()[0].lstrip('# ')}")
 
 
-@app.command()
+@app.command(cls=OptionsOnce)
 def show(name: Name) -> None:
     """Print a packaged configuration, study or launch configuration, to be saved and changed."""
     others = {**packaged_configs("studies"), **packaged_configs("launch")}
     typer.echo((others[name] if name in others else read_packaged(name)).rstrip())
 
 
-@app.command()
+@app.command(cls=OptionsOnce)
 def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check every key, type and value; say which other methods the file would serve. Loads no model and no data."""
     method = load_run_config(file, overrides or ()).method

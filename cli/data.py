@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from galore_trainer.cli.loading import load
+from galore_trainer.cli.once import OptionsOnce
 from galore_trainer.cli.options import Config, Debug, Overrides
 
 app = typer.Typer(help="Look at the data before training.", no_args_is_help=True)
@@ -14,7 +15,7 @@ app = typer.Typer(help="Look at the data before training.", no_args_is_help=True
 Count = Annotated[int, typer.Option("-n", "--examples", min=0, help="Examples shown in full.")]
 
 
-@app.command()
+@app.command(cls=OptionsOnce)
 def preview(config: Config = None, overrides: Overrides = None, examples: Count = 2, debug: Debug = False) -> None:
     """Show examples with the tokens that are trained on, counts, lengths, and what is too long."""
     run = load(config, overrides)

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from galore_trainer.cli.loading import is_main_process, load, split_overrides
+from galore_trainer.cli.loading import load, split_overrides
 from galore_trainer.cli.options import Config, Debug, Overrides
+from galore_trainer.cli.outcome import is_main_process
 from galore_trainer.run.config import RESOLVED_CONFIG
 from galore_trainer.run.scores import as_lines
 
@@ -43,16 +44,9 @@ def evaluate(
     run = load(name, rest, {} if limit is None else {"eval.limit": limit}, model=model_or_run)
 
     from galore_trainer.run.evaluate import evaluate as evaluate_model
+    from galore_trainer.run.progress import counting
 
-    scores = evaluate_model(model_or_run, run, predictions_path=predictions, progress=_show_progress)
+    with counting("generated", file=sys.stderr, silent=not is_main_process()) as progress:
+        scores = evaluate_model(model_or_run, run, predictions_path=predictions, progress=progress)
     if is_main_process():
         typer.echo(json.dumps(scores, indent=2, ensure_ascii=False) if as_json else "\n".join(as_lines(scores)))
-
-
-def _show_progress(done: int, total: int) -> None:
-    if not is_main_process():
-        return
-    if sys.stderr.isatty():
-        typer.echo(f"\rgenerated {done} of {total}", nl=done == total, err=True)
-    else:
-        typer.echo(f"generated {done} of {total}", err=True)

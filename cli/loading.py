@@ -1,8 +1,7 @@
-"""What the commands share: the configuration from positional arguments and flags, and who may print."""
+"""What the commands share: the configuration from positional arguments and flags."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,6 @@ from galore_trainer.recipes.sources import kind_of
 from galore_trainer.run.config import RunConfig, load_own_settings, load_run_config, packaged_configs
 from galore_trainer.run.model import EMBEDDED, is_hub_id
 from galore_trainer.run.model import OPTION as MODEL_OPTION
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for the run: the only one, or rank 0 of a launcher's."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def split_overrides(config: str | None, overrides: Sequence[str] | None) -> tuple[str | None, list[str]]:

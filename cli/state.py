@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from galore_trainer.cli.loading import is_main_process, load
+from galore_trainer.cli.loading import load
+from galore_trainer.cli.once import OptionsOnce
 from galore_trainer.cli.options import Config, Debug, Overrides, with_flags
+from galore_trainer.cli.outcome import is_main_process
 from galore_trainer.cli.train import LaunchConfig, Processes
 from galore_trainer.errors import OptionError
 
@@ -20,7 +22,7 @@ Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpo
 Output = Annotated[str, typer.Argument(metavar="OUTPUT_DIR", help="Gets a folder checkpoint-N.")]
 
 
-@app.command("export")
+@app.command("export", cls=OptionsOnce)
 def export_(checkpoint: Checkpoint, output_dir: Output, debug: Debug = False) -> None:
     """Make a checkpoint of FSDP2 or ZeRO whole: one process and DDP resume from the new one. Needs no launcher.
 
@@ -32,7 +34,7 @@ def export_(checkpoint: Checkpoint, output_dir: Output, debug: Debug = False) ->
     typer.echo(f"{target}: one process and DDP resume from it, FSDP2 and ZeRO after galore-ft state import")
 
 
-@app.command("import")
+@app.command("import", cls=OptionsOnce)
 @with_flags
 def import_(
     context: typer.Context,

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from galore_trainer.cli.loading import is_main_process, load
+from galore_trainer.cli.loading import load
 from galore_trainer.cli.options import Config, Debug, Overrides, with_flags
+from galore_trainer.cli.outcome import INTERRUPTED, is_main_process
 from galore_trainer.errors import OptionError
-
-INTERRUPTED = 130
 
 Resume = Annotated[
     str | None,
@@ -69,7 +68,7 @@ def train(
         from galore_trainer.run.start import choose_start
 
         check_all(run, launch.processes if launch else None)
-        if resume is not None:
+        if resume or overwrite:
             choose_start(run, resume, overwrite, typer.echo)
         plan = describe_plan(run, launch)
         if is_main_process():

@@ -26,6 +26,7 @@ Kernels = Literal["auto", "triton", "torch"]
 ResidualSelection = Literal["row", "global"]
 
 ALL_LINEAR = "all-linear"
+LARGEST_INTEGER = 2**63 - 1  # tensors and files hold no larger one
 
 
 def knob(default: Any, help: str, *, trajectory: bool = False, minimum: float | None = None) -> Any:
@@ -202,8 +203,11 @@ def check_fields(prefix: str, config: Any) -> None:
     for field in dataclasses.fields(config):
         value, low = getattr(config, field.name), field.metadata.get("minimum")
         check_type(prefix + field.name, value, hints[field.name])
-        if low is not None and value is not None and not (math.isfinite(value) and value >= low):
-            kind = "an integer" if isinstance(value, int) else "a finite number"
+        whole = isinstance(value, int)
+        if whole and abs(value) > LARGEST_INTEGER:
+            raise OptionError(prefix + field.name, value, f"an integer of at most {LARGEST_INTEGER}")
+        if low is not None and value is not None and not ((whole or math.isfinite(value)) and value >= low):
+            kind = "an integer" if whole else "a finite number"
             raise OptionError(prefix + field.name, value, f"{kind} of at least {low:g}")
 
 

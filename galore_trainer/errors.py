@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+LONGEST = 400  # characters of another's message
+
 
 class OptionError(ValueError):
     """A setting that cannot be honoured.
@@ -23,3 +25,9 @@ class OptionError(ValueError):
     def __reduce__(self) -> tuple[type[OptionError], tuple[str, Any, str, str]]:
         """Pickle by the constructor's arguments, so that the error crosses process borders whole."""
         return type(self), (self.option, self.got, self.wanted, self.way_out)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line that ends before it is too long; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

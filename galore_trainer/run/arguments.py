@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
-import math
-import sys
 from typing import TYPE_CHECKING, Any
 
-from galore_trainer.errors import OptionError
+from galore_trainer.errors import OptionError, one_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     from galore_trainer.run.config import RunConfig
 
 logger = logging.getLogger(__name__)
+MANY_STEPS = 1 << 20  # so that no number of warm-up or decay steps is too large for the trial of a schedule
+# Fields that newer transformers know by another name; both are taken as the user wrote them.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 RUN_DEFAULTS: dict[str, Any] = {
     "report_to": "none", "logging_steps": 10, "save_total_limit": 2, "save_steps": 100, "logging_nan_inf_filter": False,
+    "disable_tqdm": True,
 }  # fmt: skip
-"""TrainingArguments fields a run sets below the user's own."""
+"""TrainingArguments fields a run sets below the user's own; progress is shown by ``progress.py``."""
 
 
 def run_arguments(config: RunConfig) -> TrainingArguments:
@@ -27,7 +34,7 @@ def run_arguments(config: RunConfig) -> TrainingArguments:
     Raises:
         OptionError: a setting under which a failure would not be seen, or anything ``training_arguments`` refuses.
     """
-    arguments = training_arguments(config, **{**RUN_DEFAULTS, "disable_tqdm": not sys.stderr.isatty()})
+    arguments = training_arguments(config, **RUN_DEFAULTS)
     if arguments.logging_nan_inf_filter:
         raise OptionError(
             "logging_nan_inf_filter", True, "false, as a run has it", "A loss that is not finite would be shown as 0."
@@ -53,24 +60,47 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     cls, below = arguments_class(config)
     fields = {**below, **more, **config.training}
     fields.pop("push_to_hub", None)  # publish.py uploads the model; the Trainer would upload all of output_dir
-    for name, value in config.training.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise OptionError(name, value, "a finite number")
     device = device_type(use_cpu=bool(fields.get("use_cpu")))
     if fields.get("bf16") == "auto":
         fields["bf16"] = not fields.get("fp16") and uses_bf16("auto", device)
     if fields.get("bf16") and device == "cpu":
         fields["use_cpu"] = True  # transformers refuses bf16 on a machine without GPU unless the CPU is asked for
+    if device == "cpu":
+        fields.setdefault("dataloader_pin_memory", False)  # which torch would ignore, with a warning
+    names = {field.name for field in dataclasses.fields(cls)}
+    for old, new in RENAMED.items():
+        if new in names and fields.get(old) is not None and fields.get(new) is None:
+            fields[new], fields[old] = fields[old], None
     try:
         arguments = cls(output_dir=config.output_dir, **fields)
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever it raises: these are a user's settings
         named = [name for name in config.training if name in str(error)]
         got = {name: config.training[name] for name in named} or config.training
         option = named[0] if len(named) == 1 else "training arguments"
-        raise OptionError(option, got, "settings that transformers accepts", f"It says: {error}") from error
+        way_out = f"It says: {one_line(error)}"
+        raise OptionError(option, got, "settings that transformers accepts", way_out) from error
+    _check_scheduler(arguments)
     if told := use_one_device(arguments):
         logger.warning(told)
     return arguments
+
+
+def _check_scheduler(arguments: TrainingArguments) -> None:
+    """Make the learning rate's schedule once, so that a setting it does not take is refused before training."""
+    import torch
+    from transformers import get_scheduler
+
+    given, kind = arguments.lr_scheduler_kwargs, arguments.lr_scheduler_type
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=arguments.learning_rate)
+    try:
+        settings = dict((json.loads(given) if isinstance(given, str) else given) or {})
+        get_scheduler(
+            kind, optimizer, num_warmup_steps=1, num_training_steps=MANY_STEPS, scheduler_specific_kwargs=settings
+        )
+    except Exception as error:
+        name = getattr(kind, "value", kind)
+        way_out = f"It says: {one_line(error)}"
+        raise OptionError("lr_scheduler_kwargs", given, f"settings of the schedule {name!r}", way_out) from error
 
 
 def use_one_device(arguments: TrainingArguments) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import io
@@ -10,10 +11,13 @@ import math
 import os
 import platform
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from galore_trainer.errors import OptionError
 
 PACKAGES = (
     "galore-trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy",
@@ -53,6 +57,33 @@ def flush_folder(folder: Path) -> None:
             raise
     finally:
         os.close(number)
+
+
+def check_writable(option: str, path: str | Path) -> None:
+    """Refuse a file that could not be written after hours of work: a folder of its name, a place without permission.
+
+    Args:
+        option: that named the file, for the error.
+        path: of a file that ``write_file`` is to write; nothing is left there.
+
+    Raises:
+        OptionError: with what the system says.
+    """
+    path, wanted = Path(path), "the path of a file that can be written"
+    new: list[Path] = []
+    try:
+        if path.exists() and not path.is_file():
+            raise FileExistsError("something else of this name exists")
+        new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}-"):
+            pass
+    except (OSError, ValueError) as error:
+        raise OptionError(option, str(path), wanted, f"{error}.") from None
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run adds to the Trainer's loop: where time goes, sealed checkpoints, a soft Ctrl-C, one line a log."""
+"""What a run adds to the Trainer's loop: where time goes, sealed checkpoints, a soft Ctrl-C, a file of logs."""
 
 from __future__ import annotations
 
@@ -157,27 +157,13 @@ class InterruptCallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Appends every log to ``log.jsonl``, and prints a plain line where there is no progress bar."""
+    """Appends every log to ``log.jsonl``."""
 
-    def __init__(self, path: Path, print_lines: bool) -> None:
-        self.path, self.print_lines = path, print_lines
-        self._start = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start of the clock."""
-        self._start = time.perf_counter()
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One JSON object, one line."""
-        if not state.is_world_process_zero or not logs:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if self.print_lines and ("loss" in logs or "eval_loss" in logs):
-            shown = {k.removeprefix("galore/"): v for k, v in logs.items() if k in _SHOWN}
-            text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-            seconds = time.perf_counter() - self._start
-            print(f"step {state.global_step}/{state.max_steps}  {text}  {seconds:.0f} s", flush=True)
-
-
-_SHOWN = ("loss", "eval_loss", "grad_norm", "learning_rate", "galore/projection_error")
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -12,6 +12,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.artifacts import write_json
 from galore_trainer.run.config import RESOLVED_CONFIG, RunConfig, load_run_config
 from galore_trainer.run.methods import ADAPTER
+from galore_trainer.run.shapes import check_result, check_study
 from galore_trainer.run.study import Cell, Study, comparable
 
 STUDY_FILE, RESULT, TIMING = "study.json", "result.json", "timing"
@@ -55,7 +56,7 @@ class Record:
     def __init__(self, study: Study, output: Path) -> None:
         self.study, self.output = study, output
         old = _read_record(study, output)
-        self.commands: list[str] = old.get("commands", [])
+        self.commands: list[str] = old.get("commands") or []
         self._old_cells = {cell["slug"]: cell for cell in old.get("cells", [])}
         self.runs: list[Job] = []
         self.timings: list[Job] = []
@@ -110,6 +111,7 @@ class Record:
             _check_settings(job)
         result = read_result(job.folder)
         if result is not None:
+            check_result(job.folder / RESULT, result)
             entry.update(status=FINISHED, reason=None, steps=result["steps"])
         elif entry["status"] != FAILED:
             entry["status"] = INTERRUPTED if (job.folder / RESOLVED_CONFIG).is_file() else WAITING
@@ -135,7 +137,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     """The ``result.json`` of a finished run; None where there is none that can be read."""
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return result if isinstance(result, dict) else None
 
@@ -186,9 +188,12 @@ def read_study_file(path: Path) -> dict[str, Any]:
     """The content of a ``study.json``; ``OptionError`` for one that cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and {"name", "cells"} <= record.keys():
+        if isinstance(record, dict):
+            check_study(path, record)
             return record
         problem = "it is no record of a study"
-    except (OSError, ValueError) as error:
+    except OptionError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         problem = str(error)
     raise OptionError(str(path), problem, f"the {STUDY_FILE} that galore-ft ablate writes")

@@ -102,7 +102,9 @@ def seconds_per_refresh(result: Result, timed: Result) -> float | None:
     """Seconds that one new basis for every matrix takes; None for a method without them."""
     if not (timed and projects(result)):
         return None
-    galore = timed["config"]["galore"]
+    galore = timed["config"].get("galore") or {}
+    if "update_proj_gap" not in galore:
+        return None
     count = refreshes(
         timed.get("resumed_from_step") or 0,
         timed["steps"],
@@ -113,12 +115,15 @@ def seconds_per_refresh(result: Result, timed: Result) -> float | None:
 
 
 def refreshes(start: int, end: int, gap: int, *, staggered: bool = False) -> float:
-    """Refreshes of a matrix in the steps after ``start`` up to ``end``: the mean over matrices where staggered."""
-    counts = []
-    for phase in range(gap) if staggered else (0,):
-        calls = {0, *range(phase, end, gap)}
-        counts.append(sum(start <= call < end for call in calls))
-    return statistics.fmean(counts)
+    """Refreshes of a matrix in the steps after ``start`` up to ``end``: the mean over matrices where staggered.
+
+    Steps are counted from 0. A weight of phase f is refreshed at the steps f, f + gap, ... and, for its first basis, at
+    step 0; phases are spread evenly over the gap.
+    """
+    if not staggered:
+        return -(-end // gap) - -(-start // gap)
+    first = gap - 1 if start == 0 < end else 0  # every phase but 0 has one refresh more
+    return (end - start + first) / gap
 
 
 def projects(result: Result) -> bool:
@@ -129,10 +134,10 @@ def projects(result: Result) -> bool:
 def predicted_peak(result: Result) -> float | None:
     """The peak that was told beforehand, counted as the measured one is: on a CPU without the weights."""
     told = result.get("predicted_memory") or {}
-    if told.get("peak_bytes") is None:
+    beside = 0 if "weights included" in result["peak_memory"]["meaning"] else told.get("weights_bytes")
+    if told.get("peak_bytes") is None or beside is None:
         return None
-    whole = "weights included" in result["peak_memory"]["meaning"]
-    return float(told["peak_bytes"] - (0 if whole else told["weights_bytes"]))
+    return float(told["peak_bytes"] - beside)
 
 
 def timed_steps(result: Result) -> int:

@@ -17,6 +17,7 @@ from galore_trainer.recipes.base import DataConfig
 from galore_trainer.run.keys import TRL_HINTS, coerce, refuse_key, training_hints
 from galore_trainer.run.layers import Setting, collect, command_line_settings, file_settings
 from galore_trainer.run.methods import METHOD_DEFAULTS, METHODS, Method
+from galore_trainer.run.ranges import check_best_metric, check_range
 from galore_trainer.run.yaml_io import Document, dump, read_mapping
 
 Extract = Literal["flexible", "strict", "last_number"]
@@ -107,6 +108,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check every field, the training arguments' names and types, and that the method is what it says."""
         check_fields("", self)
+        for key in ("model_name_or_path", "output_dir"):
+            if not getattr(self, key).strip():
+                raise OptionError(key, getattr(self, key), "a name or a path")
         for key, value in METHOD_DEFAULTS[self.method].items():
             got = getattr(self.galore, key.removeprefix("galore."))
             if got != value:
@@ -124,6 +128,8 @@ class RunConfig:
                     "It is one of TRL's SFTTrainer: add 'trainer: trl' (--trainer trl), or remove it.",
                 )  # fmt: skip
             training[key] = coerce(key, value, hints[key])
+            check_range(key, training[key])
+        check_best_metric(training.get("metric_for_best_model"), self.trainer)
         object.__setattr__(self, "training", training)
 
     def to_dict(self) -> dict[str, Any]:

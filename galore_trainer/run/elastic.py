@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from galore_trainer.errors import OptionError
+from galore_trainer.run.artifacts import check_writable
 from galore_trainer.run.checkpoints import MANIFEST, damage, seal
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def export_checkpoint(checkpoint: str, output_dir: str) -> Path:
     from galore_trainer.hf.checkpoints import export_state
 
     _check(checkpoint)
+    check_writable("OUTPUT_DIR", Path(output_dir).expanduser() / MANIFEST)
     target = export_state(checkpoint, output_dir)
     seal(target)
     return target

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.errors import OptionError
+from galore_trainer.errors import OptionError, one_line
 from galore_trainer.run.config import RunConfig
 from galore_trainer.run.methods import METHODS, check_backend
 from galore_trainer.run.per_process import Layout, Sizes, as_kept, share_out, sizes_of
@@ -19,6 +20,7 @@ CHOICES = ("adamw", "adamw_8bit", "lora", "dora", "galore_torch", "galore", "gal
 EMBEDDING_BITS = 32  # of bitsandbytes' moments, as the Trainer asks for
 SMALL = 4096  # entries below which bitsandbytes keeps 32 bits
 GIB = 1 << 30
+MOST_LAYERS, MOST_WEIGHTS = 1000, 10**14  # beyond which counting would never end
 SAMPLE = 2000  # rows that are looked at for the longest
 
 
@@ -49,7 +51,7 @@ def estimate(
     rows = []
     for method in methods or [m for m in CHOICES if layout is None or _allowed(m, layout)]:
         if method not in CHOICES:
-            raise OptionError("--methods", method, f"some of {', '.join(CHOICES)}")
+            raise OptionError("--methods", method, f"some of {', '.join(CHOICES[:-1])}, layerwise")
         if layout is not None and not _allowed(method, layout):
             check_backend(method.split(",")[0], layout.backend)
             raise OptionError(
@@ -173,7 +175,7 @@ def as_table(rows: Sequence[Row]) -> str:
         m = row.memory
         parts = (m.weights, m.gradients, sum(m.state.values()), m.backward, m.step, m.peak)
         shown = ["-" if part is None else f"{part / GIB:.2f}" for part in parts]
-        lines.append((row.method, str(row.rank or "-"), *shown))
+        lines.append(("layerwise" if row.method == LAYERWISE else row.method, str(row.rank or "-"), *shown))
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
     text = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
@@ -216,20 +218,51 @@ def _model_config(config: RunConfig) -> Any:
     from galore_trainer.run.model import resolve_model
 
     source = resolve_model(config.model_name_or_path)
-    try:
-        return AutoConfig.from_pretrained(source.path, **source.options)
-    except (OSError, ValueError, KeyError) as error:
-        wanted = "a model whose config.json transformers can read"
-        raise OptionError("model_name_or_path", config.model_name_or_path, wanted, str(error)) from error
+    with _explained(config):
+        found = AutoConfig.from_pretrained(source.path, **source.options)
+        _check_sizes(config, found.get_text_config(decoder=True))
+    return found
 
 
 def _build(text: Any, config: RunConfig) -> Any:
+    """The model on the device that is set; a model without content, so that only its shapes take memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(text, "dtype", None) or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    with _quiet():
-        return AutoModelForCausalLM.from_config(text, dtype=dtype)
+    with _quiet(), _explained(config):
+        model = AutoModelForCausalLM.from_config(text, dtype=dtype)
+        if (total := sum(p.numel() for p in model.parameters())) > MOST_WEIGHTS:
+            raise _refuse(config, f"It says {total:.2g} weights; at most {MOST_WEIGHTS:.0e} are counted.")
+    return model
+
+
+def _check_sizes(config: RunConfig, text: Any) -> None:
+    """Refuse a configuration of which transformers would build a model that cannot run, or never end."""
+    layers, heads, keys = (
+        getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    )
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise _refuse(config, f"It says {layers} layers; at most {MOST_LAYERS} are counted.")
+    if isinstance(heads, int) and isinstance(keys, int) and (keys < 1 or heads % keys):
+        raise _refuse(config, f"Its {keys} key-value heads do not divide its {heads} query heads.")
+
+
+def _refuse(config: RunConfig, reason: str) -> OptionError:
+    wanted = "a causal language model whose config.json transformers can read"
+    return OptionError("model_name_or_path", config.model_name_or_path, wanted, reason)
+
+
+@contextlib.contextmanager
+def _explained(config: RunConfig) -> Iterator[None]:
+    """Turn whatever transformers raises about a configuration into an ``OptionError``."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise _refuse(config, kind + one_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -239,7 +272,9 @@ def _quiet() -> Iterator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.artifacts import write_file
+from galore_trainer.run.artifacts import check_writable, write_file
 from galore_trainer.run.prompts import IGNORED, Collator, encode_all, pad, render_prompt, token_ids
 from galore_trainer.run.scores import headline
 
@@ -43,11 +43,17 @@ def evaluate(
 
     Returns:
         What ``evaluate_examples`` returns.
+
+    Raises:
+        OptionError: predictions that could not be written, found before anything is loaded; a model or data that
+            cannot be read.
     """
     from galore_trainer.recipes import load_data
     from galore_trainer.run.arguments import device_type
     from galore_trainer.run.model import load_model
 
+    if predictions_path is not None:
+        check_writable("--predictions", predictions_path)
     data = load_data(config.data)
     model, tokenizer = load_model(model_or_run, dtype=config.dtype)
     model.to(device_type(use_cpu=bool(config.training.get("use_cpu"))))  # type: ignore[arg-type]

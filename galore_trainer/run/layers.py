@@ -9,9 +9,11 @@ from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.run.keys import coerce, refuse_key
+from galore_trainer.run.ranges import check_range
 from galore_trainer.run.yaml_io import Document, parse_value
 
 _BLOCK = re.compile(r"(methods\.[^.]+\.)?(galore|lora|data|eval)|methods(\.[^.]+)?")
+_METHOD = re.compile(r"methods\.[^.]+")
 _FLAGS = {"model_name_or_path": "--model"}
 
 
@@ -57,7 +59,8 @@ def command_line_settings(overrides: Sequence[str], flags: Mapping[str, Any]) ->
         key, equals, written = text.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise OptionError("argument", text, "key=value", f"Write {text.strip() or 'key'}=... or remove it.")
+            way_out = f"Write {key or 'key'}={written or '...'}, or remove it."
+            raise OptionError("argument", text, "key=value", way_out)
         for path, value in _flatten({key: parse_value(written)}):
             yield Setting(".".join(path), value, text, written if len(path) == 1 else None)
     for key, value in flags.items():
@@ -94,8 +97,10 @@ def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method:
         layer.places[setting.key] = setting.place
         head, _, rest = setting.key.partition(".")
         if head == "methods":
-            method, _, key = rest.partition(".")
+            method, dot, key = rest.partition(".")
             check_method(method)
+            if not dot:  # a method without settings of its own
+                continue
             target = layer.methods.setdefault(method, {})
         else:
             key, target = setting.key, layer.own
@@ -103,6 +108,7 @@ def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method:
             known = [k for k in hints if not (head == "methods" and k == "method")]
             raise refuse_key(key, setting.value, known, option=setting.key, place=setting.place)
         target[key] = coerce(setting.key, setting.value, hints[key], written=setting.written, place=setting.place)
+        check_range(key, target[key], option=setting.key, place=setting.place)
     return layer
 
 
@@ -110,7 +116,8 @@ def _flatten(data: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[t
     for name, value in data.items():
         path = (*above, name)
         key = ".".join(path)
-        if not _BLOCK.fullmatch(key):
+        empty = value is None or value == {}
+        if not _BLOCK.fullmatch(key) or (empty and _METHOD.fullmatch(key)):  # of an empty one the name is checked
             yield path, value
         elif isinstance(value, Mapping):
             yield from _flatten(value, path)

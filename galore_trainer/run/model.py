@@ -53,9 +53,11 @@ def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel,
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from galore_trainer.hf.unpickling import check_weights
 
+    disable_progress_bar()  # of reading weights; the run shows its own progress
     source = resolve_model(name)
     if (folder := Path(source.path)).is_dir():
         check_weights(folder, OPTION)
@@ -213,7 +215,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    logger.info("Converting %s to safetensors in %s (once, about half a minute).", gguf.name, folder)
+    logger.warning("Converting %s to safetensors in %s (once, about half a minute).", gguf.name, folder)
     for leftover in (folder, *folder.parent.glob(f".{folder.name}-*")):  # what a kill or a cache cleaner left
         shutil.rmtree(leftover, ignore_errors=True)
     partial = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"

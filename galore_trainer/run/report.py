@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from galore_trainer.run.artifacts import write_file
+from galore_trainer.run.artifacts import check_writable, write_file
 from galore_trainer.run.cells import TIMING
 from galore_trainer.run.columns import Column, columns, timed_steps
 from galore_trainer.run.report_pages import Block, Bullets, Code, Heading, Plot, Table, Text, to_html, to_markdown
@@ -48,9 +48,10 @@ def report(folders: Sequence[str | Path], output: Path, *, title: str | None = N
         The files written, the page for reading first.
 
     Raises:
-        OptionError: what ``report_runs.gather`` refuses; nothing was written.
+        OptionError: what ``report_runs.gather`` refuses, or a folder that cannot be written; nothing was written.
     """
     found = gather(folders)
+    check_writable("--output-dir", output / "report.html")
     title = title or found.title
     plots = make_plots(found)
     blocks = list(compose(found, plots, [command] if command else []))

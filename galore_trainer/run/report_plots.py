@@ -6,6 +6,7 @@ import io
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ STYLE: Any = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
     "font.size": 9, "legend.frameon": False, "svg.hashsalt": "report", "axes.grid": True, "grid.color": "#888888",
-    "grid.alpha": 0.25, "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "grid.alpha": 0.25, "grid.linewidth": 0.8, "axes.axisbelow": True, "text.parse_math": False,
 }  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def make_plots(found: Gathered) -> dict[str, Plot]:
     }  # fmt: skip
     names = {"quality": "score", "loss": "loss", "time": "time", "projection": "projection"}
     plots = {}
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in other letters
         for section, make in makers.items():
             drawn = make(found)
             if drawn is not None:

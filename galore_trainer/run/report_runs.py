@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import wilson_interval
-from galore_trainer.run.cells import FAILED, FINISHED, STUDY_FILE, TIMING, read_result, read_study_file
+from galore_trainer.run.cells import FAILED, FINISHED, RESULT, STUDY_FILE, TIMING, read_result, read_study_file
 from galore_trainer.run.columns import Column, Result
 from galore_trainer.run.config import RESOLVED_CONFIG
 from galore_trainer.run.methods import METHODS
+from galore_trainer.run.shapes import check_result, read_log
 from galore_trainer.run.study import comparable, short_names, show_value
 
 LOG = "log.jsonl"
@@ -147,6 +148,7 @@ def score_interval(group: Group) -> tuple[float, float] | None:
 
 def _study(folder: Path) -> Gathered:
     record = read_study_file(folder / STUDY_FILE)
+    commands = record.get("commands") or []
     groups, unfinished, shared = [], [], False
     for cell in record["cells"]:
         runs, failures = [], {}
@@ -156,15 +158,17 @@ def _study(folder: Path) -> Gathered:
                 runs.append(_run(folder / entry["folder"], result))
                 shared |= entry["status"] == FINISHED and not entry["exclusive"]
             elif entry["status"] == FAILED:
-                failures[entry["seed"]] = entry["reason"]
+                failures[entry["seed"]] = entry["reason"] or "for no known reason"
             else:
                 unfinished.append(entry["folder"])
         timing = read_result(folder / cell["slug"] / TIMING) or {}
+        if timing:
+            check_result(folder / cell["slug"] / TIMING / RESULT, timing)
         groups.append(
             Group(name=cell["name"], values=cell["values"], runs=tuple(runs), timing=timing, failures=failures)
         )
     if unfinished:
-        again = next(iter(record["commands"][-1:]), "galore-ft ablate")
+        again = next(iter(commands[-1:]), "galore-ft ablate")
         raise OptionError(
             "RUNS", unfinished, "finished runs alone",
             f"Finish them with `{again}`, or report on finished ones: galore-ft report {folder}/CELL/seed-*.",
@@ -174,10 +178,14 @@ def _study(folder: Path) -> Gathered:
         reasons = dict.fromkeys(reason for group in groups for reason in group.failures.values())
         raise OptionError("RUNS", str(folder), "at least one finished run", " ".join(reasons))
     return Gathered(
-        title=record["title"], question=record["question"], task=_task({group.name: group.runs for group in groups}),
-        groups=tuple(groups), metrics=tuple(record["metrics"]), exclusive_pass=shared,
-        commands=tuple(record["commands"]),
-    )  # fmt: skip
+        title=record.get("title") or record["name"],
+        question=record.get("question") or "",
+        task=_task({group.name: group.runs for group in groups}),
+        groups=tuple(groups),
+        metrics=tuple(record.get("metrics") or ()),
+        exclusive_pass=shared,
+        commands=tuple(commands),
+    )
 
 
 # ------------------------------------------------------------------------------------------ any runs
@@ -189,6 +197,8 @@ def _comparison(folders: Sequence[Path]) -> Gathered:
         result = read_result(folder)
         if result is not None:
             runs.append(_run(folder, result))
+        elif (folder / RESULT).exists():
+            raise OptionError("RUNS", str(folder / RESULT), "JSON with a run's results", "It cannot be read.")
         elif (folder / RESOLVED_CONFIG).is_file():
             unfinished.append(str(folder))
         else:
@@ -241,7 +251,7 @@ def _name(groups: Sequence[Group]) -> list[Group]:
 
 def is_number(value: Any) -> bool:
     """Whether a setting's value can be put on an axis."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _training_defaults(runs: Sequence[Run]) -> dict[str, Any]:
@@ -262,13 +272,10 @@ def _key(value: Any) -> str:
 
 
 def _run(folder: Path, result: Result) -> Run:
+    check_result(folder / RESULT, result)
     rows: dict[tuple[int, bool], Mapping[str, Any]] = {}
-    try:
-        for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            rows[row["step"], "loss" in row] = row  # a resumed run repeats the steps after its checkpoint
-    except (OSError, ValueError, KeyError):
-        pass
+    for row in read_log(folder / LOG):
+        rows[row["step"], "loss" in row] = row  # a resumed run repeats the steps after its checkpoint
     return Run(folder=folder, result=result, log=tuple(rows.values()))
 
 

@@ -20,7 +20,7 @@ LOCK = ".run.lock"
 def own_folder(output: Path) -> Iterator[None]:
     """Keep other runs out of a run's folder; the lock ends with the process, however that ends.
 
-    A folder in which nothing was written is removed afterwards.
+    A folder in which nothing was written is removed afterwards, and the lock of one that no run began in.
 
     Raises:
         OptionError: another run works there, or nothing can be written there.
@@ -29,6 +29,7 @@ def own_folder(output: Path) -> Iterator[None]:
 
     check_folder(output)
     made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    new = not (output / LOCK).exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / LOCK).acquire(timeout=0)
@@ -43,6 +44,8 @@ def own_folder(output: Path) -> Iterator[None]:
         with lock:
             yield
     finally:
+        if new and not (output / RESOLVED_CONFIG).is_file():
+            (output / LOCK).unlink(missing_ok=True)
         if made and not is_taken(output):
             (output / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # parents that others use by now

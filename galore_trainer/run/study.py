@@ -24,6 +24,7 @@ KEYS: dict[str, Any] = {
     "title": str, "question": str, "base": str, "set": dict[str, Any], "grid": dict[str, Any],
     "cells": list[dict[str, Any]], "seeds": list[int], "metrics": list[str],
 }  # fmt: skip
+MOST_CELLS, MOST_RUNS = 1000, 10_000
 NAME = "name"  # of a cell, beside its settings
 RESERVED = {
     "seed": "Write the study's 'seeds:', or give --seeds 0,1,2.",
@@ -99,11 +100,15 @@ def load_study(study: str | Path, overrides: Sequence[str] = (), seeds: Sequence
         else:
             rest.append(text)
     base = _base(document, base)
-    points = list(_points(document, data))
+    points = list(itertools.islice(_points(document, data), MOST_CELLS + 1))
     common = {s.key: s for s in [*file_settings(_part(document, "set")), *command_line_settings(rest, {})]}
     _check_keys(document, common, points)
     seeds = tuple(data.get("seeds", (0,)) if seeds is None else seeds)
     _check_seeds(seeds)
+    if len(points) > MOST_CELLS or len(points) * len(seeds) > MOST_RUNS:
+        many = f"more than {MOST_CELLS} cells" if len(points) > MOST_CELLS else f"{len(points)} cells"
+        wanted = f"at most {MOST_CELLS} cells and {MOST_RUNS} runs"
+        raise OptionError("grid", f"{many} x {len(seeds)} seeds", wanted, f"Vary less at a time. ({document.name})")
 
     cells: list[Cell] = []
     slugs: set[str] = set()

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from galore_trainer.recipes.base import TaskData
+    from galore_trainer.run.progress import ProgressCallback, Say
 
 MODEL, SCORE_BEFORE = "model", "score_before.json"
 
@@ -100,11 +99,13 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
     if main and config.eval.before and data.eval:
         before = _read_score(output, resume)
         if before is None:
-            with scored_model(model, arguments, config.model_name_or_path, config.dtype) as scored:
+            with (
+                scored_model(model, arguments, config.model_name_or_path, config.dtype) as scored,
+                say.counting("scoring the model before training") as progress,
+            ):
                 before = evaluate_examples(
-                    scored, tokenizer, data.task, data.eval, config,
+                    scored, tokenizer, data.task, data.eval, config, progress=progress,
                     predictions_path=output / "predictions_before.jsonl",
-                    progress=say.progress("scoring the model before training"),
                 )  # fmt: skip
             write_json(output / SCORE_BEFORE, before)
         evaluation_seconds += before["seconds"]
@@ -112,7 +113,7 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
 
     resumed_from = saved_step(checkpoint) if checkpoint else None  # which may be removed as training goes on
     memory = PeakMemory(arguments.device)
-    with interrupt.listening():
+    with interrupt.listening(), ready.progress.showing():
         _train(trainer, checkpoint, say)
     result_path = output / RESULT
     if interrupt.heard():
@@ -131,10 +132,13 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
         save_whole_model(trainer, output / MODEL)
     after = None
     if main and data.eval:
-        with scored_model(model, arguments, str(output / MODEL), config.dtype) as scored:
+        with (
+            scored_model(model, arguments, str(output / MODEL), config.dtype) as scored,
+            say.counting("scoring the trained model") as progress,
+        ):
             after = evaluate_examples(
-                scored, tokenizer, data.task, data.eval, config, predictions_path=output / "predictions.jsonl",
-                progress=say.progress("scoring the trained model"),
+                scored, tokenizer, data.task, data.eval, config, progress=progress,
+                predictions_path=output / "predictions.jsonl",
             )  # fmt: skip
         if not math.isfinite(after["eval_loss"]):
             raise FloatingPointError(f"the loss of the trained model on held-out examples is {after['eval_loss']}")
@@ -166,15 +170,18 @@ class Prepared:
     checkpoint: Path | None
     timing: Any
     interrupt: Any
-    say: _Say
+    progress: ProgressCallback
+    say: Say
     destination: Destination | None
 
 
 def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = False) -> Prepared:
     """Check what ``train`` was asked for, load data and model, make the Trainer; changes nothing on disk."""
+    from galore_trainer.run.progress import Say
+
     end_with_launcher()
     arguments = run_arguments(config)
-    say = _Say(arguments.process_index == 0)
+    say = Say(arguments.process_index == 0)
     check_method(config, arguments)
     if say.main:
         check_trackers(arguments)
@@ -183,8 +190,6 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     check_sharding(arguments, checkpoint)
     destination = check_publish(config) if say.main else None
     wait_for_all()
-
-    from transformers.utils.logging import disable_progress_bar
 
     from galore_trainer.optim.skips import some_of
     from galore_trainer.recipes import load_data
@@ -195,8 +200,6 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
     for note in data.notes:
         say(f"  - {note}")
-    if arguments.disable_tqdm:
-        disable_progress_bar()
     model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
     if bad := not_finite(model):
         wanted = "a model of finite weights"
@@ -205,9 +208,9 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
         model.to(arguments.device)  # type: ignore[arg-type]
         if arguments.device.type == "cpu":
             leave_files(model)
-    trainer, timing, interrupt = _make_trainer(config, arguments, model, tokenizer, data, output, say)
+    trainer, timing, interrupt, progress = _make_trainer(config, arguments, model, tokenizer, data, output, say)
     check_trainer(trainer)
-    return Prepared(trainer, model, tokenizer, data, checkpoint, timing, interrupt, say, destination)
+    return Prepared(trainer, model, tokenizer, data, checkpoint, timing, interrupt, progress, say, destination)
 
 
 def _clear(output: Path) -> None:
@@ -230,12 +233,14 @@ def _read_score(output: Path, resume: str | None) -> dict[str, Any] | None:
 
 
 def _make_trainer(
-    config: RunConfig, arguments: Any, model: Any, tokenizer: Any, data: TaskData, output: Path, say: _Say
-) -> tuple[Trainer, Any, Any]:
+    config: RunConfig, arguments: Any, model: Any, tokenizer: Any, data: TaskData, output: Path, say: Say
+) -> tuple[Trainer, Any, Any, ProgressCallback]:
     from transformers import PrinterCallback
+    from transformers.trainer_callback import ProgressCallback as TheirProgress
 
     from galore_trainer.run.callbacks import EndCallback, InterruptCallback, LogCallback, SealCallback, TimingCallback
     from galore_trainer.run.finite import FiniteCallback
+    from galore_trainer.run.progress import ProgressCallback, on_terminal
     from galore_trainer.run.prompts import encode_all
     from galore_trainer.run.trainers import build_trainer
 
@@ -251,15 +256,17 @@ def _make_trainer(
     timing, interrupt, finite = TimingCallback(arguments.device), InterruptCallback(), FiniteCallback()
     limit, arguments.save_total_limit = arguments.save_total_limit, None  # SealCallback's, see there
     trainer = build_trainer(config, arguments, model, tokenizer, rows, held_out, **plugin)
-    trainer.remove_callback(PrinterCallback)
+    for theirs in (PrinterCallback, TheirProgress):
+        trainer.remove_callback(theirs)
     finite.watch(trainer)
-    log = LogCallback(output / LOG, bool(arguments.disable_tqdm))
-    for callback in (timing, log, finite, SealCallback(limit, finite), interrupt, EndCallback()):
+    progress = ProgressCallback(trainer.train_dataset, live=on_terminal() and not config.training.get("disable_tqdm"))
+    log = LogCallback(output / LOG)
+    for callback in (timing, log, progress, finite, SealCallback(limit, finite), interrupt, EndCallback()):
         trainer.add_callback(callback)
-    return trainer, timing, interrupt
+    return trainer, timing, interrupt, progress
 
 
-def _train(trainer: Trainer, checkpoint: Path | None, say: _Say) -> None:
+def _train(trainer: Trainer, checkpoint: Path | None, say: Say) -> None:
     """Train to the end; of a run that is over, load what it came to."""
     from galore_trainer.run.callbacks import RunIsOver
 
@@ -271,29 +278,3 @@ def _train(trainer: Trainer, checkpoint: Path | None, say: _Say) -> None:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-
-
-class _Say:
-    """Prints on the main process alone."""
-
-    def __init__(self, main: bool) -> None:
-        self.main = main
-
-    def __call__(self, text: str) -> None:
-        if self.main:
-            print(text, flush=True)
-
-    def progress(self, what: str) -> Any:
-        """A ``(done, total)`` callback: one rewritten line on a terminal, at most one line in ten seconds elsewhere."""
-        last = [time.perf_counter()]
-
-        def show(done: int, total: int) -> None:
-            if not self.main:
-                return
-            if sys.stderr.isatty():
-                print(f"\r{what}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-            elif time.perf_counter() - last[0] > 10 or done == total:
-                last[0] = time.perf_counter()
-                print(f"{what}: {done}/{total}", flush=True)
-
-        return show

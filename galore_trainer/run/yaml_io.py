@@ -120,6 +120,12 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def _text(self, data: str) -> yaml.ScalarNode:
+        """Escape the line ends of Unicode, which a reader of plain and single-quoted texts makes blanks of."""
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", data, '"' if set(data) & set("\x85\u2028\u2029") else None
+        )
+
 
 for _kind in (_Loader, _Dumper):
     for _tag, _pattern, _first in CORE_SCHEMA:
@@ -128,6 +134,7 @@ for _kind in (_Loader, _Dumper):
 _Loader.add_implicit_resolver(MERGE, re.compile(r"^<<$"), ["<"])
 _Loader.add_constructor(TAG + "int", _Loader._integer)
 _Loader.add_constructor(TAG + "float", _Loader._float)
+_Dumper.add_representer(str, _Dumper._text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from galore_trainer.run.artifacts import environment
+from galore_trainer.run.artifacts import check_writable, environment, write_file
 from galore_trainer.run.bench.measure import Timing
 from galore_trainer.run.bench.rows import PARTS, rows_of, told_of_tails
 from galore_trainer.run.bench.step import line_of, lines
@@ -32,7 +32,13 @@ def run_bench(
 
     Returns:
         The rows.
+
+    Raises:
+        OptionError: a file that could not be written; nothing was timed.
     """
+    for option, path in (("--json", rows_file), ("--details", details_file)):
+        if path is not None:
+            check_writable(option, path)
     where = environment()
     found: dict[str, dict[str, Any]] = {}
     for part in parts:
@@ -57,10 +63,10 @@ def run_bench(
         told = row.get("note") or f"{row['ratio']:.4g}  ({row['low']:.4g} to {row['high']:.4g})"
         say(f"{row['name']:<56}{told}  at most {row['bound']:.4g}")
     if rows_file is not None:
-        rows_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_file(rows_file, json.dumps(rows, indent=1) + "\n")
     if details_file is not None:
         content = {"bench": dataclasses.asdict(bench), "environment": where, "device": device, "found": _plain(found)}
-        details_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_file(details_file, json.dumps(content, indent=1) + "\n")
     return rows
 
 
