@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of several workers
         from workers import Turns
 
-        config.pluginmanager.register(Turns(config.cache.mkdir("turns")))
+        config.pluginmanager.register(Turns())
 
 
 @pytest.hookimpl(trylast=True)

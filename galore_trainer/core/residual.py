@@ -101,7 +101,12 @@ def _sampled(G_S: Tensor, left: Tensor, right: Tensor, positions: Tensor) -> Ten
     (m, k), n = positions.shape[-2:], len(right)
     _quieten()
     pattern = torch.sparse_csr_tensor(
-        _ends(m, k, positions.dtype), positions.reshape(-1), G_S.reshape(-1), (m, n), check_invariants=False
+        _ends(m, k, positions.dtype),
+        positions.reshape(-1),
+        G_S.reshape(-1),
+        (m, n),
+        check_invariants=False,
+        device=G_S.device,
     )
     return torch.sparse.sampled_addmm(pattern, left, right.mT, alpha=-1.0).values().view(positions.shape)
 
@@ -119,4 +124,4 @@ def _quieten() -> None:
         warnings.simplefilter("ignore")
         ends = torch.tensor([0, 1], dtype=torch.int64, device="cpu")
         one = torch.ones(1, dtype=torch.float32, device="cpu")
-        torch.sparse_csr_tensor(ends, ends[:1], one, (1, 1), check_invariants=False)
+        torch.sparse_csr_tensor(ends, ends[:1], one, (1, 1), check_invariants=False, device=one.device)

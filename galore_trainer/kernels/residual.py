@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,9 +15,8 @@ ENTRIES = 1 << 11  # products of a program in flight
 
 
 def loss_at(
-    G: Scattered, layout: Layout | None, positions: Scattered, R: Tensor, P: Tensor, side: str, blocks: int, count: int,
-    ok: Tensor | None = None, limit: float = math.inf,
-) -> Tensor:  # fmt: skip
+    G: Scattered, layout: Layout | None, positions: Scattered, R: Tensor, P: Tensor, side: str, blocks: int, count: int
+) -> Tensor:
     """(G - lift(R))[S], float32 [jobs x blocks, rows, k].
 
     Args:
@@ -29,13 +27,11 @@ def loss_at(
         side: ``right`` or ``left``.
         blocks: of equal height in each matrix.
         count: k.
-        ok: [jobs], becomes 0.0 where a magnitude reaches ``limit``, which moments cannot take in.
     """
     left, right = (R, P) if side == "right" else (P, R.mT.contiguous())  # lift = left right^T: rows of both are read
     (total, rows, rank), columns = left.shape, right.shape[1]
     D = torch.empty(total, rows, count, dtype=torch.float32, device=R.device)
     width = triton.next_power_of_2(rank)
-    ok = torch.ones(total // blocks, dtype=torch.float32, device=R.device) if ok is None else ok
     if layout is None:
         layout = Layout(blocks * rows, count, blocks * rows, 0, count, 1)
         sampled = True
@@ -43,8 +39,8 @@ def loss_at(
         sampled = False
     kernel: Any = _loss_at
     kernel[(total * rows,)](
-        G.addresses, positions.addresses, left, right, D, ok, rows, columns, blocks, count, limit, **layout.strides,
-        **G.pointer, INDEX_ALIGNED=positions.alignment, SAMPLED=sampled, RANK=rank, WIDTH=width,
+        G.addresses, positions.addresses, left, right, D, rows, columns, blocks, count, **layout.strides, **G.pointer,
+        INDEX_ALIGNED=positions.alignment, SAMPLED=sampled, RANK=rank, WIDTH=width,
         ENTRIES=max(1, min(32, ENTRIES // width)), num_warps=2,
     )  # fmt: skip
     return D
@@ -52,7 +48,7 @@ def loss_at(
 
 @triton.jit
 def _loss_at(
-    gradients, positions, left, right, D, ok, rows, columns, blocks, count, limit,
+    gradients, positions, left, right, D, rows, columns, blocks, count,
     length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, INDEX_ALIGNED: tl.constexpr, SAMPLED: tl.constexpr,
     RANK: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr,
@@ -66,7 +62,6 @@ def _loss_at(
     index = pointer_at(positions, job, tl.int32, INDEX_ALIGNED) + row.to(tl.int64) * count
     G = pointer_at(gradients, job, TYPE, ALIGNED) + row_starts(row, length, outer_stride, row_stride, EVEN)
     D += (block.to(tl.int64) * rows + i) * count
-    unusable = tl.zeros((ENTRIES,), tl.int32)
     for start in range(0, count, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
         here = entry < count
@@ -77,7 +72,4 @@ def _loss_at(
             g = tl.load(G + entry, mask=here, other=0.0)
         else:
             g = tl.load(G + j.to(tl.int64) * column_stride, mask=here, other=0.0).to(tl.float32)
-        d = g - tl.sum(a[None, :] * b, axis=1)
-        tl.store(D + entry, d, mask=here)
-        unusable |= tl.where((tl.abs(d) < limit) | (entry >= count), 0, 1)  # NaN is not below
-    tl.store(ok + job, 0.0, mask=tl.max(unusable, axis=0) > 0)
+        tl.store(D + entry, g - tl.sum(a[None, :] * b, axis=1), mask=here)

@@ -173,7 +173,9 @@ def _lost(stack: Stack, places: Places, R: Tensor, ok: Tensor) -> Tensor:
     else:
         G, layout = places["sampled"], None
     P = places.bases(first.factors or first.grad.dtype)
-    return loss_at(G, layout, places[INDEX], R, P, matrix.side, matrix.blocks, count, ok, LIMIT)
+    D = loss_at(G, layout, places[INDEX], R, P, matrix.side, matrix.blocks, count)
+    ok.mul_(galore.usable_parts(D, len(ok)))
+    return D
 
 
 class Places:

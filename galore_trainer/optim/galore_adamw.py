@@ -21,11 +21,12 @@ from galore_trainer.optim.group_settings import (
     check_optimizer_options,
     complete_group,
     gap_of,
+    given_config,
     prepare_group,
     settings_of,
     warn_if_plain,
 )
-from galore_trainer.optim.jobs import Projected, jobs_of, with_gradients
+from galore_trainer.optim.jobs import Projected, jobs_of, smallest_of, with_gradients
 from galore_trainer.optim.layerwise import ProjectedGradient, attach_group, drop_projected
 from galore_trainer.optim.locate import Locator
 from galore_trainer.optim.parts import Directions, Part, Whole, sketch_matrices
@@ -98,7 +99,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     ) -> None:
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False)
         check_optimizer_options(defaults)
-        self.config = config or GaLoreConfig()
+        self.config = given_config(config)
         self.seed = seed
         self.stopwatch = Stopwatch()
         self.max_stack_elements: int | None = None  # None chooses by device
@@ -147,9 +148,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             if self.config.layerwise:
-                raise OptionError(
-                    "step(closure)", "a closure", "none in layer-wise mode", "Call backward, then step()."
-                )
+                raise OptionError("step(closure)", "a closure", "none in layer-wise mode", "Call backward before.")
             with torch.enable_grad():
                 loss = closure()
         if self.averager is not None:
@@ -168,7 +167,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         flags += self._move_projected(whole)
         count_skips(flags)
         self._steps += 1
-        self._watch.look(self._steps, self._counters, self._locator.leaves)
+        skips = any(type(ok) is Tensor and ok.device.type == "cpu" and not ok for _, ok in flags)
+        self._watch.look(self._steps, self._counters, self._locator.leaves, lambda: smallest_of(plain, whole), skips)
         return loss
 
     def _jobs(self, whole: Iterable[Projected]) -> Iterator[Job]:

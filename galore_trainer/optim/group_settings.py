@@ -14,7 +14,6 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.locate import Noted
 from galore_trainer.optim.sides import project_whole
 from galore_trainer.optim.streams import logical_name
 
@@ -22,7 +21,9 @@ OVERRIDES = ("rank", "update_proj_gap", "scale", "proj_type")
 """Settings of ``GaLoreConfig`` that a group can set for itself, as groups for galore-torch do."""
 OPTIONS = ("lr", "betas", "eps", "weight_decay", *OVERRIDES)
 OURS = ("params", "names", "param_names", "projected", "matrices", "galore")
+TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FROM_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_lr", "max_momentum", "base_momentum", "swa_lr")
+ROUNDING = 1e-12
 OF_TORCH = ("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 
 
@@ -58,8 +59,10 @@ def check_optimizer_options(group: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise OptionError("lr", tuple(lr.tolist()), "a number, or a tensor that holds one")
     for option in ("lr", "eps", "weight_decay"):
-        if not (_is_number(group[option]) and 0.0 <= group[option] < math.inf):
-            raise OptionError(option, group[option], "a finite number of at least 0")
+        value = group[option]
+        # a schedule may end at 0 but for rounding; a number on an accelerator is not waited for
+        if not _is_number(value) or (not _is_far(value) and not -ROUNDING <= value < math.inf):
+            raise OptionError(option, value, "a finite number of at least 0")
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise OptionError("betas", betas, "two numbers in [0, 1)")
@@ -68,8 +71,30 @@ def check_optimizer_options(group: Mapping[str, Any]) -> None:
             raise OptionError(f"betas[{i}]", beta, "a number in [0, 1)")
 
 
+def check_unchanged(group: Mapping[str, Any]) -> None:
+    """Raise ``OptionError`` where a group was given settings that it cannot follow any more, or never could.
+
+    To be called in every step: schedulers and users write into groups.
+    """
+    check_optimizer_options(group)
+    for key in OF_TORCH:
+        if group.get(key):
+            raise OptionError(f"param_groups: {key}", group[key], "no such key in a group", "Take it out.")
+    settings, scale = group.get("galore", {}), group.get("scale", 1.0)
+    if not (_is_number(scale) and 0.0 <= scale < math.inf):
+        raise OptionError("galore.scale", scale, "a finite number of at least 0")
+    for key in OVERRIDES:
+        if key in group and key in settings and group[key] != settings[key]:
+            wanted = f"{settings[key]!r}, with which the group was added"
+            raise OptionError(f"param_groups: {key}", group[key], wanted, "Build a new optimizer for another value.")
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Tensor)
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _is_far(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def complete_group(
@@ -93,11 +118,23 @@ def complete_group(
         check_parameter(p, name)
     if group["projected"]:
         config = config_of(group, config)
-        if "matrices" not in group:
-            pairs = zip(Noted(params).shapes, group["names"], strict=True)
+        if "matrices" in group:
+            _check_made_for(group.get("galore", {}), config)
+        else:
+            shapes = [getattr(p, "ds_shape", p.shape) for p in params]  # of the whole weight under ZeRO-3
+            pairs = zip(shapes, group["names"], strict=True)
             group["matrices"] = [[project_whole(shape, name, config)] for shape, name in pairs]
         fields = config.to_dict()
         group["galore"] = {key: fields[key] for key in GaLoreConfig.trajectory_fields()} | {"seed": seed}
+
+
+def _check_made_for(settings: Mapping[str, Any], config: GaLoreConfig) -> None:
+    """Raise ``OptionError`` where logical matrices were made under other settings than the optimizer's."""
+    own = config.to_dict()
+    for key, value in settings.items():
+        if key in own and own[key] != value:
+            way_out = "Give GaLoreAdamW the config that the groups were made with, or make groups anew."
+            raise OptionError(f"galore.{key}", own[key], f"{value!r}, as in the parameter groups", way_out)
 
 
 def check_names(names: Sequence[str], count: int, taken: Sequence[str]) -> None:
@@ -120,9 +157,14 @@ def check_names(names: Sequence[str], count: int, taken: Sequence[str]) -> None:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Raise ``OptionError`` for a parameter that this optimizer would not train as its user expects."""
+    if torch.nn.parameter.is_lazy(p):
+        raise OptionError("parameters", f"{name}, which has no shape yet", "a weight", "Run the model once before.")
     if p.is_complex():
         way_out = "Train torch.view_as_real of it, or give it to torch.optim.AdamW."
         raise OptionError("parameters", f"{name} in {p.dtype}", "a real weight", way_out)
+    if p.is_floating_point() and p.dtype not in TRAINED:
+        got = f"{name} in {p.dtype}"
+        raise OptionError("parameters", got, "float32, bfloat16, float16 or float64", "Train a copy in one of these.")
     if type(p).__name__ == "FlatParameter" or getattr(p, "_fsdp_flattened", False):
         way_out = "Use FSDP2 (fsdp_version 2, fully_shard): it keeps weights as matrices."
         raise OptionError("fsdp", f"{name}, a flat parameter of FSDP1", "FSDP2", way_out)
@@ -140,6 +182,13 @@ def warn_if_plain(groups: Sequence[Mapping[str, Any]]) -> None:
             "give one of them projected=True or a rank.",
             stacklevel=3,
         )
+
+
+def given_config(config: Any) -> GaLoreConfig:
+    """The optimizer's settings; ``OptionError`` for something else in their place, such as a learning rate."""
+    if not isinstance(config, GaLoreConfig | None):
+        raise OptionError("config", config, "a GaLoreConfig", "Give lr by its name: lr=1e-4.")
+    return config or GaLoreConfig()
 
 
 def config_of(group: Mapping[str, Any], config: GaLoreConfig) -> GaLoreConfig:

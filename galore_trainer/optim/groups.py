@@ -305,7 +305,7 @@ def parameter_groups(
     noted = [w for w in weights if w.note and not w.note.startswith(RANK_NOTE)]
     modules = dict.fromkeys((re.split(r"\.parametrizations\.|\.\w+$", w.name)[0], w.note) for w in noted)
     _tell("targeted, but not projected", modules)
-    groups = []
+    groups, settings = [], config.to_dict()
     for kind in ("projected", "plain"):
         for decay in (True, False):
             members = [w for w in weights if w.kind == kind and (w.name not in no_decay) == decay]
@@ -320,6 +320,7 @@ def parameter_groups(
             }
             if kind == "projected":
                 group["matrices"] = [list(w.matrices) for w in members]
+                group["galore"] = {key: settings[key] for key in GaLoreConfig.trajectory_fields()}
             groups.append(group)
     return groups
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
@@ -59,6 +60,8 @@ def with_gradients(
                 continue
             if grad.layout is not torch.strided:
                 raise OptionError(names[i], "a sparse gradient", "a dense one", "Use sparse=False.")
+            if grad.is_neg() or (grad.dtype != p.dtype and compute_dtype(grad.dtype) != compute_dtype(p.dtype)):
+                grad = grad.resolve_neg().to(compute_dtype(p.dtype))
             moved = type(p) in PLAIN_TYPES and p.data_ptr() != addresses[i]
             if not flat and (moved or p.shape != shapes[i]):
                 locator.check(group, i)
@@ -69,6 +72,12 @@ def with_gradients(
             else:
                 plain.append(Plain(p, grad, names[i], group))
     return plain, whole, held
+
+
+def smallest_of(plain: Sequence[Plain], whole: Sequence[Projected]) -> Tensor | None:
+    """The gradient with the fewest entries, if any is kept whole."""
+    grads = [*(each.grad for each in plain), *(each.grad for each in whole)]
+    return min((grad for grad in grads if type(grad) is Tensor and grad.numel()), key=Tensor.numel, default=None)
 
 
 def jobs_of(

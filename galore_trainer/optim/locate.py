@@ -19,6 +19,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.layouts.zero import Slice, flats_of, is_zero, slices_of
+from galore_trainer.optim.group_settings import check_unchanged
 from galore_trainer.optim.held import Held
 from galore_trainer.optim.pieces import Piece, pieces_of
 
@@ -62,9 +63,11 @@ class Noted:
         originals: the parameters themselves.
         shapes, dtypes, addresses: of each; an address is 0 where it is of no use.
         by_size: places, large shapes first, equal ones in their order.
+        projected: whether the group is.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], *, projected: bool = False) -> None:
+        self.projected = projected
         self.originals = [weakref.ref(p) for p in params]
         self.shapes = [torch.Size(getattr(p, "ds_shape", p.shape)) for p in params]
         self.dtypes = [p.dtype for p in params]
@@ -106,7 +109,7 @@ class Locator:
 
     def note(self, group: dict[str, Any]) -> None:
         """Remember the parameters that a new group began with; ZeRO keeps what it knows of its slices on them."""
-        self._noted[_key(group)] = Noted(group["params"])
+        self._noted[_key(group)] = Noted(group["params"], projected=group["projected"])
 
     def noted(self, group: dict[str, Any]) -> Noted:
         """What was noted of a group.
@@ -124,12 +127,16 @@ class Locator:
         return self.noted(group).shapes
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Raise ``OptionError`` where groups, or parameters of one, were added or taken away by hand."""
+        """Raise ``OptionError`` where groups, parameters or settings were changed by hand and cannot be followed."""
         for group in groups:
-            known, count = len(self.noted(group).shapes), len(group["params"])
-            if known != count and not self.is_flat(group):
-                raise _by_hand(f"{count} parameters in a group of {known}")
-        if len({_key(group) for group in groups}) < len(groups):
+            check_unchanged(group)
+            noted, count = self.noted(group), len(group["params"])
+            if len(noted.shapes) != count and not self.is_flat(group):
+                raise _by_hand(f"{count} parameters in a group of {len(noted.shapes)}")
+            if noted.projected != group["projected"]:
+                raise _by_hand(f"projected {group['projected']} in a group that was added with {noted.projected}")
+        keys = [_key(group) for group in groups if group["names"]]
+        if len(set(keys)) < len(keys):
             raise _by_hand("two groups of the same names")
 
     def originals(self, group: dict[str, Any]) -> list[Any]:

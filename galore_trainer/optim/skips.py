@@ -89,10 +89,19 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def on_host(counters: Mapping[str, Tensor]) -> OnHost:
-    """Counters of parameters on their way to the host, [parameters, 3]."""
+def on_host(counters: Mapping[str, Tensor], more: Tensor | None = None) -> OnHost:
+    """Counters of parameters on their way to the host, [parameters, 3], and one row more."""
     device = next(iter(counters.values())).device
-    return OnHost(torch.stack([counter.to(device) for counter in counters.values()]))
+    rows = [*counters.values(), *([] if more is None else [more])]
+    return OnHost(torch.stack([row.to(device) for row in rows]))
+
+
+def is_all_zero(grad: Tensor | None) -> Tensor:
+    """int32 [3]: whether a gradient is zero throughout, and two zeros; none is not zero."""
+    found = torch.zeros(3, dtype=torch.int32, device="cpu" if grad is None else grad.device)
+    if grad is not None and grad.numel():
+        found[0] = ~grad.any()
+    return found
 
 
 def check_counts(names: Sequence[str], counts: Sequence[Sequence[int]], culprits: Sequence[str] = ()) -> None:

@@ -53,6 +53,8 @@ def restored(state: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in state.items():
         if bare(key) in COUNTERS:
+            if not 0 <= value == int(value):
+                raise OptionError("checkpoint", f"{key} {value}", "a count", WAY_OUT)
             found[key] = int(value)
         elif isinstance(value, Tensor) or bare(key) in AGES:
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")

@@ -18,9 +18,10 @@ from galore_trainer.core.precision import Form, stored_basis_form, stored_form
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.optim import residual_state
-from galore_trainer.optim.group_settings import OVERRIDES
+from galore_trainer.optim.group_settings import OVERRIDES, check_unchanged
 from galore_trainer.optim.residual_state import has_residual, support_shape
 from galore_trainer.optim.sharded_state import pack_shards, unpack_shard
+from galore_trainer.optim.skips import some_of
 from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, SCALE
 from galore_trainer.optim.state import (
     COUNTERS,
@@ -37,10 +38,12 @@ from galore_trainer.optim.whole import describe, slices_for_saving
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
-STEPS = "steps"  # in a state dict: the largest ``calls``, which tells whether states are missing
+STEPS, STATES = "steps", "states"
+"""Keys of a state dict: the largest ``calls`` and the number of parameters with a state, which tell what is missing."""
 PARTIAL = (
-    "Load a whole state dict: torch.distributed.checkpoint fills in only what the one that it is given holds "
-    "(take get_optimizer_state_dict), and flatten_optimizer_state_dict loses a residual (residual_percent 0 has none)."
+    "Save optimizer.state_dict() with torch.save and load all of it. torch.distributed.checkpoint and "
+    "flatten_optimizer_state_dict fill in only the keys that the new optimizer's state has already, and a residual's "
+    "come later; with residual_percent 0, or under FSDP2, these are all."
 )
 
 
@@ -64,7 +67,8 @@ def pack(optimizer: GaLoreAdamW) -> dict[str, Any]:
     for group in saved["param_groups"]:
         if group["projected"]:
             group["matrices"] = describe(group["matrices"])
-    saved[STEPS] = torch.tensor(steps_of(saved["state"]), dtype=torch.int64, device="cpu")
+    for key, count in ((STEPS, steps_of(saved["state"])), (STATES, sum(map(bool, saved["state"].values())))):
+        saved[key] = torch.tensor(count, dtype=torch.int64, device="cpu")
     return saved
 
 
@@ -111,6 +115,10 @@ def unpack(optimizer: GaLoreAdamW, saved: Mapping[str, Any]) -> dict[str, Any]:
     if states:
         got = f"states of {sorted(map(str, states))}, which are no parameters"
         raise OptionError("checkpoint", got, "states of its own parameters", WAY_OUT)
+    if (count := int(saved.get(STATES, len(found)))) > len(found):
+        names = [n for g in groups for n, p in zip(g["names"], g["params"], strict=False) if p not in found]
+        got = f"the states of {len(found)} parameters out of {count}, without {some_of(names)}"
+        raise OptionError("checkpoint", got, "the states of all parameters", PARTIAL)
     if (steps := int(saved.get(STEPS, steps_of(found)))) != steps_of(found):
         got = f"a state dict of {steps} steps whose parameters have taken {steps_of(found)}"
         raise OptionError("checkpoint", got, "the states of all parameters", PARTIAL)
@@ -134,7 +142,9 @@ def _new_group(group: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     kept = {key: group[key] for key in ours if key in group}
     saved = {key: copy.deepcopy(value) for key, value in before.items() if key not in ours}
     new = {**group, **saved, **kept}
-    return {**new, "betas": tuple(new["betas"])}
+    new["betas"] = tuple(new["betas"])
+    check_unchanged(new)
+    return new
 
 
 def _checked(
@@ -164,6 +174,8 @@ def _checked(
             state[key] = value.double()
         elif value.dtype != form.dtype:
             raise OptionError("checkpoint", f"{name}: {key} in {value.dtype}", f"{form.dtype}", WAY_OUT)
+        if key.endswith("_index") and not 0 <= int(value.min()) <= int(value.max()) < p.numel():
+            raise OptionError("checkpoint", f"{name}: {key} outside of the weight", "positions inside it", WAY_OUT)
     return state
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from galore_trainer.core.galore import largest_usable
 from galore_trainer.optim.culprits import Culprits
 from galore_trainer.optim.on_host import OnHost
-from galore_trainer.optim.skips import ROW_LIMIT, check_counts, on_host, some_of
+from galore_trainer.optim.skips import ROW_LIMIT, check_counts, is_all_zero, on_host, some_of
 
 logger = logging.getLogger(__name__)
 Leaves = Callable[[], Iterable[tuple[str, Tensor]]]
-ASKED = (0, 7)  # steps of each ten: where ten in a row began with the first, its culprit can still be found
-LATER = 5  # steps of each ten, and the tenth: an accelerator has answered by then
+ASKED = (0, 7)  # steps of each ten; where ten in a row began with the first, its culprit can still be found
+LATER = 5  # steps of each ten, and the tenth: an accelerator has answered by then, and all processes act together
+ZEROS = 2  # answers in a row in which all gradients may be zero
 
 
 class Watch:
@@ -29,46 +30,66 @@ class Watch:
 
     def __init__(self, skipped: int = 0) -> None:
         self.culprits = Culprits()
-        self._skipped = skipped
+        self._skipped, self._zeros = skipped, 0
+        self._named: set[str] = set()
         self._asked: tuple[list[str], OnHost, Any] | None = None
+        self._counts: tuple[list[str], list[list[int]]] | None = None
 
-    def look(self, step: int, counters: Callable[[], Mapping[str, Tensor]], leaves: Leaves) -> None:
-        """To be called in every step; all processes come to the same answer in the same one.
+    def look(
+        self, step: int, counters: Callable[[], Mapping[str, Tensor]], leaves: Leaves,
+        smallest: Callable[[], Tensor | None], skips: bool,
+    ) -> None:  # fmt: skip
+        """To be called in every step; all processes come to the same end in the same one.
 
         Args:
             step: how many there were.
             counters: of skipped steps, by parameter name.
             leaves: name and tensor of every weight, as autograd knows it.
+            smallest: the gradient with the fewest entries; it is zero where clipping by an infinite norm made all so.
+            skips: whether this step is known to have skipped a parameter.
 
         Raises:
             FloatingPointError: a parameter skipped ten steps in a row.
         """
-        if step % LATER == 0:
-            self._answer(leaves)
-        if step % ROW_LIMIT in ASKED and (now := counters()):
-            self._asked = list(now), on_host(now), self.culprits.ask()
-            if not self._asked[1].waits:
-                self._answer(leaves)
+        if self._asked is not None and (self._asked[1].there or step % LATER == 0):
+            self._read(leaves)
+        if (skips or step % ROW_LIMIT in ASKED) and self._asked is None and (now := counters()):
+            numbers = on_host(now, is_all_zero(smallest()))
+            self._asked = list(now), numbers, self.culprits.ask()
+            if not numbers.waits:
+                self._read(leaves)
+        if step % LATER == 0 and self._counts is not None:
+            check_counts(*self._counts, self.culprits.found)
 
-    def _answer(self, leaves: Leaves) -> None:
-        asked, self._asked = self._asked, None
-        if asked is not None:
-            self._take_in(*asked, leaves)
-
-    def _take_in(self, names: list[str], counters: OnHost, asked: Any, leaves: Leaves) -> None:
-        counts = counters.tolist()
+    def _read(self, leaves: Leaves) -> None:
+        """Take the answer in: name what is new, look at gradients where that can find a culprit."""
+        assert self._asked is not None
+        (names, numbers, asked), self._asked = self._asked, None
+        *counts, (zero, _, _) = numbers.tolist()
+        self._zeros = self._zeros + 1 if zero else 0
         skipped = sum(total for _, total, _ in counts)
         if skipped > self._skipped:
-            guilty = self.culprits.take_in(asked)
-            if guilty:
+            new = [name for name, (_, total, _) in zip(names, counts, strict=True) if total and name not in self._named]
+            self._tell(new)
+        if skipped > self._skipped or self._zeros >= ZEROS:
+            if guilty := self.culprits.take_in(asked):
                 limit = largest_usable(torch.float32)
                 logger.warning(
-                    "a step was skipped, since the gradient of %s was not finite or above %.0e", some_of(guilty), limit
-                )
+                    "the gradient of %s was not finite or above %.0e: its step was skipped, or clipping by its norm "
+                    "made all gradients NaN or zero", some_of(guilty), limit,
+                )  # fmt: skip
                 self.culprits.disarm()
+                self._zeros = 0
             elif not self.culprits.armed:
                 self.culprits.arm(leaves())
-        self._skipped = skipped
+        self._skipped, self._counts = skipped, (names, counts)
         if any(longest >= ROW_LIMIT for _, _, longest in counts):
             self.culprits.take_in(self.culprits.ask())
-        check_counts(names, counts, self.culprits.found)
+
+    def _tell(self, new: list[str]) -> None:
+        if new:
+            logger.warning(
+                "skipped a step of %s: gradients that are not finite, or above %.0e; from now on gradients are looked "
+                "at before clipping, to name the first", some_of(new), largest_usable(torch.float32),
+            )  # fmt: skip
+            self._named.update(new)

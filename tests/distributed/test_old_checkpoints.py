@@ -28,8 +28,7 @@ SAME = json.loads((FIXTURES / "checkpoints" / "versions.json").read_text(encodin
 ELSEWHERE = {torch.float32: {"rtol": 0.0, "atol": 1e-4}, torch.bfloat16: {"rtol": 2.0**-7, "atol": 1e-3}}
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize("processes", [None, 2])
+@pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.alone)])
 def test_checkpoints_of_an_earlier_version_go_on_bit_for_bit(processes: int | None, tmp_path: Path) -> None:
     cases = [case for case in EXPECTED if case.startswith("single") == (processes is None)]
     if importlib.util.find_spec("deepspeed") is None:

@@ -19,7 +19,9 @@ KILLS: dict[str, list[Kill]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.alone] * (name == "two processes")) for name in VARIANTS]
+)
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(variant: str, campaign: Callable[[str], Campaign]) -> None:
     if variant == "TRL":
         pytest.importorskip("trl")

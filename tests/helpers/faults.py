@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch.distributed import TCPStore
 
-from forked import Forked
+from forked import meeting, start_python
 from galore_trainer.run.checkpoints import newest_whole, step_of
 
 WORKER = Path(__file__).with_name("fault_worker.py")
@@ -65,21 +64,12 @@ class Worker:
         self.log = folder / f"log-{len(list(folder.glob('log-*')))}.txt"
         path = self.log.with_suffix(".json")
         path.write_text(json.dumps({"resume": None, **case}))
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._store = None
+        environments = [{**os.environ, "OMP_NUM_THREADS": "1"}]
         if processes > 1:
-            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            env |= {
-                "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RESTART_COUNT": "0",
-            }  # fmt: skip
-        self.ranks = []
+            self._store, environments = meeting(processes)
+        words = [sys.executable, str(WORKER), str(path)]
         with self.log.open("w") as file:
-            for rank in range(processes):
-                own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else env
-                words = [sys.executable, str(WORKER), str(path)]
-                self.ranks.append(Forked(words, env=own, stdout=file, stderr=file))
+            self.ranks = [start_python(words, env=env, stdout=file, stderr=file) for env in environments]
 
     def wait(self, timeout: float = 120.0) -> int:
         """The exit code of the first process that ends otherwise than well, upon which the others are killed."""

@@ -65,6 +65,20 @@ def python(args: Sequence[str], **more: Any) -> Iterator[Forked | subprocess.Pop
         process.wait()
 
 
+def meeting(count: int) -> tuple[TCPStore, list[dict[str, str]]]:
+    """The environment of each rank of a launch on this machine, as torchrun makes it, and the store where they meet.
+
+    The store lives as long as the launch.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
+    env = {
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    return store, [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 def run_ranks(count: int, folder: Path, script: Path, *words: str, seconds: float = 300.0) -> None:
     """Run ``torchrun --nproc-per-node COUNT SCRIPT WORDS``, and fail with the ranks' output where one of them fails.
 
@@ -75,19 +89,13 @@ def run_ranks(count: int, folder: Path, script: Path, *words: str, seconds: floa
         words: its arguments.
         seconds: after which the ranks are killed.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
-    env = {
-        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # fmt: skip
+    _store, environments = meeting(count)
     logs = [folder / f"rank-{rank}.txt" for rank in range(count)]
     with contextlib.ExitStack() as started:
         ranks = []
-        for rank, log in enumerate(logs):
-            own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for env, log in zip(environments, logs, strict=True):
             file = started.enter_context(log.open("w"))
-            process = python([sys.executable, str(script), *words], env=own, stdout=file, stderr=file)
+            process = python([sys.executable, str(script), *words], env=env, stdout=file, stderr=file)
             ranks.append(started.enter_context(process))
         deadline = time.monotonic() + seconds
         while {None} <= {rank.poll() for rank in ranks} <= {None, 0} and time.monotonic() < deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,20 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# One worker runs all tests under such a path, because they share runs that take long; elsewhere a file is the unit.
-TOGETHER = ("tests/distributed/",)
-# Files of more than ten seconds begin early, so that no worker is left with one of them at the end.
-LONG = (
-    "tests/optim/test_sharded.py", "tests/kernels/test_step.py", "tests/kernels/test_kernels.py",
-    "tests/run/test_ablate.py", "tests/run/test_estimate.py", "tests/hf/test_smollm2.py",
+# One worker runs these: their processes are forks of one server, and some of their launches serve several tests.
+TOGETHER = (
+    "tests/distributed/", "tests/hf/test_ddp.py", "tests/run/test_launch.py", "tests/run/test_train.py",
+    "tests/run/test_ablate.py", "tests/faults/",
 )  # fmt: skip
+# Other files of more than ten seconds begin early, so that no worker is left with one of them at the end.
+LONG = ("tests/optim/test_sharded.py", "tests/kernels/", "tests/run/test_estimate.py", "tests/hf/test_smollm2.py")
 
 
 def is_alone(item: pytest.Item | None) -> bool:
-    """Whether a test starts several processes: it has the mark, or one of the fixtures that start them."""
-    return item is not None and (item.get_closest_marker("alone") is not None or "torchrun" in item.fixturenames)  # type: ignore[attr-defined]
+    """Whether a test starts several processes: it has the mark, or the fixture that starts them."""
+    if item is None:
+        return False
+    return item.get_closest_marker("alone") is not None or "torchrun" in getattr(item, "fixturenames", ())
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
@@ -34,7 +37,7 @@ def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 class Scheduling(LoadScopeScheduling):
-    """A file a worker, in the order of the collection."""
+    """A file a worker, in the order of the collection; files that stand together are as one."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         config.option.loadscopereorder = False
@@ -42,7 +45,7 @@ class Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return next((path for path in TOGETHER if file.startswith(path)), file)
+        return "together" if file.startswith(TOGETHER) else file
 
     def remove_node(self, node: Any) -> str | None:
         """Give the tests of a worker that crashed to the others, but for the one that it crashed in."""
@@ -57,12 +60,14 @@ class Scheduling(LoadScopeScheduling):
 class Turns:
     """A test that starts several processes has the machine for itself: the other workers wait at their next test.
 
-    Three busy processes on two cores make each other miss their deadlines. All tests hold one lock on a file, shared or
-    exclusive; they ask for it through a second one, so that those who share it cannot keep out the one who waits.
+    Three busy processes on two cores make each other miss their deadlines. All tests hold one lock, shared or
+    exclusive, for which they ask through a second one: those who share it cannot keep out the one who waits.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.gate, self.room = ((folder / name).open("w") for name in ("gate", "room"))
+    def __init__(self) -> None:
+        here = Path(__file__)
+        locked = here, here.with_name("forked.py")  # any two files that all workers see
+        self.gate, self.room = (path.open("r+" if os.access(path, os.W_OK) else "r") for path in locked)
         self.kept = False
 
     @pytest.hookimpl(wrapper=True)

@@ -22,7 +22,7 @@ def brief_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     A module that looks at either has a fixture of this name of its own, or a run of the module's scope.
     """
     monkeypatch.setattr("galore_trainer.run.estimate.predict", lambda *_: {"peak_bytes": None, "note": "not counted"})
-    monkeypatch.setattr("galore_trainer.run.train.plot_losses", lambda path, *_, **__: path.touch())
+    monkeypatch.setattr("galore_trainer.run.results.plot_losses", lambda path, *_, **__: path.touch())
 
 
 @pytest.fixture
