@@ -36,6 +36,7 @@ from galore_trainer.optim.streams import logical_name
 
 logger = logging.getLogger(__name__)
 POSITION_BYTES = 4
+RANK_NOTE = "rank"  # begins the note of a weight that is smaller than its rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
         elif own is None and not named:
             note = f"tied to {candidate.name}"  # embeddings, for example, which all-linear leaves alone
         elif rank > smaller and not named:
-            note = f"rank {rank} > smaller side {smaller}"
+            note = f"{RANK_NOTE} {rank} > smaller side {smaller}"
             small[name] = smaller
         if note:
             weights.append(Weight(name, parameter, note=note))
@@ -300,8 +301,10 @@ def parameter_groups(
     """
     joint = [(module_of(w.name), w.why_joint) for w in weights if w.falls_back(config)]
     _tell("heads unknown, projected jointly (galore.head_fallback: joint)", joint)
-    noted = dict.fromkeys((re.split(r"\.parametrizations\.|\.\w+$", w.name)[0], w.note) for w in weights if w.note)
-    _tell("targeted, but not projected", noted)
+    # gates and routers are often smaller than the rank: the table says so, which is enough
+    noted = [w for w in weights if w.note and not w.note.startswith(RANK_NOTE)]
+    modules = dict.fromkeys((re.split(r"\.parametrizations\.|\.\w+$", w.name)[0], w.note) for w in noted)
+    _tell("targeted, but not projected", modules)
     groups, settings = [], config.to_dict()
     for kind in ("projected", "plain"):
         for decay in (True, False):
