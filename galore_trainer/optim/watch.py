@@ -30,7 +30,7 @@ class Watch:
 
     def __init__(self, skipped: int = 0) -> None:
         self.culprits = Culprits()
-        self._skipped, self._zeros = skipped, 0
+        self._skipped, self._zeros, self._asks_why_zero = skipped, 0, True
         self._named: set[str] = set()
         self._asked: tuple[list[str], OnHost, Any] | None = None
         self._counts: tuple[list[str], list[list[int]]] | None = None
@@ -71,7 +71,8 @@ class Watch:
         if skipped > self._skipped:
             new = [name for name, (_, total, _) in zip(names, counts, strict=True) if total and name not in self._named]
             self._tell(new)
-        if skipped > self._skipped or self._zeros >= ZEROS:
+        zeros = self._asks_why_zero and self._zeros >= ZEROS
+        if skipped > self._skipped or zeros:
             if guilty := self.culprits.take_in(asked):
                 limit = largest_usable(torch.float32)
                 logger.warning(
@@ -82,6 +83,9 @@ class Watch:
                 self._zeros = 0
             elif not self.culprits.armed:
                 self.culprits.arm(leaves())
+            elif not self._named:  # no step was skipped, and no gradient was bad: this one is zero for its own reasons
+                self._asks_why_zero = False
+                self.culprits.disarm()
         self._skipped, self._counts = skipped, (names, counts)
         if any(longest >= ROW_LIMIT for _, _, longest in counts):
             self.culprits.take_in(self.culprits.ask())

@@ -191,3 +191,15 @@ def test_a_norm_that_overflows_is_traced_to_its_weight(layerwise: bool, caplog: 
                 break
             optimizer.zero_grad()
     assert optimizer.bad_gradients() == ["b"]
+
+
+def test_a_gradient_that_is_always_zero_costs_nothing_in_the_end() -> None:
+    params, optimizer = make()
+    unused = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [unused], "names": ["unused"]})
+    for seed in range(40):
+        backward(params, seed, {})
+        unused.grad = torch.zeros(3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not any(p._backward_hooks for p in (*params, unused))
