@@ -44,7 +44,6 @@ def test_a_run_that_has_everything_passes(short_run: Run, tmp_path: Path, capsys
         ({"method": "lora", "lora": {"rank": 4, "target_modules": ["no_such_layer"]}}, "lora.target_modules"),
         ({"report_to": "no_such_tracker"}, "report_to"),
         ({"report_to": "neptune"}, "report_to"),
-        ({"learning_rate": float("inf")}, "learning_rate"),
     ],
 )
 def test_what_is_missing_is_found_by_a_dry_run_and_by_training(
