@@ -7,7 +7,6 @@ with ``save_only_model`` none of them is written.
 from __future__ import annotations
 
 import contextlib
-import pickle
 import pkgutil
 import re
 import shutil
@@ -166,10 +165,12 @@ def check_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _explained(checkpoint: Path) -> Iterator[None]:
-    """Turn a failure to read a file into an ``OptionError``."""
+    """Turn a failure to read a file into an ``OptionError``; changed bytes can raise anything."""
     try:
         yield
-    except (RuntimeError, OSError, LookupError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
+    except OptionError:
+        raise
+    except (Exception, CheckpointException) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise OptionError(OPTION, str(checkpoint), WHOLE, reason) from error
 
