@@ -26,7 +26,7 @@ Kernels = Literal["auto", "triton", "torch"]
 ResidualSelection = Literal["row", "global"]
 
 ALL_LINEAR = "all-linear"
-LARGEST_INTEGER = 2**63 - 1  # tensors and files hold no larger one
+LARGEST_INTEGER = 2**63 - 1
 
 
 def knob(default: Any, help: str, *, trajectory: bool = False, minimum: float | None = None) -> Any:
@@ -203,12 +203,23 @@ def check_fields(prefix: str, config: Any) -> None:
     for field in dataclasses.fields(config):
         value, low = getattr(config, field.name), field.metadata.get("minimum")
         check_type(prefix + field.name, value, hints[field.name])
+        check_integers(prefix + field.name, value)
         whole = isinstance(value, int)
-        if whole and abs(value) > LARGEST_INTEGER:
-            raise OptionError(prefix + field.name, value, f"an integer of at most {LARGEST_INTEGER}")
         if low is not None and value is not None and not ((whole or math.isfinite(value)) and value >= low):
             kind = "an integer" if whole else "a finite number"
             raise OptionError(prefix + field.name, value, f"{kind} of at least {low:g}")
+
+
+def check_integers(option: str, value: Any) -> None:
+    """Raise ``OptionError`` for an integer of more than 64 bits, however nested: neither tensors nor files hold one."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            check_integers(option, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_integers(option, item)
+    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise OptionError(option, value, f"an integer of at most {LARGEST_INTEGER}")
 
 
 def check_type(option: str, value: Any, hint: Any) -> None:

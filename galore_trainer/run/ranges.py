@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from galore_trainer.config import check_integers
 from galore_trainer.errors import OptionError
 
 MOST = 2**31 - 1  # of counts: batches, steps, epochs and processes are 32-bit numbers somewhere below
@@ -88,6 +89,7 @@ def check_range(key: str, value: Any, *, option: str = "", place: str = "") -> N
     Raises:
         OptionError: naming the range.
     """
+    check_integers(option or key, value)
     known = RANGES.get(key, FINITE)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or known.allows(value):

@@ -106,6 +106,8 @@ def test_a_configuration_is_used_as_written_or_refused(place: Path) -> None:
     @example({"galore.scale": 10**400})
     @example({"lr_scheduler_kwargs": {"speed": 2}})
     @example({"num_train_epochs": 1e308})
+    @example({"warmup_steps": 2**63})
+    @example({"lr_scheduler_kwargs": {"a": [2**63]}})
     @example({"data.columns": {"\x85": "\u2028"}})
     def check(chosen: dict[str, Any]) -> None:
         config = allowed(lambda: RunConfig.from_dict({"use_cpu": True, **chosen}))
@@ -328,20 +330,19 @@ def test_any_prediction_has_a_score() -> None:
 
 def test_any_command_line(place: Path) -> None:
     words = st.sampled_from([
-        "train", "eval", "estimate", "inspect", "score", "ablate", "bench", "report", "config", "data", "state",
-        "validate", "show", "preview", "export", "import", "--rank", "--seed", "--debug", "--json", "--task",
+        "train", "eval", "estimate", "inspect", "score", "ablate", "report", "config", "data", "state",
+        "validate", "show", "preview", "export", "import", "--rank", "--seed", "--json", "--task",
         "--resume", "--dry-run", "nosuch", "rank", "=", "a=b", "--", "-", "-n", "1", "-1", "", "quickstart",
-        "model_name_or_path=x/y/z",
     ])  # fmt: skip
+    harmless = {"ablate": "--dry-run", "quickstart": "model_name_or_path=x/y/z"}  # nothing is to be trained here
 
     @FUZZ
     @given(st.lists(st.one_of(words, TEXTS), max_size=6))
     def check(line: list[str]) -> None:
-        if "quickstart" in line and "model_name_or_path=x/y/z" not in line:
-            line = [*line, "model_name_or_path=x/y/z"]  # nothing is to be trained here
+        line = [part for word in line for part in ([word, harmless[word]] if word in harmless else [word])]
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = main([word for word in line if word not in ("doctor", "--debug")])
+            code = main([word for word in line if word != "--debug"])
         assert code in (0, 1, 2)
         assert "Traceback" not in said.getvalue()
 
