@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import statistics
 import warnings
@@ -19,6 +18,7 @@ from galore_trainer.run.artifacts import smoothed
 from galore_trainer.run.columns import PARTS, Column, columns
 from galore_trainer.run.report_pages import Plot
 from galore_trainer.run.report_runs import Gathered, Group, cell_values, is_number, score_interval
+from galore_trainer.run.shapes import LARGEST
 from galore_trainer.run.study import short_names
 
 INK = "#3b3f44"  # letters and axes; the page's own colour in the SVG
@@ -238,7 +238,7 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 # ------------------------------------------------------------------------------------------ files

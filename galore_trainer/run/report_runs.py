@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from galore_trainer.run.cells import FAILED, FINISHED, RESULT, STUDY_FILE, TIMIN
 from galore_trainer.run.columns import Column, Result
 from galore_trainer.run.config import RESOLVED_CONFIG
 from galore_trainer.run.methods import METHODS
-from galore_trainer.run.shapes import check_result, read_log
+from galore_trainer.run.shapes import LARGEST, check_result, read_log
 from galore_trainer.run.study import comparable, short_names, show_value
 
 LOG = "log.jsonl"
@@ -251,7 +250,7 @@ def _name(groups: Sequence[Group]) -> list[Group]:
 
 def is_number(value: Any) -> bool:
     """Whether a setting's value can be put on an axis."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _training_defaults(runs: Sequence[Run]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from galore_trainer.config import check_type
 from galore_trainer.errors import OptionError
 
+LARGEST = 1e100  # of a figure; means, units and axes multiply it
 WAY_OUT = "Leave this folder out, or make the file anew with the command that wrote it."
 
 
@@ -154,8 +154,8 @@ def _check(path: Path, data: Mapping[str, Any], fields: Mapping[str, Field], abo
                 check_type(option, value, field.hint)
             except OptionError as error:
                 raise OptionError(option, _short(value), error.wanted, WAY_OUT) from None
-            least = "" if field.low is None else f" of at least {field.low:g}"
-            raise OptionError(option, _short(value), f"finite numbers{least}", WAY_OUT)
+            low = -LARGEST if field.low is None else field.low
+            raise OptionError(option, _short(value), f"numbers from {low:g} to {LARGEST:g}", WAY_OUT)
 
 
 def _fits(value: Any, field: Field) -> bool:
@@ -175,11 +175,8 @@ def _numbers(value: Any, hint: Any) -> list[float]:
 
 
 def _is_number(value: float, low: float | None) -> bool:
-    """Whether a number can be calculated with: no NaN, no infinity, no integer beyond a float."""
-    try:
-        return math.isfinite(float(value)) and (low is None or value >= low)
-    except OverflowError:
-        return False
+    """Whether a number can be calculated with and drawn: no NaN, nothing whose sums or units leave a float."""
+    return abs(value) <= LARGEST and (low is None or value >= low)
 
 
 def _check_text(path: Path, data: Any) -> None:
