@@ -15,9 +15,10 @@ from galore_trainer.optim.skips import usable_flags
 
 
 class Culprits:
-    """Looks at gradients as backward makes them, from the first skipped step until one is found to be unusable.
+    """Looks at gradients as backward makes them, from ``arm`` to ``disarm``; otherwise it does nothing.
 
-    Before a step was skipped it does nothing. Each process looks at its own gradients.
+    ``Watch`` arms it after a skipped step, or where clipping may have made gradients zero. Each process looks at its
+    own gradients.
 
     Attributes:
         found: names of weights whose own gradients were unusable, in the order in which that was seen.

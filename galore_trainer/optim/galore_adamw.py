@@ -308,7 +308,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def bad_gradients(self) -> list[str]:
         """Names of weights whose own gradients are known to have been unusable, before clipping spread it to others.
 
-        Gradients are looked at only once a step was skipped, until one is found.
+        Gradients are looked at from the first skipped step, or the first zero gradients, until a bad one is found.
         """
         return list(self._watch.culprits.found)
 

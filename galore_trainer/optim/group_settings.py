@@ -23,7 +23,7 @@ OPTIONS = ("lr", "betas", "eps", "weight_decay", *OVERRIDES)
 OURS = ("params", "names", "param_names", "projected", "matrices", "galore")
 TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FROM_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_lr", "max_momentum", "base_momentum", "swa_lr")
-ROUNDING = 1e-12
+ROUNDING = 1e-12  # below zero, for what a schedule computes as 0
 OF_TORCH = ("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 
 
@@ -60,7 +60,7 @@ def check_optimizer_options(group: Mapping[str, Any]) -> None:
         raise OptionError("lr", tuple(lr.tolist()), "a number, or a tensor that holds one")
     for option in ("lr", "eps", "weight_decay"):
         value = group[option]
-        # a schedule may end at 0 but for rounding; a number on an accelerator is not waited for
+        # reading a number on an accelerator would wait for it
         if not _is_number(value) or (not _is_far(value) and not -ROUNDING <= value < math.inf):
             raise OptionError(option, value, "a finite number of at least 0")
     betas = group["betas"]

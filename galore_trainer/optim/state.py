@@ -16,6 +16,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.locate import BAR
+from galore_trainer.optim.pieces import AGE_KEYS
 
 WAY_OUT = (
     "Resume with the saved value, or start a new run from the checkpoint's weights "
@@ -29,7 +30,6 @@ SLICES = "slices"  # in a state dict: of each flat tensor, by its number, name, 
 
 
 COUNTERS = ("calls", "refreshes", "due", "born", "phase")
-AGES = ("step", "residual_step")
 
 
 def bare(key: str) -> str:
@@ -56,7 +56,7 @@ def restored(state: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
             if not 0 <= value == int(value):
                 raise OptionError("checkpoint", f"{key} {value}", "a count", WAY_OUT)
             found[key] = int(value)
-        elif isinstance(value, Tensor) or bare(key) in AGES:
+        elif isinstance(value, Tensor) or bare(key) in AGE_KEYS:
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
             found[key] = tensor.detach().to(p.device, copy=True).contiguous()
         else:
