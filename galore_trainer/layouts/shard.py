@@ -1,14 +1,16 @@
-"""A process's part of a weight whose entries lie on several processes, and sums over those processes.
+"""Which entries of a weight this process holds, and sums over the processes that hold the others.
 
 A weight is read as it is stored, row by row: M rows of N columns, entry i * N + j. A process holds the entries
-``start:stop``. FSDP2 cuts between rows; ZeRO cuts anywhere, so that a row may lie on two processes or more, and a
-process may hold nothing. The parts of all processes are disjoint and cover the weight.
+``start:stop``. A whole weight is the shard that holds every row. FSDP2 cuts between rows; ZeRO cuts anywhere, so that a
+row may lie on two processes or more, and a process may hold nothing. The shards of all processes are disjoint and cover
+the weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -66,21 +68,32 @@ def checksum(x: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Where this process's part of a weight lies.
+    """Which entries of a stored weight this process holds.
 
     Attributes:
         rows, columns: M and N of the stored weight; a stack of experts [experts, m, n] has experts * m rows.
         start, stop: the entries of this process; equal where it has none.
-        boundaries: first entries of all processes' parts.
-        ranks: who else holds parts.
+        boundaries: first entries of all processes' shards.
+        ranks: the processes that hold the others; None for a whole weight.
     """
 
     rows: int
     columns: int
     start: int
     stop: int
-    boundaries: tuple[int, ...]
-    ranks: Ranks
+    boundaries: tuple[int, ...] = ()
+    ranks: Ranks | None = None
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Shard:
+        """The shard that holds every entry of a weight of this shape."""
+        entries, columns = math.prod(shape), shape[-1] if len(shape) > 1 else 1
+        return cls(rows=entries // columns if columns else 0, columns=columns, start=0, stop=entries)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds the weight by itself."""
+        return self.ranks is None
 
     @property
     def first(self) -> int:
@@ -94,7 +107,7 @@ class Shard:
 
     @property
     def owned(self) -> slice:
-        """Of the local rows, those that begin here: every row of the weight is owned by one process."""
+        """Of the local rows, those whose first entry lies here: every row of the weight is owned by one process."""
         return slice(1 if self.start % self.columns and self.local_rows else 0, self.local_rows)
 
     @cached_property
@@ -109,11 +122,7 @@ class Shard:
         return bool(self.start % self.columns or self.stop % self.columns)
 
     def rows_of(self, flat: Tensor) -> Tensor:
-        """[local rows, N]: a view where rows are whole, else a copy with zeros for what lies elsewhere.
-
-        Args:
-            flat: this process's entries, [stop - start].
-        """
+        """[local rows, N] of ``flat`` [stop - start]: a view, or, where a row is cut, a copy with zeros for the rest."""
         if not self.is_ragged:
             return flat.view(self.local_rows, self.columns)
         whole = flat.new_zeros(self.local_rows * self.columns)
@@ -121,7 +130,7 @@ class Shard:
         return whole.view(self.local_rows, self.columns)
 
     def write(self, flat: Tensor, rows: Tensor) -> None:
-        """Put the entries of this process back; nothing to do where ``rows_of`` gave a view."""
+        """Copy the entries of this process back from ``rows``; nothing to do where ``rows_of`` gave a view."""
         if self.is_ragged:
             flat.copy_(self._own(rows.view(-1)))
 
@@ -139,12 +148,14 @@ def completed_cut_rows(shards: Sequence[Shard], flats: Sequence[Tensor]) -> list
     """The rows that lie on several processes, complete: one sum over the processes for all weights together.
 
     Args:
-        shards: weights of one group of processes, the same on each, in the same order.
+        shards: of cut weights of one group of processes; the same weights on each process, in the same order.
         flats: this process's entries of each.
 
     Returns:
-        For each weight: local row to its entries [N].
+        For each weight a mapping from local row to the row's entries [N].
     """
+    ranks = shards[0].ranks
+    assert ranks is not None
     sizes = [len(shard.cuts) * shard.columns for shard in shards]
     if not any(sizes):
         return [{} for _ in shards]
@@ -155,6 +166,6 @@ def completed_cut_rows(shards: Sequence[Shard], flats: Sequence[Tensor]) -> list
             begin = (shard.first + row) * shard.columns
             low, high = max(shard.start, begin), min(shard.stop, begin + shard.columns)
             part[place, low - begin : high - begin] = flat[low - shard.start : high - shard.start]
-    buffer = shards[0].ranks.sum(buffer)
+    buffer = ranks.sum(buffer)
     parts = [part.view(-1, shard.columns) for part, shard in zip(buffer.split(sizes), shards, strict=True)]
     return [{row: part[place] for place, row in shard.local_cuts()} for shard, part in zip(shards, parts, strict=True)]

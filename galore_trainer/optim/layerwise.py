@@ -17,8 +17,8 @@ from torch import Tensor
 
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.parts import Part, Whole, energies, norms_of_tensors
-from galore_trainer.optim.skips import usable_flags
+from galore_trainer.optim.guards import usable_flags
+from galore_trainer.optim.kept import KeptGradient, KeptWhole, energies, norms_of_tensors
 
 aten = torch.ops.aten
 ADDITIONS = (aten.add_.Tensor, aten.add.Tensor)
@@ -34,18 +34,18 @@ class ProjectedGradient(torch.Tensor):
     scaled, to be zeroed. Anything else raises and says so.
 
     Attributes:
-        parts: one for each logical matrix; or one ``Whole``, where processes average and the step needs all of it.
+        parts: one for each logical matrix; or one ``KeptWhole``, where processes average and the step needs all of it.
         averaged: whether it is the mean over processes already.
     """
 
-    parts: Sequence[Part | Whole]
+    parts: Sequence[KeptGradient | KeptWhole]
 
     @staticmethod
-    def __new__(cls, grad: Tensor, name: str, parts: Sequence[Part | Whole], averager: Any = None) -> ProjectedGradient:
+    def __new__(cls, grad: Tensor, name: str, parts: Sequence[KeptGradient | KeptWhole], averager: Any = None) -> ProjectedGradient:
         """A wrapper like ``grad``."""
         return torch.Tensor._make_wrapper_subclass(cls, grad.shape, dtype=grad.dtype, device=grad.device)
 
-    def __init__(self, grad: Tensor, name: str, parts: Sequence[Part | Whole], averager: Any = None) -> None:
+    def __init__(self, grad: Tensor, name: str, parts: Sequence[KeptGradient | KeptWhole], averager: Any = None) -> None:
         self.parts, self._name = parts, name
         self.averaged, self._average = False, averager
         self._batches = 0
@@ -62,7 +62,7 @@ class ProjectedGradient(torch.Tensor):
             self._average.note(self)
         self.estimate = None
         for part in self.parts:
-            part.take_in(grad if isinstance(part, Whole) else part.matrix.take(grad))
+            part.take_in(grad if isinstance(part, KeptWhole) else part.matrix.take(grad))
         self._batches += 1
 
     def frobenius(self) -> Tensor:
@@ -81,7 +81,7 @@ class ProjectedGradient(torch.Tensor):
     def whole(self) -> Tensor | None:
         """All of the gradient, where it was kept."""
         part = self.parts[0]
-        return part.value if isinstance(part, Whole) else None
+        return part.value if isinstance(part, KeptWhole) else None
 
     def kept(self) -> list[tuple[str, Tensor]]:
         """Everything that is kept, by kind."""

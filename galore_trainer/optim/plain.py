@@ -1,30 +1,106 @@
-"""AdamW for what is not projected: torch's fused function; moments in 32, 16 or 8 bits; bf16 weights as elsewhere."""
+"""AdamW for weights that are not projected: by torch's fused function, or by a kernel that takes equal weights together.
+
+Moments have 32, 16 or 8 bits. bfloat16 weights are rounded as projected ones are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any, NamedTuple
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import compute_dtype, stochastic_round
 from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, zero_code
-from galore_trainer.optim.stack import MOMENTS
+from galore_trainer.kernels import obstacle
+from galore_trainer.optim.bucket import MOMENTS
+from galore_trainer.optim.guards import no_skips, usable_flags
+from galore_trainer.optim.local import AGE, LocalWeight, Moved, moved_together
+from galore_trainer.optim.ops_torch import rounds, weight_noise
+from galore_trainer.optim.ops_triton import wanted
+from galore_trainer.optim.streams import rounding_key, stream
 
 CHUNK = 1 << 22  # entries that are widened at a time, where weight, gradient or moments are stored otherwise
 
 
-class PlainJob(NamedTuple):
-    """One parameter that is not projected, in one step: what ``plain_step`` takes, and its name."""
+def move_plain(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) -> list[Moved]:
+    """One step of AdamW on weights that are not projected, or on this process's entries of them.
 
-    p: Tensor
-    grad: Tensor
-    name: str
-    group: dict[str, Any]
-    ok: Tensor
-    state: MutableMapping[str, Any]
+    Args:
+        weights: with states from ``make_plain_state``, and ``ok`` where it is known.
+        config, seed: of the optimizer.
+    """
+    asked = [w for w in weights if w.ok is None]
+    for w, ok in zip(asked, usable_flags([w.grad for w in asked]), strict=True):
+        w.ok = ok
+    by_torch: list[LocalWeight] = []
+    alike: dict[tuple[Any, ...], list[LocalWeight]] = {}
+    for w in weights:
+        if _kernel_takes(w, config):
+            key = (id(w.group), w.weight.numel(), w.weight.dtype, w.grad.dtype, w.weight.device)
+            alike.setdefault(key, []).append(w)
+        else:
+            by_torch.append(w)
+    moved = [_move_by_kernel(members, config, seed) for members in alike.values()]
+    for w in by_torch:
+        calls, noise = w.state["calls"], None
+        if config.plain_state_bits < 32:
+            noise = stream(w.weight.device, seed, w.name, "moments", calls)
+        assert w.ok is not None
+        plain_step(w.weight, w.grad, w.state, w.group, w.ok, weight_noise(w.weight, w.name, calls, config, seed), noise)
+    for w in by_torch:
+        w.ages = ()  # torch has counted it
+    return moved + moved_together(by_torch)
+
+
+def _kernel_takes(w: LocalWeight, config: GaLoreConfig) -> bool:
+    p, grad = w.weight, w.grad
+    if not wanted(config, p.device) or obstacle(p.device, p.dtype, grad.dtype) is not None:
+        return False
+    dense = p.is_contiguous() and grad.is_contiguous() and p.numel() > 0
+    return dense and w.state[MOMENTS[0][0]].dtype == torch.float32
+
+
+def _move_by_kernel(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) -> Moved:
+    """One launch for weights of equally many entries."""
+    from galore_trainer.kernels.adam import adamw_
+    from galore_trainer.kernels.tables import scatter
+
+    first, group = weights[0], weights[0].group
+    tensors = {"weights": [w.weight for w in weights], "gradients": [w.grad for w in weights]}
+    tensors |= {key: [w.state[key] for w in weights] for key, _ in MOMENTS}
+    columns = {name: [x.data_ptr() for x in each] for name, each in tensors.items()}
+    dtypes = {name: each[0].dtype for name, each in tensors.items()}
+    keys = None
+    if rounds(first.weight, config):
+        keys = [rounding_key(seed, w.name, w.state["calls"]) for w in weights]
+    ok = torch.stack([w.ok for w in weights if w.ok is not None])
+    with torch.cuda.device_of(first.weight):
+        tables, uploaded_keys = scatter(columns, dtypes, keys, first.weight.device)
+        W, G, M, V = (tables[name] for name in tensors)
+        adamw_(
+            W,
+            G,
+            M,
+            V,
+            torch.stack([w.state[AGE] for w in weights]) + ok,
+            ok,
+            first.weight.numel(),
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            keys=uploaded_keys,
+        )
+    return Moved(weights, ok, (AGE,))
+
+
+def make_plain_state(p: Tensor, state: MutableMapping[str, Any], config: GaLoreConfig) -> None:
+    """The state of a parameter that is not projected, before its first step."""
+    state.update(plain_state(p, config.plain_state_bits), calls=0, skipped=no_skips(p.device))
 
 
 def plain_state(p: Tensor, bits: int = 32) -> dict[str, Any]:

@@ -1,11 +1,16 @@
-"""A new basis for a stack of matrices, and when it is due."""
+"""New bases: when they are due, how they are found, and what becomes of the moments.
+
+One path serves whole weights and weights of which this process holds some rows. Bases are the same on every process:
+they come from sums over the processes of n x k and k x k products (``reduce``, None for whole weights), or from rows
+that ``lenders.py`` gathers. Moments are carried over piece by piece.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,96 +20,23 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.basis import BASES, decomposes, from_sketch
 from galore_trainer.core.galore import compute_dtype
-from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, least_error
-from galore_trainer.optim.fused import tools_for
+from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, by_cholesky, by_eigh, by_householder, least_error
+from galore_trainer.kernels import obstacle
+from galore_trainer.optim.bucket import MOMENTS, REFRESH_ELEMENTS, STACK_ELEMENTS, Bucket, bucket_elements, entries
 from galore_trainer.optim.group_settings import gap_of
-from galore_trainer.optim.layerwise import is_usable, norms_of
-from galore_trainer.optim.on_host import OnHost
-from galore_trainer.optim.parts import sketch, sketch_matrices, width_of_sketch
-from galore_trainer.optim.residual_state import reset_residual
-from galore_trainer.optim.stack import Job, Stack
+from galore_trainer.optim.guards import Later, Retries
+from galore_trainer.optim.kept import sketch, sketch_matrices, width_of_sketch
+from galore_trainer.optim.layerwise import norms_of
+from galore_trainer.optim.lenders import lending_rows, norms_of_projection, rows_of_whole, stays
+from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
+from galore_trainer.optim.ops_triton import wanted
+from galore_trainer.optim.residual import reset_residual
 from galore_trainer.optim.streams import stream
 
-
-def norms_on_host(jobs: Sequence[Job]) -> OnHost:
-    """The Frobenius norms of the gradients of some jobs."""
-    norms = norms_of([job.grad for job in jobs])
-    return OnHost(torch.stack([norm.to(jobs[0].parameter.device) for norm in norms]))
+LIBRARY = 3_000_000  # k^3 / this: so many k x k matrices the library decomposes while the kernel does them all
 
 
-class Doubts:
-    """Refreshes that may fail, by their tools or by their gradients, of weights that keep their old bases then.
-
-    Whether they did is asked for in the step after, where such a weight is due again, off its grid, and is given bases
-    for certain, if its gradients are usable then: no step waits for an answer.
-    """
-
-    def __init__(self) -> None:
-        self._open: list[tuple[OnHost, list[MutableMapping[str, Any]]]] = []
-
-    def add(self, jobs: Sequence[Job], failed: Tensor) -> None:
-        """Ask about some jobs; ``failed``: [jobs], true where the old basis was kept."""
-        self._open.append((OnHost(failed), [job.state for job in jobs]))
-
-    def settle(self) -> None:
-        """Take in the answers: a refresh that failed is due again."""
-        for failed, asked in self._open:
-            for state, bad in zip(asked, failed.tolist(), strict=True):
-                if bad:
-                    state["due"] = state["calls"]
-        self._open.clear()
-
-
-def part_due(due: Iterable[Job], config: GaLoreConfig) -> tuple[list[Job], list[Job]]:
-    """Jobs whose refresh may fail without harm, and those whose gradients are looked at before it.
-
-    All matrices of a weight are of one kind, as its refreshes are counted once.
-    """
-    jobs = list(due)
-    asking = {id(job.state) for job in jobs if not _may_fail(job, config)}
-    return [job for job in jobs if id(job.state) not in asking], [job for job in jobs if id(job.state) in asking]
-
-
-def part_by_norm(
-    careful: Sequence[Job], norms: Sequence[float], config: GaLoreConfig
-) -> tuple[list[Job], list[Job]]:  # fmt: skip
-    """Jobs that can be refreshed now, and jobs that have no basis in this step.
-
-    A refresh from zeros, or from entries that are not finite, stays due. A weight has no basis where a sketch is about
-    to give it its first one, or where its first gradient is not finite.
-
-    Args:
-        careful: from ``part_due``.
-        norms: of their gradients.
-        config: of the optimizer.
-    """
-    fit = [job for job, norm in zip(careful, norms, strict=True) if 0.0 < norm < math.inf]
-    without = [
-        job
-        for job, norm in zip(careful, norms, strict=True)
-        if job.state["refreshes"] == 0 and (config.sketches_first or not norm < math.inf)  # NaN is not
-    ]
-    return fit, without
-
-
-def usable_at_first(grad: Tensor) -> Tensor:
-    """The flag of a weight without a basis; a norm that overflows tells as much as an entry."""
-    return is_usable(grad) * torch.isfinite(norms_of([grad])[0])
-
-
-def _may_fail(job: Job, config: GaLoreConfig) -> bool:
-    """Whether a refresh can leave a basis for another step: it came from a whole gradient, and is not due off its grid.
-
-    The residual begins at the first of these, with the gradient of that step. ``momentum_transfer: reset`` would start
-    its moments anew twice; the library's SVDs raise an error at numbers that are none; and where tools that never fail
-    are as fast there is nothing to gain.
-    """
-    state, gap, (_, m, n) = job.state, gap_of(job.group), job.matrix.lending_shape
-    width = width_of_sketch(job.matrix, config, m, n)
-    kept = state["refreshes"] > config.sketches_first and gap > 1 and (state["calls"] - state["phase"]) % gap == 0
-    raises = config.diagnose_refreshes > 0 or decomposes(config.svd, width, m, n, config.momentum_transfer == "keep")
-    apt = not raises and config.momentum_transfer != "reset"
-    return kept and apt and tools_for(config, job.parameter.device, compute_dtype(job.parameter.dtype)) != CERTAIN
+# ---------------------------------------------------------------------- which weights
 
 
 def next_due(calls: int, gap: int, phase: int) -> int:
@@ -112,73 +44,212 @@ def next_due(calls: int, gap: int, phase: int) -> int:
     return calls + gap - (calls - phase) % gap
 
 
-def refresh_stack(
-    stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int, doubts: Doubts | None = None
-) -> galore.MatrixState:
-    """Find bases from the gradients, carry the moments over, write the state.
+def norms_later(weights: Sequence[LocalWeight]) -> Later:
+    """Frobenius norms of gradients on their way to the host; NaN where a process of a cut weight has a bad one."""
+    device = weights[0].weight.device
+    whole = iter(norms_of([w.grad_or_kept for w in weights if w.shard.is_whole]))
+    norms = [next(whole).double() if w.energy is None else _norm_of_cut(w) for w in weights]
+    return Later(torch.stack([norm.to(device) for norm in norms]))
+
+
+def _norm_of_cut(w: LocalWeight) -> Tensor:
+    assert w.ok is not None
+    assert w.energy is not None
+    return torch.where(w.ok > 0.0, w.energy.sqrt(), float("nan"))
+
+
+def part_due(due: Sequence[LocalWeight], config: GaLoreConfig) -> tuple[list[LocalWeight], list[LocalWeight]]:
+    """Weights whose refresh may fail and is checked one step later, and weights whose gradients are checked first."""
+    async_due = [w for w in due if all(_may_fail(piece, config) for piece in w.whole_matrices())]
+    chosen = {id(w) for w in async_due}
+    return async_due, [w for w in due if id(w) not in chosen]
+
+
+def part_by_norm(
+    checked_due: Sequence[LocalWeight], norms: Sequence[float], config: GaLoreConfig
+) -> tuple[list[LocalWeight], list[LocalWeight]]:
+    """Weights that can be refreshed now, and weights that have no basis in this step.
+
+    A refresh from zeros, or from entries that are not finite, stays due. A weight has no basis where a sketch is about
+    to give it its first one, or where its first gradient is not finite.
 
     Args:
-        stack: matrices that are due.
-        G: the gradient of each, [blocks, rows, n]; finite and not all zero where there are no ``doubts``.
-        config: how.
-        seed: of the run.
-        doubts: takes what may have failed, and is not waited for; without it a failure is made good here.
+        checked_due: from ``part_due``.
+        norms: of their gradients.
+        config: of the optimizer.
+    """
+    fit, without_basis = [], []
+    for w, norm in zip(checked_due, norms, strict=True):
+        if 0.0 < norm < math.inf:
+            fit.append(w)
+        if not w.has_basis and (config.sketches_first or not norm < math.inf):  # NaN is not
+            without_basis.append(w)
+    return fit, without_basis
+
+
+def _may_fail(piece: Piece, config: GaLoreConfig) -> bool:
+    """Whether a refresh can leave a basis for another step: it came from a whole gradient, and is not due off its grid.
+
+    The residual begins at the first of these, with the gradient of that step. ``momentum_transfer: reset`` would start
+    its moments anew twice; the library's SVDs raise an error at NaN; and where tools that never fail are as fast there
+    is nothing to gain.
+    """
+    w, (_, m, n) = piece.owner, piece.matrix.lending_shape
+    state, gap = w.state, gap_of(w.group)
+    width = width_of_sketch(piece.matrix, config, m, n)
+    on_grid = state["refreshes"] > config.sketches_first and gap > 1 and (state["calls"] - state["phase"]) % gap == 0
+    raises = config.diagnose_refreshes > 0 or decomposes(config.svd, width, m, n, config.momentum_transfer == "keep")
+    apt = w.shard.is_whole and not raises and config.momentum_transfer != "reset"
+    return on_grid and apt and tools_for(config, w.weight.device, compute_dtype(w.weight.dtype)) != CERTAIN
+
+
+# ---------------------------------------------------------------------- a refresh
+
+
+def refresh_buckets(weights: Sequence[LocalWeight], config: GaLoreConfig, asked: int | None = None) -> Iterator[Bucket]:
+    """The matrices of weights, equal ones together, on every process the same ones in the same order.
+
+    Args:
+        weights: that are due.
+        config: of the optimizer.
+        asked: entries that are treated together, in place of what suits the device.
+    """
+    by_key: dict[tuple[Any, ...], list[Piece]] = {}
+    for w in weights:
+        for piece in w.whole_matrices():
+            by_key.setdefault(piece.key(), []).append(piece)
+    for members in by_key.values():
+        first = members[0]
+        copies = config.svd == "exact" or first.grad.dtype == torch.float16  # in float32, of whole gradients
+        most = STACK_ELEMENTS if copies and first.owner.shard.is_whole else REFRESH_ELEMENTS
+        most = bucket_elements(first.weight.device, asked, most)
+        size = max(1, most // _entries_here(first, config))
+        for start in range(0, len(members), size):
+            yield Bucket(members[start : start + size])
+
+
+def _entries_here(piece: Piece, config: GaLoreConfig) -> int:
+    """What a matrix counts for in a bucket; of rows that stay on their processes this one's share counts."""
+    matrix, w = piece.matrix, piece.owner
+    if w.shard.is_whole:
+        return entries(matrix)
+    if stays(matrix, config):
+        return max(1, matrix.rows * matrix.columns // w.ranks.count)
+    return REFRESH_ELEMENTS // STACK_ELEMENTS * math.prod(matrix.lending_shape)  # gathered rows are copied
+
+
+def refresh_bucket(bucket: Bucket, config: GaLoreConfig, seed: int, retries: Retries | None = None) -> Tensor:
+    """Find bases from the gradients, store them, and carry the moments over.
+
+    Args:
+        bucket: matrices that are due; their gradients are finite and not all zero where there are no ``retries``.
+        config, seed: of the optimizer.
+        retries: takes what may have failed, and is not waited for; without it a failure is made good here.
 
     Returns:
-        The new state, as written.
+        The bases as they are stored, [pieces x blocks, ...].
     """
-    old, first = stack.read(), stack.jobs[0].state["refreshes"] == 0
-    rows = lending_rows(stack, G, config, seed)
-    P = find_bases(stack, rows, config, seed, certainly=doubts is None)
+    mode, old = config.momentum_transfer, bucket.get_basis()
+    rows, reduce = lending_rows(bucket, config, seed)
+    P = find_bases(bucket, rows, config, seed, reduce, certainly=retries is None)
     ok: Tensor | None = None
-    if doubts is not None:
-        norms = torch.stack(norms_of([job.grad for job in stack.jobs]))
-        found = torch.isfinite(P).reshape(len(stack.jobs), -1).all(dim=1) & torch.isfinite(norms) & (norms > 0.0)
-        ok = stack.spread(found)
-        P = torch.where(ok, P, old.P)
-        doubts.add(stack.jobs, ~found)
-    if first:
-        new = old._replace(P=P)
+    if retries is not None:
+        norms = torch.stack(norms_of([piece.grad for piece in bucket.pieces]))
+        finite = torch.isfinite(P).reshape(len(bucket.pieces), -1).all(dim=1)
+        succeeded = finite & torch.isfinite(norms) & (norms > 0.0)
+        ok = bucket.spread(succeeded)
+        P = torch.where(ok, P, old)
+        retries.add([piece.owner.state for piece in bucket.pieces], ~succeeded)
+    if not bucket.pieces[0].owner.has_basis:
+        return bucket.put_basis(P)
+    if mode == "align":
+        P = galore.with_signs_of(P, old)
+    stored = bucket.put_basis(P)
+    if mode in ("rotate", "reset"):
+        for part, bases in _with_moments(bucket):
+            _carry_over(part, old[bases], P[bases], mode, ok)
+    return stored
+
+
+def _with_moments(bucket: Bucket) -> Iterator[tuple[Bucket, Any]]:
+    """What holds the moments of the matrices in a bucket, each with the positions of its bases among those of all."""
+    if bucket.pieces[0].owner.shard.is_whole:
+        yield bucket, slice(None)
+        return
+    for i, piece in enumerate(bucket.pieces):
+        first = i * bucket.matrix.blocks
+        for part in piece.owner.pieces_of_state(piece.matrix):
+            bases = part.bases
+            here = slice(first + bases.start, first + bases.stop) if isinstance(bases, slice) else first + bases
+            yield Bucket([part]), here
+
+
+def _carry_over(bucket: Bucket, old: Tensor, P: Tensor, mode: str, ok: Tensor | None) -> None:
+    """Rotate the moments from old bases to new ones, or start them anew; they stay where ``ok`` is 0."""
+    before = [bucket.get_moment(key, signed=signed) for key, signed in MOMENTS]
+    if mode == "reset":
+        after = [torch.zeros_like(x) for x in before]
+        reset_residual(bucket)
     else:
-        new = galore.change_basis(
-            old, P, stack.matrix.side, config.momentum_transfer, betas=stack.group["betas"]
-        )  # fmt: skip
-    new = new._replace(P=stack.put_basis(new.P))
-    if new.M is not old.M:
-        if ok is not None:  # with the basis, its moments stay
-            new = new._replace(M=torch.where(ok, new.M, old.M), V=torch.where(ok, new.V, old.V))
-        stack.write_moments(new, purpose=".refresh", ok=None if ok is None else ok.float())
-    if config.momentum_transfer == "reset":
-        reset_residual(stack)
-    return new
+        M, V = before
+        after = list(galore.rotate(M, V, bucket.ages(), old, P, bucket.matrix.side, betas=bucket.group["betas"]))
+    if ok is not None:
+        after = [torch.where(ok, x, x_before) for x, x_before in zip(after, before, strict=True)]
+    for (key, signed), value in zip(MOMENTS, after, strict=True):
+        bucket.put_moment(key, value, signed=signed, purpose=".refresh", ok=None if ok is None else ok.float())
+
+
+def count_refresh(w: LocalWeight, config: GaLoreConfig) -> None:
+    """Note in the state of a weight that it has new bases, and when the next ones are due."""
+    state = w.state
+    if config.momentum_transfer == "reset" and w.has_basis:  # once all of its matrices have their new bases
+        for key in (AGE, RESIDUAL_AGE):
+            if key in state:
+                state[key].zero_()
+    if state["refreshes"] == config.sketches_first:  # the first one from a whole gradient
+        state["born"] = state["calls"]
+    state["refreshes"] += 1
+    state["due"] = next_due(state["calls"], gap_of(w.group), state["phase"])
+
+
+# ---------------------------------------------------------------------- how bases are found
 
 
 def find_bases(
-    stack: Stack, rows: Sequence[Tensor], config: GaLoreConfig, seed: int, reduce: Reduce | None = None,
+    bucket: Bucket,
+    rows: Sequence[Tensor],
+    config: GaLoreConfig,
+    seed: int,
+    reduce: Reduce | None = None,
     certainly: bool = True,
-) -> Tensor:  # fmt: skip
-    """Bases from the rows that give them, [jobs x blocks, lending rows, n]; the state is read, not written.
+) -> Tensor:
+    """Bases from the rows that give them; the state is read, not written.
 
     Args:
-        stack: matrices that are due.
-        rows: of each job's gradient, in its dtype; with ``reduce`` this process's alone (``core.basis``).
-        config: how.
-        seed: of the run.
+        bucket: matrices that are due.
+        rows: from ``lending_rows``.
+        config, seed: of the optimizer.
         reduce: sums over the processes that hold the rows.
         certainly: see to it that none is NaN, which may wait for the device.
     """
     omega, previous = None, None
     if config.svd != "exact":
-        omega = draw_omega(stack.jobs, config, seed)
-        if config.warm_start and stack.jobs[0].state["refreshes"] > 0:
-            previous = stack.get_basis()
+        omega = draw_omega(bucket, config, seed)
+        if config.warm_start and bucket.pieces[0].owner.has_basis:
+            previous = bucket.get_basis()
     find = functools.partial(
-        BASES[config.svd], rows, stack.matrix.rank, stack.matrix.side, omega=omega, previous=previous,
-        iterations=config.subspace_iterations, raw_signs=config.momentum_transfer == "keep",
-    )  # fmt: skip
+        BASES[config.svd],
+        rows,
+        bucket.matrix.rank,
+        bucket.matrix.side,
+        omega=omega,
+        previous=previous,
+        iterations=config.subspace_iterations,
+        raw_signs=config.momentum_transfer == "keep",
+    )
     if reduce is not None:
         find = functools.partial(find, reduce=reduce)
-    tools = tools_for(config, stack.device, stack.dtype)
+    tools = tools_for(config, bucket.device, bucket.dtype)
     return certain(find, tools, reduce) if certainly else find(tools=tools)
 
 
@@ -187,57 +258,94 @@ def certain(find: Callable[..., Tensor], tools: Tools, reduce: Reduce | None = N
 
     With ``reduce`` the processes do so together: a failure of one is one of all.
     """
-    found = find(tools=tools)
+    bases = find(tools=tools)
     if tools == CERTAIN:
-        return found
-    failed = (~torch.isfinite(found)).any().float()
-    return find(tools=CERTAIN) if bool(failed if reduce is None else reduce(failed)) else found
+        return bases
+    failed = (~torch.isfinite(bases)).any().float()
+    return find(tools=CERTAIN) if bool(failed if reduce is None else reduce(failed)) else bases
 
 
-def count_refresh(state: MutableMapping[str, Any], group: Mapping[str, Any], config: GaLoreConfig) -> None:
-    """Note in the state of a weight of this group that it has new bases, and when the next ones are due."""
-    if state["refreshes"] == config.sketches_first:  # the first one from a whole gradient
-        state["born"] = state["calls"]
-    state["refreshes"] += 1
-    state["due"] = next_due(state["calls"], gap_of(group), state["phase"])
-
-
-def first_basis(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> None:
+def first_basis(bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
     """Give matrices their first basis from a sketch of their gradients: of whole ones, or the one that was kept.
 
     A sketch sees all rows of a block, whoever lends later: it is the same for every split into micro-batches.
     """
-    side = stack.matrix.side
-    if not G:
-        S = stack.kept("sketch")
+    side = bucket.matrix.side
+    if bucket.is_kept:
+        S = bucket.kept(lambda grad: grad.sketch)
     else:
-        S = torch.cat([
-            sketch(part, sketch_matrices(job.matrix, config, seed, job.name, stack.device), side)
-            for part, job in zip(G, stack.jobs, strict=True)
-        ])  # fmt: skip
-    find = functools.partial(from_sketch, S, stack.matrix.rank, side)
-    stack.put_basis(certain(find, tools_for(config, stack.device, stack.dtype)))
+        parts = zip(bucket.pieces, bucket.each_gradient(), strict=True)
+        S = torch.cat(
+            [sketch(G, sketch_matrices(p.matrix, config, seed, p.name, bucket.device), side) for p, G in parts]
+        )
+    find = functools.partial(from_sketch, S, bucket.matrix.rank, side)
+    bucket.put_basis(certain(find, tools_for(config, bucket.device, bucket.dtype)))
 
 
-def lending_rows(stack: Stack, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> Sequence[Tensor]:
-    """The rows that give each block its basis, [blocks, lending rows, n] of every job."""
-    matrix = stack.matrix
-    if not matrix.lends_heads:
-        return G
-    heads = draw_heads(stack.jobs, config, seed, lambda: torch.cat([matrix.energy(part) for part in G]))
-    return [matrix.lend(part, own) for part, own in zip(G, stack.split(heads), strict=True)]
+def draw_omega(bucket: Bucket, config: GaLoreConfig, seed: int) -> Tensor:
+    """The Gaussian test matrices of equal matrices, [pieces x blocks, n, k]."""
+    blocks, m, n = bucket.matrix.lending_shape
+    k = width_of_sketch(bucket.matrix, config, m, n)
+    omega = torch.empty(len(bucket.pieces) * blocks, n, k, dtype=torch.float32, device=bucket.device)
+    for i, (piece, b) in enumerate(itertools.product(bucket.pieces, range(blocks))):
+        refresh = piece.owner.state["refreshes"]
+        omega[i].normal_(generator=stream(bucket.device, seed, piece.name, "omega", refresh, b))
+    return omega
 
 
-def errors_of(stack: Stack, G: Sequence[Tensor], P: Tensor) -> list[Tensor]:
-    """The projection error of every job, a scalar tensor each."""
-    kept = [galore.project(part, own, stack.matrix.side) for part, own in zip(G, stack.split(P), strict=True)]
-    whole, projected = (torch.stack(norms_of(each)) for each in (G, kept))
-    return list(galore.error_from_norms(whole, projected).unbind())
+def tools_for(config: GaLoreConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Tools:
+    """What to try first at a refresh on a device, for state of a dtype; ``CERTAIN`` where nothing is faster."""
+    cuda = device.type == "cuda"
+    by_kernel = wanted(config, device) and obstacle(device, dtype) is None
+    find = _eigenvectors if by_kernel else _by_library if cuda else by_eigh
+    return Tools(by_cholesky if cuda else by_householder, find)
+
+
+def _eigenvectors(C: Tensor) -> Tensor:
+    """``core.linalg.Eigenvectors``: many at once by the kernel; the library takes one after the other."""
+    from galore_trainer.kernels.jacobi import eigenvectors
+
+    count, k, _ = C.shape
+    if k == 1 or count * LIBRARY < k**3:
+        return _by_library(C)
+    with torch.cuda.device_of(C):
+        return eigenvectors(C)
+
+
+def _by_library(C: Tensor) -> Tensor:
+    """``by_eigh``, which raises an error at NaN; what these vectors multiply is NaN then, too."""
+    return by_eigh(C.nan_to_num())
+
+
+# ---------------------------------------------------------------------- what a projection loses
+
+
+def projection_errors(bucket: Bucket, P: Tensor) -> list[Tensor]:
+    """||G - lift(R)|| / ||G|| of every matrix with new bases, scalar tensors."""
+    return list(galore.error_from_norms(*norms_of_projection(bucket, P)).unbind())
+
+
+def diagnose(bucket: Bucket, P: Tensor, config: GaLoreConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """What randomization and sharing cost, against the best that any basis could do: two tensors [pieces].
+
+    ``excess`` is e(P) / e(exact) - 1 on the rows that were decomposed, ``sharing_excess`` e(P) / e(joint exact) on the
+    whole matrix, with one basis of the same rank and side; e is the projection error. Where the best basis loses
+    nothing there is nothing to compare with: 0 and 1.
+    """
+    matrix, grads = bucket.matrix, bucket.each_gradient()
+    excess, sharing = [], []
+    for G, lent, bases in zip(grads, rows_of_whole(bucket, grads, config, seed), bucket.split(P), strict=True):
+        best = least_error(lent, matrix.rank)  # 0 where the lending rows have no more directions than the rank
+        excess.append(torch.where(best > 1e-6, galore.lost_share(lent, bases, matrix.side) / best, 1.0))
+        whole = G.reshape(1, matrix.rows, matrix.columns) if matrix.head_dim else G
+        least = least_error(whole, matrix.rank)
+        sharing.append(torch.where(least > 1e-6, galore.lost_share(G, bases, matrix.side) / least, 1.0))
+    return torch.cat(excess) - 1.0, torch.cat(sharing)
 
 
 def projection_report(
     errors: Mapping[str, Tensor], excess_errors: Mapping[str, tuple[float, float]]
-) -> dict[str, Any] | None:  # fmt: skip
+) -> dict[str, Any] | None:
     """What ``GaLoreAdamW.projection_report`` returns.
 
     Args:
@@ -246,8 +354,8 @@ def projection_report(
     """
     if not errors:
         return None
-    values = [error.item() for error in errors.values()]
-    finite = {name: e for name, e in zip(errors, values, strict=True) if math.isfinite(e)}
+    values = {name: error.item() for name, error in errors.items()}
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
     excess, sharing = zip(*excess_errors.values(), strict=True) if excess_errors else ((), ())
     return {
         "mean": sum(finite.values()) / max(1, len(finite)),
@@ -255,60 +363,3 @@ def projection_report(
         "sharing_excess": sum(sharing) / len(sharing) if sharing else None,
         "by_matrix": finite,
     }
-
-
-def draw_heads(jobs: Sequence[Job], config: GaLoreConfig, seed: int, energy: Callable[[], Tensor]) -> Tensor:
-    """The heads that lend their rows, [jobs x blocks, lenders], rising.
-
-    Args:
-        jobs: equal matrices.
-        config: gives ``head_choice``.
-        seed: of the run.
-        energy: squared norms of the heads' gradients, [jobs x blocks, heads], where the choice asks for them.
-    """
-    matrix, device = jobs[0].matrix, jobs[0].parameter.device
-    if config.head_choice == "energy":
-        return energy().topk(matrix.lenders, dim=-1).indices.sort(dim=-1).values
-    if config.head_choice == "random":
-        heads = torch.cat([_random_heads(job, seed) for job in jobs])
-        return heads.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else heads.to(device)
-    return torch.arange(matrix.lenders, dtype=torch.int64, device=device).expand(len(jobs) * matrix.blocks, -1)
-
-
-def diagnose(stack: Stack, each: Sequence[Tensor], P: Tensor, config: GaLoreConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """What randomization and sharing cost, against the best that any basis could do: two tensors [jobs].
-
-    ``excess`` is e(P) / e(exact) - 1 on the rows that were decomposed, ``sharing_excess`` e(P) / e(joint exact) on the
-    whole matrix, with one basis of the same rank and side; e is the projection error. Where the best basis loses
-    nothing there is nothing to compare with: 0 and 1.
-    """
-    matrix = stack.matrix
-    excess, sharing = [], []
-    for G, lent, own in zip(each, lending_rows(stack, each, config, seed), stack.split(P), strict=True):
-        best = least_error(lent, matrix.rank)  # 0 where the lending rows have no more directions than the rank
-        excess.append(torch.where(best > 1e-6, galore.lost_share(lent, own, matrix.side) / best, 1.0))
-        whole = G.reshape(1, matrix.rows, matrix.columns) if matrix.head_dim else G
-        least = least_error(whole, matrix.rank)
-        sharing.append(torch.where(least > 1e-6, galore.lost_share(G, own, matrix.side) / least, 1.0))
-    return torch.cat(excess) - 1.0, torch.cat(sharing)
-
-
-def _random_heads(job: Job, seed: int) -> Tensor:
-    """Drawn on the CPU, so that every type of device lends the same heads: [blocks, lenders]."""
-    matrix, refresh = job.matrix, job.state["refreshes"]
-    draws = (stream("cpu", seed, job.name, "head", refresh, b) for b in range(matrix.blocks))
-    count = matrix.heads_per_block
-    heads = torch.stack([torch.randperm(count, generator=g, dtype=torch.int64, device="cpu") for g in draws])
-    return heads[:, : matrix.lenders].sort(dim=-1).values
-
-
-def draw_omega(jobs: Sequence[Job], config: GaLoreConfig, seed: int) -> Tensor:
-    """The Gaussian test matrices of equal matrices, [jobs x blocks, n, k]."""
-    matrix = jobs[0].matrix
-    blocks, m, n = matrix.lending_shape
-    k = width_of_sketch(matrix, config, m, n)
-    device: Any = jobs[0].parameter.device
-    omega = torch.empty(len(jobs) * blocks, n, k, dtype=torch.float32, device=device)
-    for i, (job, b) in enumerate(itertools.product(jobs, range(blocks))):
-        omega[i].normal_(generator=stream(device, seed, job.name, "omega", job.state["refreshes"], b))
-    return omega

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core.galore import largest_usable
-from galore_trainer.optim.culprits import Culprits
-from galore_trainer.optim.on_host import OnHost
-from galore_trainer.optim.skips import ROW_LIMIT, check_counts, is_all_zero, on_host, some_of
+from galore_trainer.layouts.dtensor import is_dtensor, local
+from galore_trainer.optim.guards import ROW_LIMIT, Later, check_counts, counts_later, some_of, usable_flags
 
 logger = logging.getLogger(__name__)
 Leaves = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -32,7 +32,7 @@ class Watch:
         self.culprits = Culprits()
         self._skipped, self._zeros, self._asks_why_zero = skipped, 0, True
         self._named: set[str] = set()
-        self._asked: tuple[list[str], OnHost, Any] | None = None
+        self._asked: tuple[list[str], Later, Any] | None = None
         self._counts: tuple[list[str], list[list[int]]] | None = None
 
     def look(
@@ -51,10 +51,10 @@ class Watch:
         Raises:
             FloatingPointError: a parameter skipped ten steps in a row.
         """
-        if self._asked is not None and (self._asked[1].there or step % LATER == 0):
+        if self._asked is not None and (self._asked[1].ready or step % LATER == 0):
             self._read(leaves)
         if (skips or step % ROW_LIMIT in ASKED) and self._asked is None and (now := counters()):
-            numbers = on_host(now, is_all_zero(smallest()))
+            numbers = counts_later(now, is_all_zero(smallest()))
             self._asked = list(now), numbers, self.culprits.ask()
             if not numbers.waits:
                 self._read(leaves)
@@ -97,3 +97,78 @@ class Watch:
                 "at before clipping, to name the first", some_of(new), largest_usable(torch.float32),
             )  # fmt: skip
             self._named.update(new)
+
+
+def is_all_zero(grad: Tensor | None) -> Tensor:
+    """int32 [3]: whether a gradient is zero throughout, and two zeros; None counts as not zero."""
+    numbers = torch.zeros(3, dtype=torch.int32, device="cpu" if grad is None else grad.device)
+    if grad is not None and grad.numel():
+        numbers[0] = ~grad.any()
+    return numbers
+
+
+class Culprits:
+    """Looks at gradients as backward makes them, from ``arm`` to ``disarm``; otherwise it does nothing.
+
+    ``Watch`` arms it after a skipped step, or where clipping may have made gradients zero. Each process looks at its
+    own gradients.
+
+    Attributes:
+        found: names of weights whose own gradients were unusable, in the order in which that was seen.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self._hooks: list[Any] = []
+        self._bad: dict[str, Tensor] = {}  # 1.0 where a gradient has been unusable since the hooks are there
+
+    @property
+    def armed(self) -> bool:
+        """Whether gradients are looked at."""
+        return bool(self._hooks)
+
+    def arm(self, leaves: Iterable[tuple[str, Tensor]]) -> None:
+        """Look at the gradients of these weights from the next backward on.
+
+        Args:
+            leaves: name and tensor of each weight, as autograd knows them.
+        """
+        own = weakref.ref(self)
+        for name, p in leaves:
+            if not p.requires_grad:
+                continue
+
+            def look(grad: Tensor, name: str = name) -> None:
+                watching = own()
+                if watching is not None:
+                    watching._note(name, grad)
+
+            if is_dtensor(p):  # FSDP2 computes with other tensors, and calls these hooks itself
+                self._hooks.append(p.register_post_accumulate_grad_hook(lambda p, look=look: look(p.grad)))
+            else:
+                self._hooks.append(p.register_hook(look))
+
+    def disarm(self) -> None:
+        """Look at no gradient any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._bad = [], {}
+
+    def ask(self) -> tuple[list[str], Later] | None:
+        """What was seen since ``arm``: names, and on its way to the host whether each was bad; None for nothing."""
+        if not self._bad:
+            return None
+        device = next(iter(self._bad.values())).device
+        return list(self._bad), Later(torch.stack([bad.to(device) for bad in self._bad.values()]))
+
+    def take_in(self, asked: tuple[list[str], Later] | None) -> list[str]:
+        """Names of the weights that an answer of ``ask`` finds guilty; they are added to ``found``."""
+        guilty = [name for name, bad in zip(asked[0], asked[1].tolist(), strict=True) if bad] if asked else []
+        self.found += [name for name in guilty if name not in self.found]
+        return guilty
+
+    @torch.no_grad()
+    def _note(self, name: str, grad: Tensor) -> None:
+        bad = 1.0 - usable_flags([local(grad)])[0]
+        before = self._bad.get(name)
+        self._bad[name] = bad if before is None else torch.maximum(before, bad)

@@ -1,4 +1,4 @@
-"""What layer-wise mode keeps of a gradient: all of it linear, so that micro-batches add up."""
+"""What layer-wise mode keeps of a gradient. All of it is linear in the gradient, so that micro-batches add up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from galore_trainer.core.galore import compute_dtype, project, usable_parts, wid
 from galore_trainer.core.heads import LogicalMatrix, Side
 from galore_trainer.core.precision import Stored, decode_basis
 from galore_trainer.core.sparse import Support, read_at
-from galore_trainer.optim.skips import usable_flags
+from galore_trainer.optim.guards import usable_flags
 from galore_trainer.optim.streams import stream
 
 SUPPORTS = ("residual_index", "candidate_index")
@@ -67,20 +67,20 @@ class Directions:
         return drawn[1].narrow(0, row, 1)
 
 
-class Part:
-    """What is kept of the gradient of one logical matrix, all of it linear in the gradient.
+class KeptGradient:
+    """What is kept of the gradient of one logical matrix.
 
     Args:
         matrix: where it lies, and how it is projected.
         state: of its weight.
-        sketches: gives the matrices of ``sketch``, while there is no basis.
-        direction: see ``Directions``; None while there is no basis.
+        sketches: makes the matrices of ``sketch``; called while there is no basis.
+        direction: from ``Directions``; None while there is no basis.
 
     Attributes:
         sketch: before the first basis, see ``sketch``; else None.
         projected: R, in the shape of the moments; None before the first basis.
         sampled: G at the residual's candidates or support, None while there are none.
-        factor: what these, and what else is kept, are still to be multiplied by; None is 1.
+        factor: pending scale of all of these, for example from clipping; applied lazily; None is 1.
     """
 
     def __init__(
@@ -112,31 +112,29 @@ class Part:
             self.sampled = _plus(self.sampled, widen(read_at(G, self._support)))
 
     def scale_(self, factor: Tensor | float) -> None:
-        """Multiply the gradient by a number; nothing is done on the device before the product is needed."""
+        """Multiply the gradient by a number; the device does nothing before the product is needed."""
         self.factor = factor if self.factor is None else self.factor * factor
 
     def settle_factor(self) -> None:
-        """Multiply what is kept by what it is still to be multiplied by."""
+        """Apply the pending scale."""
         if self.factor is not None:
-            for kept in self._kept().values():
-                kept.mul_(self.factor)
+            for tensor in self._by_kind().values():
+                tensor.mul_(self.factor)
             self.factor = None
 
     def clear(self) -> None:
         """Set the gradient to zero."""
         self.factor = None
-        for kept in self._kept().values():
-            kept.zero_()
+        for tensor in self._by_kind().values():
+            tensor.zero_()
 
     def kept(self) -> list[tuple[str, Tensor]]:
         """Everything that is kept, by kind."""
         self.settle_factor()
-        return list(self._kept().items())
+        return list(self._by_kind().items())
 
-    def _kept(self) -> dict[str, Tensor]:
-        kinds = {
-            "sketch": self.sketch, "projected": self.projected, "sampled": self.sampled, "along": self._along,
-        }  # fmt: skip
+    def _by_kind(self) -> dict[str, Tensor]:
+        kinds = {"sketch": self.sketch, "projected": self.projected, "sampled": self.sampled, "along": self._along}
         return {kind: x for kind, x in kinds.items() if x is not None}
 
     def form(self) -> tuple[Any, ...]:
@@ -165,13 +163,12 @@ class Part:
     def usable(self) -> Tensor:
         """Whether moments can take the gradient in: a scalar tensor, boolean."""
         self.settle_factor()
-        kept = self.sketch if self.sketch is not None else self.projected
-        assert kept is not None
-        return usable_parts(kept, 1)[0] > 0.0
+        tensors = [x for x in (self.sketch, self.projected, self.sampled) if x is not None]
+        return torch.stack([usable_parts(x, 1)[0] > 0.0 for x in tensors]).all()
 
 
-class Whole:
-    """All of a gradient, where the next step needs it: what ``Part`` is elsewhere, for the whole stored weight."""
+class KeptWhole:
+    """A whole gradient, for a step that needs it: takes the place of the ``KeptGradient`` of every matrix."""
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
@@ -193,7 +190,7 @@ class Whole:
         return [("whole", self._value)]
 
     def form(self) -> tuple[Any, ...]:
-        """As of a ``Part``."""
+        """As of a ``KeptGradient``."""
         return ("whole", self._value.dtype, self._value.device)
 
     def usable(self) -> Tensor:
@@ -206,43 +203,43 @@ class Whole:
         return self.value
 
 
-def energies(parts: Sequence[Part | Whole]) -> list[Tensor]:
-    """Squared Frobenius norms of gradients of which parts were kept, scalars: unbiased estimates.
+def energies(parts: Sequence[KeptGradient | KeptWhole]) -> list[Tensor]:
+    """Unbiased estimates of the squared Frobenius norms of kept gradients, scalar tensors.
 
-    With a basis the projected part is known, and what it loses is seen along one random direction; before, the sketch
-    tells all. Parts of one form are looked at together, some at a time.
+    With a basis the projected part is known, and the lost part is estimated along one random direction. Before the
+    first basis the sketch gives the estimate. Gradients of one form are treated together, some at a time.
     """
-    found: list[Any] = [None] * len(parts)
+    squares: list[Any] = [None] * len(parts)
     alike: dict[Any, list[int]] = {}
     for i, part in enumerate(parts):
         alike.setdefault(part.form(), []).append(i)
-    for (kind, width, *_), members in alike.items():
-        own: Any = [parts[i] for i in members]
+    for (kind, width, *_), positions in alike.items():
+        members: Any = [parts[i] for i in positions]
         if kind == "whole":
-            total = torch.stack(norms_of_tensors([part.value for part in own])).square()
+            total = torch.stack(norms_of_tensors([part.value for part in members])).square()
         elif kind == "sketch":
-            total = torch.stack(norms_of_tensors([part.sketch for part in own])).square() / width
+            total = torch.stack(norms_of_tensors([part.sketch for part in members])).square() / width
         else:
-            size = max(1, TOGETHER // own[0].copied)
-            total = torch.cat([_estimates(own[k : k + size]) for k in range(0, len(own), size)])
-        for i, energy in zip(members, total.unbind(), strict=True):
-            found[i] = energy
-    return found
+            size = max(1, TOGETHER // members[0].copied)
+            total = torch.cat([_estimates(members[k : k + size]) for k in range(0, len(members), size)])
+        for i, energy in zip(positions, total.unbind(), strict=True):
+            squares[i] = energy
+    return squares
 
 
 def norms_of_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Their Frobenius norms, scalars in ``compute_dtype``, from few operations."""
-    found: list[Any] = [None] * len(tensors)
+    """Frobenius norms, scalar tensors in ``compute_dtype``, in few launches."""
+    norms: list[Any] = [None] * len(tensors)
     for dtype in {compute_dtype(x.dtype) for x in tensors}:
-        members = [i for i, x in enumerate(tensors) if compute_dtype(x.dtype) == dtype]
-        norms = torch._foreach_norm([tensors[i] for i in members], 2, dtype)
-        for i, norm in zip(members, norms, strict=True):
-            found[i] = norm
-    return found
+        positions = [i for i, x in enumerate(tensors) if compute_dtype(x.dtype) == dtype]
+        computed = torch._foreach_norm([tensors[i] for i in positions], 2, dtype)
+        for i, norm in zip(positions, computed, strict=True):
+            norms[i] = norm
+    return norms
 
 
-def _estimates(parts: Sequence[Part]) -> Tensor:
-    """Squared norms of the gradients of parts of one form, [count]."""
+def _estimates(parts: Sequence[KeptGradient]) -> Tensor:
+    """Squared norms of kept gradients of one form that have a basis, [count]."""
     P, d, R, along = (
         each[0] if len(each) == 1 else torch.cat(each) for each in zip(*(part.seen() for part in parts), strict=True)
     )

@@ -1,0 +1,163 @@
+"""Which rows give a matrix its bases: all of a block, or those of some heads, wherever they lie."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core import galore
+from galore_trainer.core.galore import widen
+from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.linalg import Reduce
+from galore_trainer.optim.bucket import Bucket
+from galore_trainer.optim.kept import norms_of_tensors, width_of_sketch
+from galore_trainer.optim.local import LocalWeight, Piece, stored_rows
+from galore_trainer.optim.streams import stream
+
+
+def lending_rows(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Sequence[Tensor], Reduce | None]:
+    """The rows that give each block its basis, and how to sum over the processes that hold others.
+
+    Args:
+        bucket: whole matrices that are due, of whole weights or of cut ones.
+        config: gives ``head_choice``.
+        seed: of the run.
+
+    Returns:
+        [blocks, lending rows, n] of every matrix in the dtype in which its gradient was made. Without a ``Reduce`` these
+        are all rows, else those of this process.
+    """
+    if bucket.pieces[0].owner.shard.is_whole:
+        return rows_of_whole(bucket, bucket.each_gradient(), config, seed), None
+    return _rows_of_cut(bucket, config, seed)
+
+
+def rows_of_whole(bucket: Bucket, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> Sequence[Tensor]:
+    """The lending rows of whole gradients ``G``, each [blocks, rows, n]."""
+    matrix = bucket.matrix
+    if not matrix.lends_heads:
+        return G
+    heads = draw_heads(bucket, config, seed, lambda: torch.cat([matrix.energy(part) for part in G]))
+    return [matrix.lend(part, lenders) for part, lenders in zip(G, bucket.split(heads), strict=True)]
+
+
+def stays(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
+    """Whether a basis is found from rows where they lie: not where few rows lend it, or all are needed in one place."""
+    _, rows, columns = matrix.lending_shape
+    smaller = min(rows, columns)
+    thin = width_of_sketch(matrix, config, smaller, smaller) < smaller
+    return config.svd == "randomized" and matrix.blocks == 1 and thin and not matrix.lends_heads
+
+
+def draw_heads(bucket: Bucket, config: GaLoreConfig, seed: int, energy: Callable[[], Tensor]) -> Tensor:
+    """The heads that lend their rows, [pieces x blocks, lenders], rising.
+
+    Args:
+        bucket: of equal matrices.
+        config: gives ``head_choice``.
+        seed: of the run.
+        energy: squared norms of the heads' gradients, [pieces x blocks, heads], where the choice asks for them.
+    """
+    matrix, device = bucket.matrix, bucket.device
+    if config.head_choice == "energy":
+        return energy().topk(matrix.lenders, dim=-1).indices.sort(dim=-1).values
+    if config.head_choice == "random":
+        heads = torch.cat([_random_heads(piece, seed) for piece in bucket.pieces])
+        return heads.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else heads.to(device)
+    return torch.arange(matrix.lenders, dtype=torch.int64, device=device).expand(
+        len(bucket.pieces) * matrix.blocks, -1
+    )
+
+
+def _random_heads(piece: Piece, seed: int) -> Tensor:
+    """Drawn on the CPU, so that every type of device lends the same heads: [blocks, lenders]."""
+    matrix, refresh = piece.matrix, piece.owner.state["refreshes"]
+    draws = (stream("cpu", seed, piece.name, "head", refresh, b) for b in range(matrix.blocks))
+    count = matrix.heads_per_block
+    heads = torch.stack([torch.randperm(count, generator=g, dtype=torch.int64, device="cpu") for g in draws])
+    return heads[:, : matrix.lenders].sort(dim=-1).values
+
+
+def norms_of_projection(bucket: Bucket, P: Tensor) -> tuple[Tensor, Tensor]:
+    """Frobenius norms of the whole gradients and of their projections by new bases ``P``, [pieces] each."""
+    bases = bucket.split(P)
+    if bucket.pieces[0].owner.shard.is_whole:
+        G = bucket.each_gradient()
+        R = [galore.project(part, own, bucket.matrix.side) for part, own in zip(G, bases, strict=True)]
+        whole, projected = (torch.stack(norms_of_tensors(tensors)) for tensors in (G, R))
+        return whole, projected
+    squares = torch.stack([_owned_squares(piece, own) for piece, own in zip(bucket.pieces, bases, strict=True)])
+    whole, projected = bucket.pieces[0].owner.ranks.sum(squares).sqrt().unbind(dim=1)
+    return whole, projected
+
+
+# ---------------------------------------------------------------------- cut weights
+
+
+def _rows_of_cut(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Sequence[Tensor], Reduce | None]:
+    weights, matrix = [piece.owner for piece in bucket.pieces], bucket.matrix
+    ranks, grads = weights[0].ranks, [w.gradient().to(w.made_in) for w in weights]
+    if stays(matrix, config):
+        parts = [G[_rows_owned(w, matrix)].unsqueeze(0) for w, G in zip(weights, grads, strict=True)]
+        most = max(part.shape[1] for part in parts)
+        # a row of zeros adds nothing to a sum over rows
+        return [torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts], ranks.sum
+    rows = stored_rows(matrix, weights[0].shard.rows).to(bucket.device)  # [blocks, block rows]
+    if matrix.lends_heads:
+        by_head = rows.unflatten(1, (matrix.heads_per_block, matrix.head_dim))
+        heads = draw_heads(bucket, config, seed, lambda: _energies_of_heads(weights, by_head, grads))
+        block = torch.arange(matrix.blocks, dtype=torch.int64, device=rows.device)[:, None]
+        lent = [by_head[block, lenders].flatten(1) for lenders in bucket.split(heads)]
+    else:
+        lent = [rows] * len(weights)
+    gathered = grads[0].new_empty(len(weights), *lent[0].shape, matrix.columns)
+    for here, w, wanted, G in zip(gathered, weights, lent, grads, strict=True):
+        here.copy_(_owned_or_zero(w, wanted, G))
+    return list(ranks.sum(gathered).unbind()), None
+
+
+def _rows_owned(w: LocalWeight, matrix: LogicalMatrix) -> Any:
+    """The local rows of a matrix of one block that this process owns: a slice where they follow one another."""
+    owned, first = w.shard.owned, w.shard.first
+    if matrix.outer == 1:
+        start = max(owned.start, matrix.start - first)
+        return slice(start, max(start, min(owned.stop, matrix.start + matrix.length - first)))
+    local = stored_rows(matrix, w.shard.rows).flatten() - first
+    return local[(local >= owned.start) & (local < owned.stop)]
+
+
+def _owned_or_zero(w: LocalWeight, rows: Tensor, G: Tensor) -> Tensor:
+    """Rows of the whole gradient, zeros where another process owns them: [*rows, n]."""
+    if not w.shard.local_rows:
+        return G.new_zeros(*rows.shape, w.shard.columns)
+    local = rows - w.shard.first
+    is_owned = (local >= w.shard.owned.start) & (local < w.shard.owned.stop)
+    return torch.where(is_owned.unsqueeze(-1), G[local.clamp(0, w.shard.local_rows - 1)], 0.0)
+
+
+def _energies_of_heads(weights: Sequence[LocalWeight], rows: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """Squared norm of each head's gradient, [weights x blocks, heads]; rows are [blocks, heads, d]."""
+    squares = [
+        widen(_owned_or_zero(w, rows, G)).square().sum(dim=(-2, -1)) for w, G in zip(weights, grads, strict=True)
+    ]
+    return weights[0].ranks.sum(torch.stack(squares)).flatten(0, 1)
+
+
+def _owned_squares(piece: Piece, P: Tensor) -> Tensor:
+    """Squared norms of what this process owns of a matrix's gradient, and of its projection: [2]."""
+    w = piece.owner
+    G = w.gradient().to(w.made_in)
+    is_owned = torch.zeros(w.shard.local_rows, dtype=P.dtype, device=G.device)
+    is_owned[w.shard.owned] = 1.0
+    totals = torch.zeros(2, dtype=P.dtype, device=G.device)
+    for rows in w.rows(piece.matrix):
+        X = rows.of(G).view(rows.matrix.blocks, rows.matrix.block_rows, -1)
+        R = galore.project(X, P[rows.bases], "right")
+        norms = torch.stack([torch.linalg.vector_norm(x, dim=-1, dtype=P.dtype) for x in (X, R)])
+        totals += (norms.square() * is_owned[rows.at].view(norms.shape[1:])).sum(dim=(1, 2))
+    return totals

@@ -1,0 +1,340 @@
+"""The weights that a step moves, and the local rows of their logical matrices.
+
+A whole weight is the shard that holds every row, so one path serves every backend. Under FSDP2 and ZeRO a process holds
+some rows of a stored weight. Projection on the right needs whole rows and nothing else, so the local rows of one basis
+are a matrix of their own. Their state lies with the weight under keys of their own: rows, DTensors and flat slices
+exist only where state is saved or loaded (``state_dict.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
+from galore_trainer.optim.guards import usable_flags
+from galore_trainer.optim.kept import KeptGradient, norms_of_tensors
+
+AGE, RESIDUAL_AGE = "step", "residual_step"
+"""Keys of the steps that a weight's moments, and those of its residual, have taken in: one number a weight."""
+
+
+class Rows(NamedTuple):
+    """The local rows of some blocks of a logical matrix, equally many of each block.
+
+    Attributes:
+        matrix: these rows as a logical matrix, [blocks, rows of each, n].
+        at: where they are among the local rows of the weight, block by block: a slice, or indices.
+        bases: which bases of the logical matrix are theirs: a slice, or indices.
+        name: seeds random streams; no two pieces of any process have equal names.
+        prefix: of their keys in the weight's state.
+    """
+
+    matrix: LogicalMatrix
+    at: Any
+    bases: Any
+    name: str
+    prefix: str
+
+    def of(self, rows: Tensor) -> Tensor:
+        """These rows of [local rows, ...]: a view where they follow one another, else a copy."""
+        if isinstance(self.at, slice) and len(rows) == self.matrix.length:
+            return rows
+        return rows[self.at]
+
+
+class Piece(NamedTuple):
+    """The local rows of one logical matrix in one step.
+
+    Attributes:
+        weight, grad: tensors in which ``matrix`` lies; ``grad`` is not read where ``kept`` is given.
+        name: logical name, with ``.q`` and the like for a part of a fused weight.
+        matrix: where the rows lie in ``weight``, and how they are projected.
+        prefix: of the keys of this piece in ``owner.state``.
+        owner: the weight.
+        kept: what layer-wise mode kept of the gradient; None where ``grad`` is whole.
+        bases: which bases of the logical matrix are those of these rows; None for all of them.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    name: str
+    matrix: LogicalMatrix
+    prefix: str
+    owner: LocalWeight
+    kept: KeptGradient | None = None
+    bases: Any = None
+
+    @property
+    def state(self) -> MutableMapping[str, Any]:
+        """The state of the weight."""
+        return self.owner.state
+
+    def basis(self, key: str) -> Tensor | None:
+        """A stored basis, or its scale, of these rows."""
+        stored: Tensor | None = self.owner.state.get(self.matrix.prefix + key)
+        return stored if stored is None or self.bases is None else stored[self.bases]
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal for pieces that one bucket may hold."""
+        m, s, owner = self.matrix, self.owner.state, self.owner
+        shape = (m.blocks, m.block_rows, m.columns, m.side, m.rank, m.head_dim, m.lenders)
+        phase = (self.kept is None, owner.ok is None, s["refreshes"] > 0, s["calls"] - s["born"], s["refreshes"])
+        return (id(owner.group), *shape, *phase, self.weight.dtype, self.grad.dtype, self.weight.device)
+
+
+class LocalWeight:
+    """A weight that has a gradient in this step.
+
+    Args:
+        name: logical name.
+        group: the optimizer's group.
+        state: of this weight; empty before its first step.
+        shard: the entries that this process holds.
+        weight, grad: the parameter and its gradient; of a cut weight this process's entries, [stop - start].
+        matrices: its logical matrices; none for plain AdamW.
+        kept: of each matrix, what layer-wise mode kept of its gradient; None where ``grad`` is whole.
+        factors: the dtype that factors of products are rounded to, where it is not that of weight and gradient:
+            bfloat16 where a model computes in it and its optimizer adds up in float32 (ZeRO).
+
+    Attributes:
+        ok: 1.0 where every gradient of the weight on every process is usable, else 0.0; None until that is known.
+        energy: squared norm of the whole gradient of a cut weight, where it was asked for.
+        cut_rows: rows that several processes share, complete, by local row.
+        ages: keys of the ages that grow in this step.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        group: dict[str, Any],
+        state: MutableMapping[str, Any],
+        shard: Shard,
+        weight: Tensor,
+        grad: Tensor,
+        matrices: Sequence[LogicalMatrix] = (),
+        kept: Sequence[KeptGradient] | None = None,
+        factors: torch.dtype | None = None,
+    ) -> None:
+        self.name, self.group, self.state, self.shard = name, group, state, shard
+        self.weight, self.grad, self.matrices, self.kept, self.factors = weight, grad, matrices, kept, factors
+        self.ok: Tensor | None = None
+        self.energy: Tensor | None = None
+        self.cut_rows: dict[int, Tensor] = {}
+        self.ages: tuple[str, ...] = (AGE,)
+        self._rows: Tensor | None = None
+        self._copies: list[tuple[Any, Tensor]] = []
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no gradient has been taken in yet."""
+        return not self.state or self.state["calls"] == self.state.get("refreshes", 0) == 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether new bases are due."""
+        return bool(self.matrices) and self.state["calls"] >= self.state["due"]
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether there was a refresh."""
+        return bool(self.state["refreshes"])
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes among which the weight is cut."""
+        assert self.shard.ranks is not None
+        return self.shard.ranks
+
+    @property
+    def made_in(self) -> torch.dtype:
+        """The dtype in which the model makes the gradient, whatever adds it up."""
+        return self.factors or self.grad.dtype
+
+    @property
+    def copied(self) -> int:
+        """Entries of weight and gradient that ``open`` copies: where rows are cut, or do not follow one another."""
+        if self.shard.is_whole:
+            return 0
+        follow = all(isinstance(rows.at, slice) for rows in self.rows())
+        return 0 if follow and not self.shard.is_ragged else self.weight.numel()
+
+    def rows(self, matrix: LogicalMatrix | None = None) -> list[Rows]:
+        """Of a cut weight the local rows of one logical matrix, or of all of them."""
+        matrices = self.matrices if matrix is None else [matrix]
+        shard = self.shard
+        return [r for m in matrices for r in local_rows(m, self.name, shard.rows, shard.first, shard.local_rows)]
+
+    def gradient(self) -> Tensor:
+        """Local rows of a cut weight's gradient, complete: [local rows, N]."""
+        grads = self.shard.rows_of(self.grad)
+        for row, entries in self.cut_rows.items():
+            grads[row] = entries
+        return grads
+
+    def whole_matrices(self) -> list[Piece]:
+        """Every logical matrix of the weight, for what its bases are kept and found with; rows may lie elsewhere."""
+        kept = self.kept or [None] * len(self.matrices)
+        return [
+            Piece(self.weight, self.grad, m.logical(self.name), m, m.prefix, self, part)
+            for m, part in zip(self.matrices, kept, strict=True)
+        ]
+
+    def pieces_of_state(self, matrix: LogicalMatrix | None = None) -> list[Piece]:
+        """The pieces with their state alone: weight and gradient are those of the whole parameter."""
+        if self.shard.is_whole:
+            return [piece for piece in self.whole_matrices() if matrix is None or piece.matrix is matrix]
+        return [self._piece(rows, self.weight, self.grad) for rows in self.rows(matrix)]
+
+    def open(self) -> list[Piece]:
+        """The pieces that this step moves. ``close`` writes back what had to be copied."""
+        if self.shard.is_whole:
+            return self.whole_matrices()
+        self._rows, grads = self.shard.rows_of(self.weight), self.gradient()
+        pieces = []
+        for rows in self.rows():
+            weight = rows.of(self._rows)
+            if not isinstance(rows.at, slice):
+                self._copies.append((rows.at, weight))
+            pieces.append(self._piece(rows, weight, rows.of(grads)))
+        return pieces
+
+    def close(self) -> None:
+        """Every piece has moved."""
+        if self._rows is not None:
+            for at, weight in self._copies:
+                self._rows[at] = weight
+            self.shard.write(self.weight, self._rows)
+            self._rows, self._copies = None, []
+
+    def _piece(self, rows: Rows, weight: Tensor, grad: Tensor) -> Piece:
+        return Piece(weight, grad, rows.name, rows.matrix, rows.prefix, self, None, rows.bases)
+
+
+class Moved(NamedTuple):
+    """Weights that have taken in a gradient, or skipped it, in this step.
+
+    Attributes:
+        weights: of one device.
+        ok: [weights], 1.0 where the gradient was usable, else 0.0.
+        ages: keys of the ages that still have to grow by ``ok``.
+    """
+
+    weights: Sequence[LocalWeight]
+    ok: Tensor
+    ages: Sequence[str]
+
+
+def moved_together(weights: Iterable[LocalWeight]) -> list[Moved]:
+    """Weights whose flags are known, by device and ages."""
+    alike: dict[Any, list[LocalWeight]] = {}
+    for w in weights:
+        alike.setdefault((w.weight.device, w.ages), []).append(w)
+    return [
+        Moved(members, torch.stack([w.ok for w in members if w.ok is not None]), ages)
+        for (_, ages), members in alike.items()
+    ]
+
+
+# ---------------------------------------------------------------------- what crosses processes in every step
+
+
+def exchange(weights: Iterable[LocalWeight]) -> None:
+    """Learn what a step must know of its weights before it moves the first: flags, norms and cut rows.
+
+    A weight of one matrix that is whole learns its flag from its projection. The parts of a fused weight move together
+    or not at all, on every process, so their flag comes from the gradient: where its norm is below the limit, every
+    projection and every lost entry is, too.
+    """
+    by_ranks: dict[Ranks | None, list[LocalWeight]] = {}
+    for w in weights:
+        if not w.shard.is_whole or len(w.matrices) > 1:
+            by_ranks.setdefault(w.shard.ranks, []).append(w)
+    for ranks, members in by_ranks.items():
+        flags = _flags(members)
+        if ranks is None:
+            for w, ok in zip(members, flags, strict=True):
+                w.ok = ok
+        else:
+            _sum_over(ranks, members, flags)
+
+
+def _flags(weights: Sequence[LocalWeight]) -> list[Tensor]:
+    """Scalar tensors: whether this process's entries are usable."""
+    flags: list[Any] = [None] * len(weights)
+    for projected in (False, True):
+        asked = [i for i, w in enumerate(weights) if bool(w.matrices) == projected and w.kept is None]
+        grads = [weights[i].grad for i in asked]
+        for i, ok in zip(asked, usable_flags(grads, order=2.0 if projected else float("inf")), strict=True):
+            flags[i] = ok
+    for i, w in enumerate(weights):
+        if w.kept is not None:
+            flags[i] = torch.stack([part.usable() for part in w.kept]).all().float()
+    return flags
+
+
+def _sum_over(ranks: Ranks, weights: Sequence[LocalWeight], flags: Sequence[Tensor]) -> None:
+    numbers = [1.0 - torch.stack(list(flags)).double()]
+    if any(w.is_fresh or w.is_due for w in weights):  # the same on every process
+        filled = [w.grad if w.grad.numel() else w.grad.new_zeros(1) for w in weights]
+        norms = torch.stack([norm.double() for norm in norms_of_tensors(filled)])
+        numbers.append(norms * norms)
+    bad, *energies = ranks.sum(torch.stack(numbers)).unbind()
+    for w, ok in zip(weights, (bad == 0.0).float().unbind(), strict=True):
+        w.ok = ok
+    if energies:
+        for w, energy in zip(weights, energies[0].unbind(), strict=True):
+            w.energy = energy
+    projected = [w for w in weights if w.matrices]
+    if projected:
+        completed = completed_cut_rows([w.shard for w in projected], [w.grad for w in projected])
+        for w, cut_rows in zip(projected, completed, strict=True):
+            w.cut_rows = cut_rows
+
+
+# ---------------------------------------------------------------------- rows of a matrix
+
+
+def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
+    """Row of the stored weight of every logical row, [blocks, block rows]."""
+    outer = torch.arange(matrix.outer, dtype=torch.int64, device="cpu")[:, None] * (total_rows // matrix.outer)
+    inner = matrix.start + torch.arange(matrix.length, dtype=torch.int64, device="cpu")
+    return (outer + inner).reshape(matrix.blocks, matrix.block_rows)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def local_rows(matrix: LogicalMatrix, name: str, total_rows: int, first: int, count: int) -> list[Rows]:
+    """The local rows of a logical matrix, by how many of each block are here.
+
+    Args:
+        matrix: projected on the right, stored as it is.
+        name: of its weight.
+        total_rows: of the stored weight.
+        first, count: the rows of the stored weight that this process holds.
+    """
+    local = stored_rows(matrix, total_rows) - first
+    here = (local >= 0) & (local < count)  # [blocks, block rows]
+    counts = here.sum(dim=1)
+    parts = []
+    for rows_of_each in sorted({int(c) for c in counts if c}):
+        blocks = (counts == rows_of_each).nonzero().flatten()
+        at = torch.cat([local[b][here[b]] for b in blocks])
+        piece = LogicalMatrix(
+            label=matrix.label, length=len(at), columns=matrix.columns, rank=matrix.rank, blocks=len(blocks)
+        )
+        logical = f"{matrix.logical(name)}@{first + int(at[0])}"
+        prefix = f"{matrix.prefix}@{len(parts)}."
+        parts.append(Rows(piece, _as_slice(at), _as_slice(blocks), logical, prefix))
+    return parts
+
+
+def _as_slice(index: Tensor) -> Any:
+    """A slice where indices follow one another, since it makes views."""
+    start, length = int(index[0]), len(index)
+    follows = torch.equal(index, torch.arange(start, start + length, dtype=torch.int64, device="cpu"))
+    return slice(start, start + length) if follows else index

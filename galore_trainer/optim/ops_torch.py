@@ -1,0 +1,161 @@
+"""The four verbs of a step by torch: what ``core/`` spells out, on a bucket of equal pieces."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core import galore
+from galore_trainer.core.galore import usable_parts, widen
+from galore_trainer.core.residual import lost_at
+from galore_trainer.core.sparse import Support, part_of, read_at
+from galore_trainer.optim.bucket import Bucket
+from galore_trainer.optim.group_settings import scale_of
+from galore_trainer.optim.streams import stream
+
+
+class Incoming(NamedTuple):
+    """What the moments of a bucket take in.
+
+    Attributes:
+        bucket: of equal pieces.
+        R: projected gradients, or the residual's entries, in the moments' shape and the bucket's dtype.
+        ok: [pieces], 1.0, or 0.0: there the moments stay, bit for bit, and the update is 0.
+    """
+
+    bucket: Bucket
+    R: Tensor
+    ok: Tensor
+
+
+class TorchOps:
+    """Moves weights by torch.
+
+    Args:
+        config, seed: of the optimizer.
+    """
+
+    def __init__(self, config: GaLoreConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    def project(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """R [pieces x blocks, ...], and whether the gradients are usable, [pieces]."""
+        G, P, side = bucket.G, bucket.P, bucket.matrix.side
+        if G is None:
+            R = bucket.kept(lambda grad: grad.projected)
+        elif side == "left" and G.device.type == "cpu":
+            R = galore.project(G.mT, P, "right").mT  # the same, a quarter faster there
+        else:
+            R = galore.project(G, P, side)
+        ok = bucket.ok
+        return R, usable_parts(R, len(bucket.pieces)) if ok is None else ok
+
+    def lost(self, bucket: Bucket, R: Tensor, key: str) -> Tensor:
+        """What the projection loses at the positions stored under ``key``, in their shape."""
+        support = Support(bucket.get(key), bucket.matrix.columns).wide()
+        G = bucket.G
+        at_support = bucket.kept(lambda grad: grad.sampled) if G is None else widen(read_at(G, support))
+        return lost_at(at_support, R, bucket.P, bucket.matrix.side, support)
+
+    def adam_(self, incoming: Sequence[Incoming], moments: Sequence[tuple[str, bool]], age: str) -> list[Tensor]:
+        """Take R into a pair of moments of each bucket, in place; the normalised updates N.
+
+        Single matrices on a CPU go through one call of torch's fused AdamW, which takes all of them.
+
+        Args:
+            incoming: each bucket once.
+            moments: keys of the first and the second moment, and whether they have a sign.
+            age: key of their age, which stays: it is counted when every piece of a weight has moved.
+        """
+        updates: list[Tensor] = []
+        joined: dict[tuple[Any, ...], list[tuple[Bucket, Tensor, Tensor]]] = defaultdict(list)
+        for bucket, R, ok in incoming:
+            betas, eps = bucket.group["betas"], bucket.group["eps"]
+            if type(R) is Tensor and _is_simple(bucket):
+                N = torch.zeros_like(R, memory_format=torch.contiguous_format)
+                if ok.item() > 0.0:
+                    joined[(*betas, eps)].append((bucket, R.contiguous(), N))
+            else:
+                M, V = (bucket.get_moment(key, signed=signed) for key, signed in moments)
+                spread = bucket.spread(ok)
+                M, V, _, N = galore.adam(M, V, bucket.ages(age), R, spread, betas=betas, eps=eps)
+                for (key, signed), value in zip(moments, (M, V), strict=True):
+                    bucket.put_moment(key, value, signed=signed, ok=spread)
+            updates.append(N)
+        for (b1, b2, eps), members in joined.items():
+            _joined_adam_(members, [key for key, _ in moments], age, (b1, b2), eps)
+        return updates
+
+    def apply_(self, bucket: Bucket, N: Tensor, ok: Tensor, sparse: tuple[str, Tensor] | None = None) -> None:
+        """Move the weights by N, and by ``sparse``: the key of positions and the update of these entries."""
+        config, group, matrix = self.config, bucket.group, bucket.matrix
+        residual = None
+        if sparse is not None:
+            positions, N_S = sparse
+            N_S = N_S if config.residual_scale == 1.0 else config.residual_scale * N_S
+            residual = Support(bucket.get(positions), matrix.columns).wide(), N_S
+        parts = (bucket.split(x) for x in (N, bucket.P, bucket.spread(ok)))
+        for i, (piece, N_i, P_i, ok_i) in enumerate(zip(bucket.pieces, *parts, strict=True)):
+            W = piece.matrix.take(piece.weight)
+            galore.apply_update_(
+                W,
+                N_i,
+                P_i,
+                matrix.side,
+                lr=float(group["lr"]),
+                scale=scale_of(group, config),
+                weight_decay=group["weight_decay"],
+                ok=ok_i,
+                sparse=part_of(residual, i, matrix.blocks),
+                generator=weight_noise(piece.weight, piece.name, piece.owner.state["calls"], config, self.seed),
+            )
+            piece.matrix.put(piece.weight, W)
+
+
+def weight_noise(p: Tensor, name: str, calls: int, config: GaLoreConfig, seed: int) -> torch.Generator | None:
+    """The noise that rounds a weight stochastically in one step; None rounds to nearest."""
+    return stream(p.device, seed, name, "rounding", calls) if rounds(p, config) else None
+
+
+def rounds(p: Tensor, config: GaLoreConfig) -> bool:
+    """Whether a weight is rounded stochastically."""
+    return p.dtype == torch.bfloat16 and config.stochastic_rounding
+
+
+def _is_simple(bucket: Bucket) -> bool:
+    """One matrix on a CPU with unrounded moments. Without eps 0 / 0 must give 0, which ``core`` alone sees to."""
+    bits, eps = bucket.group["galore"]["state_bits"], bucket.group["eps"]
+    return len(bucket.pieces) == 1 and bucket.device.type == "cpu" and bits == 32 and eps > 0.0
+
+
+def _joined_adam_(
+    members: Sequence[tuple[Bucket, Tensor, Tensor]],
+    keys: Sequence[str],
+    age: str,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """N, of zeros, becomes what AdamW makes of a weight at the learning rate -1."""
+    buckets, R, N = zip(*members, strict=True)
+    first, second = ([bucket.get(key) for bucket in buckets] for key in keys)
+    ages = torch._foreach_add([bucket.pieces[0].owner.state[age] for bucket in buckets], 1.0)
+    torch.ops.aten._fused_adamw_(  # what torch.optim.AdamW calls, without its wrappers, which take as long here
+        N,
+        R,
+        first,
+        second,
+        [],
+        ages,
+        lr=-1.0,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )

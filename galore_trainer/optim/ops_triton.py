@@ -1,0 +1,309 @@
+"""The four verbs of a step by Triton kernels, on a bucket of equal pieces where they lie: nothing is joined or copied.
+
+``TritonOps`` does what ``TorchOps`` does for the pieces that the kernels take; ``buckets_for_triton`` leaves the others
+to torch. Each bucket costs one upload of addresses. Triton is imported only where it is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.galore import largest_usable, usable_parts
+from galore_trainer.errors import OptionError
+from galore_trainer.kernels import obstacle
+from galore_trainer.optim import residual
+from galore_trainer.optim.bucket import BASIS, MOMENTS, Bucket, entries
+from galore_trainer.optim.group_settings import scale_of
+from galore_trainer.optim.local import AGE, RESIDUAL_AGE, Piece
+from galore_trainer.optim.ops_torch import Incoming, TorchOps, rounds
+from galore_trainer.optim.streams import rounding_key
+
+FIRST_ELEMENTS = 1 << 29  # ``bucket.entries`` that move in one go at first, then twice as many each time,
+MOST_ELEMENTS = 1 << 30  # and at most: what is made of their projections is held meanwhile
+LIMIT = largest_usable(torch.float32)
+_LAYOUTS: dict[tuple[Any, ...], Any] = {}  # a few, by form, shape and strides
+
+
+class TritonOps:
+    """Moves weights by Triton kernels.
+
+    Args:
+        config, seed: of the optimizer.
+    """
+
+    def __init__(self, config: GaLoreConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self._torch = TorchOps(config, seed)
+        self._places: Places
+
+    def project(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """R [pieces x blocks, ...], and whether the gradients are usable, [pieces]."""
+        from galore_trainer.kernels.project import project
+
+        places = self._places = Places(bucket, self.config, self.seed)
+        first, matrix = bucket.pieces[0], bucket.matrix
+        known = bucket.ok
+        if first.kept is None:
+            G = places["gradients"]
+            P = places.bases(first.owner.factors or G.dtype)
+            R, ok = project(G, places.layout(first.grad), P, matrix.side, matrix.blocks, LIMIT)
+        else:
+            R = bucket.kept(lambda grad: grad.projected)
+            ok = usable_parts(R, len(bucket.pieces))
+        return R, ok if known is None else known
+
+    def lost(self, bucket: Bucket, R: Tensor, key: str) -> Tensor:
+        """What the projection loses at the support, [pieces x blocks, rows, entries]."""
+        from galore_trainer.kernels.residual import loss_at
+
+        first, matrix, places = bucket.pieces[0], bucket.matrix, self._places
+        count = first.owner.state[first.prefix + key].shape[-1]
+        if first.kept is None:
+            G, layout = places["gradients"], places.layout(first.grad)
+        else:
+            G, layout = places["sampled"], None
+        P = places.bases(first.owner.factors or first.grad.dtype)  # in the precision that projected
+        return loss_at(G, layout, places[key], R, P, matrix.side, matrix.blocks, count)
+
+    def adam_(self, incoming: Sequence[Incoming], moments: Sequence[tuple[str, bool]], age: str) -> list[Tensor]:
+        """Take R into a pair of moments, in place; the normalised update N. Moments of few bits go through torch."""
+        from galore_trainer.kernels.adam import adam_
+
+        updates = []
+        for bucket, R, ok in incoming:
+            places, group = self._places, bucket.group
+            dtype = self._update_dtype(bucket) if age == AGE else torch.float32
+            if group["galore"]["state_bits"] == 32:
+                M, V = (places[key] for key, _ in moments)
+                N = adam_(M, V, places[age], R, ok, dtype=dtype, betas=group["betas"], eps=group["eps"])
+            else:
+                N = self._torch.adam_([Incoming(bucket, R, ok)], moments, age)[0].to(dtype)
+            updates.append(N)
+        return updates
+
+    def apply_(self, bucket: Bucket, N: Tensor, ok: Tensor, sparse: tuple[str, Tensor] | None = None) -> None:
+        """Move the weights by N, and by ``sparse``: the key of positions and the update of these entries."""
+        from galore_trainer.kernels.update import add_at_, apply_update_
+
+        first, group, matrix, places = bucket.pieces[0], bucket.group, bucket.matrix, self._places
+        layout = places.layout(first.weight)
+        lr = float(group["lr"])  # torch takes tensors, too
+        step = lr * scale_of(group, self.config)
+        apply_update_(
+            places["weights"],
+            layout,
+            N,
+            places.bases(self._update_dtype(bucket)),
+            matrix.side,
+            ok,
+            matrix.blocks,
+            step=step,
+            decay=lr * group["weight_decay"],
+            keys=places.keys,
+        )
+        if sparse is not None:
+            positions, N_S = sparse
+            step *= self.config.residual_scale
+            add_at_(places["weights"], layout, places[positions], N_S, ok, step=step, keys=places.keys)
+
+    def _update_dtype(self, bucket: Bucket) -> torch.dtype:
+        """What the factors of the lifted update are rounded to."""
+        first = bucket.pieces[0]
+        return first.owner.factors or first.weight.dtype
+
+
+class Places:
+    """Where everything of a bucket lies, by key of the state or name; one upload for all of it.
+
+    Attributes:
+        keys: for the rounding of bfloat16 weights, int64 [pieces]; None rounds to nearest.
+    """
+
+    def __init__(self, bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
+        from galore_trainer.kernels.tables import scatter
+
+        self._bucket, first = bucket, bucket.pieces[0]
+        self._bases: dict[torch.dtype, Tensor] = {}
+        self._alive: list[Any] = []  # tensors that live as long as their addresses
+        tensors: dict[str, list[Tensor]] = {BASIS: self._stored_bases()}
+        moves_residual = bucket.has(residual.INDEX)
+        if moves_residual:
+            tensors[residual.INDEX] = bucket.each(residual.INDEX)
+        if bucket.group["galore"]["state_bits"] == 32:
+            for key, _ in (*MOMENTS, *(residual.MOMENTS if moves_residual else ())):
+                tensors[key] = bucket.each(key)
+            for key in (AGE, *((RESIDUAL_AGE,) if moves_residual else ())):
+                tensors[key] = [piece.owner.state[key] for piece in bucket.pieces]
+        columns = {key: [x.data_ptr() for x in each] for key, each in tensors.items()}
+        dtypes = {key: each[0].dtype for key, each in tensors.items()}
+        columns["weights"] = self._begin([piece.weight for piece in bucket.pieces])
+        dtypes["weights"] = first.weight.dtype
+        if first.kept is None:
+            columns["gradients"] = self._begin([piece.grad for piece in bucket.pieces])
+            dtypes["gradients"] = first.grad.dtype
+        elif moves_residual:
+            sampled = bucket.kept(lambda grad: grad.sampled)
+            self._alive.append(sampled)
+            columns["sampled"] = [x.data_ptr() for x in bucket.split(sampled)]
+            dtypes["sampled"] = sampled.dtype
+        noise = None
+        if rounds(first.weight, config):
+            noise = [rounding_key(seed, piece.name, piece.owner.state["calls"]) for piece in bucket.pieces]
+        self._scattered, self.keys = scatter(columns, dtypes, noise, bucket.device)
+
+    def __getitem__(self, name: str) -> Any:
+        """Weights, gradients, or tensors of the state by their key."""
+        return self._scattered[name]
+
+    def _stored_bases(self) -> list[Any]:
+        """The stored bases; copies where a piece has some of a matrix's bases that do not follow one another."""
+        stored = [piece.basis(BASIS) for piece in self._bucket.pieces]
+        if self._bucket.pieces[0].bases is not None:
+            self._alive += stored
+        return stored
+
+    def _begin(self, stored: Sequence[Tensor]) -> list[int]:
+        """Where the logical matrices begin in weights or gradients."""
+        row = stored[0].element_size() * self.layout(stored[0]).row_stride
+        return [x.data_ptr() + piece.matrix.start * row for x, piece in zip(stored, self._bucket.pieces, strict=True)]
+
+    def layout(self, stored: Tensor) -> Any:
+        """How the logical matrices lie in tensors like this one."""
+        matrix = self._bucket.matrix
+        key = (matrix.form, stored.shape, stored.stride())
+        if key not in _LAYOUTS:
+            from galore_trainer.kernels.tables import Layout
+
+            _LAYOUTS[key] = Layout.of(matrix.rows_of(stored))
+        return _LAYOUTS[key]
+
+    def bases(self, dtype: torch.dtype) -> Tensor:
+        """The bases of all pieces in a dtype, [pieces x blocks, ...]."""
+        from galore_trainer.kernels.project import join
+
+        if dtype not in self._bases:
+            stored: Any = self._scattered[BASIS]
+            if stored.dtype == dtype:
+                self._bases[dtype] = self._bucket.stored_bases()  # type: ignore[assignment]
+            elif stored.dtype == torch.int8:
+                self._bases[dtype] = self._bucket.P.to(dtype)
+            else:
+                self._bases[dtype] = join(stored, self._bucket.matrix.basis_shape, dtype)
+        return self._bases[dtype]
+
+
+# ---------------------------------------------------------------------- which pieces the kernels take
+
+
+def wanted(config: GaLoreConfig, device: torch.device) -> bool:
+    """Whether kernels shall be used on a device, if they can be."""
+    return config.kernels == "triton" or (config.kernels == "auto" and device.type == "cuda")
+
+
+def why_not(weight: Tensor, grad: Tensor | None, config: GaLoreConfig) -> str | None:
+    """Why the kernels do not move a weight; None where they do. ``grad`` is None where it is not whole."""
+    if not wanted(config, weight.device):
+        return "it lies elsewhere than on a GPU"
+    dtypes = {weight.dtype} if grad is None else {weight.dtype, grad.dtype}
+    return obstacle(weight.device, *dtypes)
+
+
+def check_wanted(weights: Iterable[Any], config: GaLoreConfig) -> None:
+    """Refuse projected weights that the kernels cannot move where ``kernels: triton`` asks for them.
+
+    Raises:
+        OptionError: there is an obstacle.
+    """
+    if config.kernels != "triton":
+        return
+    for w in weights:
+        if (reason := why_not(w.weight, w.grad if w.kept is None else None, config)) is not None:
+            way_out = f"{w.name}: {reason}. Use auto, which takes torch there."
+            raise OptionError("galore.kernels", "triton", "weights that the kernels can move", way_out)
+
+
+def buckets_for_triton(
+    pieces: Iterable[Piece], config: GaLoreConfig, rest: list[Piece], most: int | None = None
+) -> Iterator[Bucket]:
+    """Buckets that the kernels move, each as soon as its pieces are there: the device works while the host goes on.
+
+    Args:
+        pieces: of one device; equal ones one after the other.
+        config: of the optimizer.
+        rest: takes the pieces that are left to torch.
+        most: ``bucket.entries`` in a bucket; None begins with few, so that the device need not wait long.
+    """
+    if config.kernels == "torch":
+        rest.extend(pieces)
+        return
+    size = FIRST_ELEMENTS if most is None else most
+    for _, alike in itertools.groupby(pieces, key=lambda piece: piece.weight.shape):
+        gathered: dict[tuple[Any, ...], list[Piece]] = {}
+        for piece in alike:
+            key = _key(piece, config)
+            members = gathered.setdefault(key, [])
+            members.append(piece)
+            if (len(members) + 1) * entries(piece.matrix) > size:
+                del gathered[key]
+                if _takes(members, config, rest):
+                    yield Bucket(members)
+                if most is None:
+                    size = min(2 * size, MOST_ELEMENTS)
+        for members in gathered.values():
+            if _takes(members, config, rest):
+                yield Bucket(members)
+
+
+def _takes(members: list[Piece], config: GaLoreConfig, rest: list[Piece]) -> bool:
+    """Whether the kernels move equal pieces; if not, ``rest`` takes them. Candidates warm up in torch."""
+    first = members[0]
+    takes = why_not(first.weight, first.grad if first.kept is None else None, config) is None
+    if takes and residual.has_residual(first.matrix, config) and residual.has_begun(first.owner.state, config):
+        by_row = config.residual_selection == "row"
+        takes = by_row and first.prefix + residual.INDEX in first.owner.state
+    if not takes:
+        rest += members
+    return takes
+
+
+def _key(piece: Piece, config: GaLoreConfig) -> tuple[Any, ...]:
+    """Equal for pieces that the kernels take in one go: the age of their bases does not matter to them."""
+    p, g, matrix, owner = piece.weight, piece.grad, piece.matrix, piece.owner
+    phase = None
+    if config.residual_percent > 0.0:
+        phase = (residual.has_begun(owner.state, config), piece.prefix + residual.INDEX in owner.state)
+    strides = None if piece.kept is None and p.is_contiguous() and g.is_contiguous() else (p.stride(), g.stride())
+    known = (piece.kept is None, owner.ok is None, phase)
+    return (id(owner.group), matrix.form, known, p.shape, strides, p.dtype, g.dtype, owner.factors, p.get_device())
+
+
+def count_on_gpu(
+    states: Sequence[MutableMapping[str, Any]], ok: Tensor, ages: Sequence[str], config: GaLoreConfig
+) -> bool:
+    """Count ages and skipped gradients of weights by a kernel; False where none can.
+
+    Args:
+        states: of the weights, all on one device.
+        ok: [weights], 1.0 or 0.0.
+        ages: keys of the ages that grow.
+        config: of the optimizer.
+    """
+    device = ok.device
+    if not wanted(config, device) or obstacle(device, torch.float32) is not None:
+        return False
+    from galore_trainer.kernels.adam import count_
+    from galore_trainer.kernels.tables import scatter
+
+    keys = ("skipped", *ages)
+    columns = {key: [state[key].data_ptr() for state in states] for key in keys}
+    dtypes = {key: states[0][key].dtype for key in keys}
+    with torch.cuda.device_of(ok):
+        tables, _ = scatter(columns, dtypes, None, device)
+        count_([tables[key] for key in ages], tables["skipped"], ok)
+    return True

@@ -1,0 +1,124 @@
+"""The sparse residual inside the optimizer's state: first candidates, then a support with moments of its own.
+
+Keys (after the piece's prefix): ``candidate_index`` and ``candidate_mean`` while warming up; ``residual_index``,
+``residual_exp_avg`` and ``residual_exp_avg_sq`` afterwards. The age of these moments is one number a weight. The residual
+begins with the first basis that comes from a whole gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core import residual
+from galore_trainer.core.galore import usable_parts
+from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.sparse import Support, read_at
+from galore_trainer.optim.bucket import Bucket
+from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight
+
+INDEX, CANDIDATES, MEAN = "residual_index", "candidate_index", "candidate_mean"
+MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))
+"""Keys of the sparse moments, and whether they have a sign."""
+
+
+def support_shape(matrix: LogicalMatrix, config: GaLoreConfig) -> tuple[int, int, int]:
+    """Blocks, lines and entries a line of the support of one matrix."""
+    balanced = config.residual_selection == "row"
+    size = residual.support_size(matrix.block_rows, matrix.columns, config.residual_percent, balanced)
+    return matrix.blocks, *size
+
+
+def has_residual(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
+    """Whether a matrix gets one: switched on, and the projection loses something."""
+    return config.residual_percent > 0.0 and matrix.loses
+
+
+def has_begun(state: Any, config: GaLoreConfig) -> bool:
+    """Whether a weight has had its first basis from a whole gradient."""
+    begun: bool = state["refreshes"] > config.sketches_first
+    return begun
+
+
+def ages_to_count(w: LocalWeight, config: GaLoreConfig) -> tuple[str, ...]:
+    """Keys of the ages that grow in this step of a projected weight.
+
+    Every process that holds the weight comes to the same answer, whatever rows it holds, so that checkpoints agree. The
+    age of the sparse moments is made in the step in which the support is chosen; after a warm-up they take in their
+    first gradient one step later.
+    """
+    state = w.state
+    if config.residual_percent == 0.0 or not has_begun(state, config):
+        return (AGE,)
+    if not any(has_residual(matrix, config) for matrix in w.matrices):
+        return (AGE,)
+    if RESIDUAL_AGE not in state:
+        if not _is_last_of_warm_up(state, config):
+            return (AGE,)
+        state[RESIDUAL_AGE] = torch.zeros_like(state[AGE])
+        if config.residual_warmup_steps > 0:
+            return (AGE,)
+    return (AGE, RESIDUAL_AGE)
+
+
+def lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLoreConfig) -> Tensor | None:
+    """D at the support, [pieces x blocks, lines, entries]; None without a residual, and while candidates warm up.
+
+    Args:
+        bucket: of this step.
+        ops: forms D.
+        R: projected gradients.
+        ok: [pieces]; becomes 0.0 where D is not usable: it can be too large where the projection sees nothing of it.
+        config: how many entries, how long a warm-up.
+    """
+    first = bucket.pieces[0].owner
+    if not (has_residual(bucket.matrix, config) and has_begun(first.state, config)):
+        return None
+    if not bucket.has(INDEX):
+        _warm_up(bucket, ops, R, bucket.spread(ok), config)
+    if RESIDUAL_AGE not in first.ages:
+        return None
+    D: Tensor = ops.lost(bucket, R, INDEX)
+    if bucket.ok is None:
+        ok.mul_(usable_parts(D, len(bucket.pieces)))
+    return D
+
+
+def reset_residual(bucket: Bucket) -> None:
+    """Start the sparse moments anew, on the same support (``momentum_transfer: reset``)."""
+    if bucket.has(INDEX):
+        for key, signed in MOMENTS:
+            bucket.put_moment(key, torch.zeros_like(bucket.get_moment(key, signed=signed)), signed=signed)
+
+
+def _is_last_of_warm_up(state: Any, config: GaLoreConfig) -> bool:
+    last: bool = state["calls"] - state["born"] + 1 >= config.residual_warmup_steps
+    return last
+
+
+def _warm_up(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLoreConfig) -> None:
+    """Average D at the candidates; at the end of the warm-up the largest averages become the support."""
+    _, lines, entries = support_shape(bucket.matrix, config)
+    if not bucket.has(CANDIDATES):
+        G = bucket.G
+        assert G is not None  # this step's basis came from it
+        wide = entries if config.residual_warmup_steps == 0 else entries * residual.CANDIDATES
+        index, D = residual.largest_lost(G, R, bucket.P, bucket.matrix.side, lines, wide)
+        bucket.put(CANDIDATES, index)
+        bucket.put(MEAN, torch.zeros(index.shape, dtype=R.dtype, device=R.device))
+    elif bucket.G is None or residual.samples(R.device):
+        D = ops.lost(bucket, R, CANDIDATES)
+    else:  # where entries are gathered one product is cheaper than four times as many of them
+        support = Support(bucket.get(CANDIDATES), bucket.matrix.columns)
+        D = read_at(residual.dense_loss(bucket.G, R, bucket.P, bucket.matrix.side), support)
+    D = torch.where(ok > 0.0, D, 0.0)
+    share = ok.to(D.dtype) * (1.0 - bucket.group["betas"][0])
+    bucket.put(MEAN, torch.lerp(bucket.get(MEAN), D, share))
+    if _is_last_of_warm_up(bucket.pieces[0].owner.state, config):
+        index = residual.best_candidates(bucket.pop(CANDIDATES), bucket.pop(MEAN), entries)
+        bucket.put(INDEX, index)
+        for key, signed in MOMENTS:
+            bucket.put_moment(key, torch.zeros(index.shape, dtype=R.dtype, device=R.device), signed=signed)

@@ -1,0 +1,107 @@
+"""One step of projected weights between two refreshes, on one page: project, take into moments, lift, apply.
+
+Letters as in ``core/galore.py``. Torch and Triton are two objects with the same four verbs (``ops_torch.py``,
+``ops_triton.py``): ``project``, ``lost``, ``adam_`` and ``apply_``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.optim import residual
+from galore_trainer.optim.bucket import (
+    MOMENTS,
+    STACK_ELEMENTS,
+    Bucket,
+    bucket_elements,
+    entries,
+    make_buckets,
+    runs,
+)
+from galore_trainer.optim.guards import count_skips
+from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Moved, Piece, moved_together
+from galore_trainer.optim.ops_torch import Incoming, TorchOps
+from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, count_on_gpu
+
+
+def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: GaLoreConfig) -> list[Tensor]:
+    """One step of some buckets, with the bases that they have.
+
+    Args:
+        buckets: one, or several on a CPU, where one call takes all gradients into the moments.
+        ops: moves them.
+        config: of the optimizer.
+
+    Returns:
+        For each bucket whether its gradients were usable, [pieces].
+    """
+    projected = [Incoming(bucket, *ops.project(bucket)) for bucket in buckets]  # R, and ok: 0.0 leaves all as it is
+    lost = [residual.lost_entries(bucket, ops, R, ok, config) for bucket, R, ok in projected]  # D at S, or None
+    updates = ops.adam_(projected, MOMENTS, AGE)  # N
+    sparse = [Incoming(bucket, D, ok) for (bucket, _, ok), D in zip(projected, lost, strict=True) if D is not None]
+    sparse_updates = iter(ops.adam_(sparse, residual.MOMENTS, RESIDUAL_AGE))  # N_S
+    for (bucket, _, ok), N, D in zip(projected, updates, lost, strict=True):
+        ops.apply_(bucket, N, ok, None if D is None else (residual.INDEX, next(sparse_updates)))
+    return [ok for _, _, ok in projected]
+
+
+def update(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None = None) -> list[Moved]:
+    """One step of projected weights with the bases they have.
+
+    Args:
+        weights: of one device, equal ones one after the other.
+        config, seed: of the optimizer.
+        asked: gradient entries joined at a time, in place of what suits the device.
+    """
+    if not weights:
+        return []
+    moved: list[Moved] = []
+    most = bucket_elements(weights[0].weight.device, asked)
+    for chunk in runs(weights, lambda w: w.copied, most):  # so many entries are copied at a time
+        rest: list[Piece] = []
+        triton = TritonOps(config, seed)
+        for bucket in buckets_for_triton(_open(chunk, config), config, rest, asked):
+            with torch.cuda.device_of(bucket.pieces[0].weight):  # kernels are launched on the current device
+                moved += _moved([bucket], step_buckets([bucket], triton, config))
+        together = runs(make_buckets(rest, most), lambda b: len(b.pieces) * entries(b.matrix), STACK_ELEMENTS)
+        for buckets in together:
+            moved += _moved(buckets, step_buckets(buckets, TorchOps(config, seed), config))
+        for w in chunk:
+            w.close()
+    return moved + moved_together(w for w in weights if w.ok is not None)
+
+
+def _open(weights: Sequence[LocalWeight], config: GaLoreConfig) -> Iterator[Piece]:
+    """Pieces as they are needed, so that the device works while the host goes on."""
+    for w in weights:
+        w.ages = residual.ages_to_count(w, config)
+        yield from w.open()
+
+
+def _moved(buckets: Iterable[Bucket], flags: Iterable[Tensor]) -> Iterator[Moved]:
+    """What was learned of weights of one piece; the flags of others were known before."""
+    for bucket, ok in zip(buckets, flags, strict=True):
+        weights = [piece.owner for piece in bucket.pieces]
+        if weights[0].ok is None:
+            yield Moved(weights, ok, weights[0].ages)
+
+
+def count(moved: Sequence[Moved], config: GaLoreConfig) -> None:
+    """Count the step once a weight: ages of moments, skipped gradients, calls."""
+    by_form: dict[tuple[torch.device, Sequence[str]], list[Moved]] = {}
+    for some in moved:
+        by_form.setdefault((some.ok.device, some.ages), []).append(some)
+    for (_, ages), members in by_form.items():
+        states = [w.state for some in members for w in some.weights]
+        oks = [some.ok for some in members]
+        ok = oks[0] if len(oks) == 1 else torch.cat(oks)
+        if not count_on_gpu(states, ok, ages, config):
+            for key in ages:
+                torch._foreach_add_([state[key] for state in states], list(ok.unbind()))
+            count_skips(states, ok)
+        for state in states:
+            state["calls"] += 1
