@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,15 +49,6 @@ def largest_usable(dtype: torch.dtype) -> float:
     would turn them into NaN; its step is skipped like that of a gradient that is not finite.
     """
     return math.sqrt(torch.finfo(compute_dtype(dtype)).max) / 16.0
-
-
-class MatrixState(NamedTuple):
-    """What is kept of a matrix between steps, in ``compute_dtype``: basis, two moments, and their age (float32)."""
-
-    P: Tensor
-    M: Tensor
-    V: Tensor
-    t: Tensor
 
 
 def matmul_wide(A: Tensor, B: Tensor) -> Tensor:
@@ -118,27 +108,24 @@ def adam(
     return M, V, t, N
 
 
-def change_basis(state: MatrixState, P: Tensor, side: str, mode: str, *, betas: tuple[float, float]) -> MatrixState:
-    """Put a new basis in the state and carry the moments over.
+def with_signs_of(P: Tensor, old: Tensor) -> Tensor:
+    """New bases whose columns take the signs that overlap with the old ones, so that moments stay (``align``)."""
+    overlap = (old * P).sum(dim=-2, keepdim=True)
+    return torch.where(overlap < 0.0, -P, P)
 
-    keep: moments stay, whatever the new signs are (GaLore). align: moments stay, each new column takes the sign that
-    overlaps with the old one. rotate: moments are mapped by C = P_old^T P, second moments as in LDAdam. reset: zero.
-    """
-    old, M, V, t = state
-    if mode == "reset":
-        return MatrixState(P, torch.zeros_like(M), torch.zeros_like(V), torch.zeros_like(t))
-    if mode == "align":
-        overlap = (old * P).sum(dim=-2, keepdim=True)
-        P = torch.where(overlap < 0.0, -P, P)
-    elif mode == "rotate":
-        C = old.mT @ P  # r x r
-        along = (lambda A, C: A @ C) if side == "right" else (lambda A, C: C.mT @ A)
-        t1 = t.to(M.dtype).clamp(min=1.0)
-        f1, f2 = decay_sum(betas[0], t1), decay_sum(betas[1], t1)
-        Mh, Vh = M / f1, V / f2
-        M = along(M, C)
-        V = f2 * (along(Vh - Mh * Mh, C * C) + (M / f1) ** 2).abs()
-    return MatrixState(P, M, V, t)
+
+def rotate(
+    M: Tensor, V: Tensor, t: Tensor, old: Tensor, P: Tensor, side: str, *, betas: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Moments of age t in new bases: mapped by C = old^T P, second moments as in LDAdam."""
+    C = old.mT @ P  # r x r
+    along = (lambda A, C: A @ C) if side == "right" else (lambda A, C: C.mT @ A)
+    t1 = t.to(M.dtype).clamp(min=1.0)
+    f1, f2 = decay_sum(betas[0], t1), decay_sum(betas[1], t1)
+    Mh, Vh = M / f1, V / f2
+    M = along(M, C)
+    V = f2 * (along(Vh - Mh * Mh, C * C) + (M / f1) ** 2).abs()
+    return M, V
 
 
 def error_from_norms(whole: Tensor, kept: Tensor) -> Tensor:
@@ -147,15 +134,8 @@ def error_from_norms(whole: Tensor, kept: Tensor) -> Tensor:
     return (1.0 - share * share).clamp(min=0.0).sqrt()
 
 
-def projection_error(G: Tensor, P: Tensor, side: str) -> Tensor:
-    """``error_from_norms`` of all blocks together, a scalar tensor."""
-    wide = torch.promote_types(G.dtype, torch.float32)
-    whole = torch.linalg.vector_norm(G, dtype=wide).float()
-    return error_from_norms(whole, torch.linalg.vector_norm(project(G, P, side)))
-
-
 def lost_share(G: Tensor, P: Tensor, side: str, parts: int = 1) -> Tensor:
-    """``projection_error`` from the lost part itself: exact for small errors too, where norms of wholes cancel."""
+    """||G - lift(R)|| / ||G|| from the lost part itself: exact for small errors too, where norms of wholes cancel."""
     G = widen(G)
     D = G - lift(project(G, P, side), P, side)
     lost, whole = (torch.linalg.vector_norm(x.reshape(parts, -1), dim=1) for x in (D, G))

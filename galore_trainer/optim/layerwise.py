@@ -8,7 +8,7 @@ due in this step keeps its dense gradient; refreshes are spread over the gap, so
 
 from __future__ import annotations
 
-import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,9 +17,12 @@ from torch import Tensor
 
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.errors import OptionError
+from galore_trainer.layouts.shard import Ranks, checksum
+from galore_trainer.optim.bucket import runs
 from galore_trainer.optim.guards import usable_flags
 from galore_trainer.optim.kept import KeptGradient, KeptWhole, energies, norms_of_tensors
 
+BUCKET = 1 << 25  # entries that travel together
 aten = torch.ops.aten
 ADDITIONS = (aten.add_.Tensor, aten.add.Tensor)
 PRODUCTS, QUOTIENTS = (aten.mul_.Tensor, aten.mul_.Scalar), (aten.div_.Tensor, aten.div_.Scalar)
@@ -210,23 +213,6 @@ def attach(
     return p.register_post_accumulate_grad_hook(hook)
 
 
-def attach_group(optimizer: Any, group: dict[str, Any]) -> None:
-    """Hook every trained parameter of the newest group, a projected one, for as long as its ``GaLoreAdamW`` lives."""
-    own, place = weakref.ref(optimizer), len(optimizer.param_groups) - 1
-    for i, (p, name) in enumerate(zip(group["params"], group["names"], strict=True)):
-
-        def take(p: Tensor, i: int = i, name: str = name) -> ProjectedGradient | None:
-            living = own()
-            if living is None:
-                return None
-            current = living.param_groups[place]  # ``load_state_dict`` puts new groups there
-            living._locator.check_if_changed(current, i)
-            return living._take(p, name, current["matrices"][i], current)
-
-        if p.requires_grad:
-            weakref.finalize(optimizer, attach(p, name, take).remove)
-
-
 def is_usable(grad: Tensor) -> Tensor:
     """Scalar tensor: 1.0 where moments can take in a gradient, whole or projected, else 0.0."""
     if isinstance(grad, ProjectedGradient):
@@ -250,3 +236,93 @@ def drop_projected(parameters: Iterable[Tensor]) -> None:
     for p in parameters:
         if isinstance(p.grad, ProjectedGradient):
             p.grad = None
+
+
+# ---------------------------------------------------------------------- several processes with equal weights (DDP)
+
+
+class Averager:
+    """Averages the gradients that layer-wise mode keeps.
+
+    Args:
+        ranks: the processes.
+        weights: name and tensor of every projected weight, on every process the same ones in the same order.
+
+    Attributes:
+        sent: bytes handed to all-reduce by this process so far, by kind: sketch, projected, sampled, along, whole.
+    """
+
+    def __init__(self, ranks: Ranks, weights: Callable[[], list[tuple[str, Tensor]]]) -> None:
+        self.ranks, self._weights = ranks, weights
+        self.sent: dict[str, int] = defaultdict(int)
+        self._pending = False
+        self._checked = False
+
+    def note(self, grad: ProjectedGradient) -> None:
+        """A backward has made or changed a gradient.
+
+        Raises:
+            RuntimeError: it had been averaged already.
+        """
+        if grad.averaged:
+            raise RuntimeError(
+                "backward ran after the gradients of a step had been averaged over processes (their norm was asked "
+                "for, or they were clipped): call step() or zero_grad() first."
+            )
+        self._pending = True
+
+    def settle(self) -> None:
+        """Average what is pending; every process calls this at the same time.
+
+        Raises:
+            RuntimeError: processes began with different weights, or one has a gradient where another has none.
+        """
+        if not self._pending:
+            return
+        self._pending = False
+        named = self._weights()
+        if not self._checked:
+            self._checked = True
+            self._refuse(named, self.ranks.differing(torch.stack([checksum(p) for _, p in named])), "other weights")
+        there = torch.tensor([p.grad is not None for _, p in named], dtype=torch.int64, device="cpu")
+        self._refuse(named, self.ranks.hosts.differing(there), "no gradient where another has one")
+        by_dtype: dict[torch.dtype, list[tuple[str, Tensor]]] = defaultdict(list)
+        for grad in projected_gradients(named):
+            grad.averaged = True
+            by_dtype[grad.dtype if grad.dtype == torch.bfloat16 else compute_dtype(grad.dtype)] += grad.kept()
+        for wire, tensors in by_dtype.items():
+            for bucket in runs(tensors, lambda pair: pair[1].numel(), BUCKET):
+                self._reduce(bucket, wire)
+
+    def measure(self) -> None:
+        """Estimate the norms of all gradients, which were averaged, together."""
+        measure_together(projected_gradients(self._weights()))
+
+    def _reduce(self, bucket: list[tuple[str, Tensor]], wire: torch.dtype) -> None:
+        tensors = [x for _, x in bucket]
+        flat = torch.empty(sum(x.numel() for x in tensors), dtype=wire, device=tensors[0].device)
+        for kind, x in bucket:
+            self.sent[kind] += x.numel() * flat.element_size()
+        torch._foreach_copy_(_like(tensors, flat), tensors)
+        torch._foreach_copy_(tensors, _like(tensors, self.ranks.sum(flat)))
+        torch._foreach_div_(tensors, self.ranks.count)
+
+    def _refuse(self, named: list[tuple[str, Tensor]], bad: Tensor, what: str) -> None:
+        if bad.any():
+            names = [name for (name, _), differs in zip(named, bad.tolist(), strict=True) if differs]
+            raise RuntimeError(
+                f"layer-wise mode under DDP: one process has {what}, in {names[0]} and {len(names) - 1} more. Load the "
+                "same weights on every process, and let every weight take part in every forward, or train without "
+                "galore.layerwise."
+            )
+
+
+def projected_gradients(named: Sequence[tuple[str, Tensor]]) -> list[ProjectedGradient]:
+    """The projected gradients of named weights."""
+    return [p.grad for _, p in named if isinstance(p.grad, ProjectedGradient)]
+
+
+def _like(tensors: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
+    """Parts of a flat tensor, one after the other, in the shapes of some tensors."""
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.galore import widen
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.linalg import Reduce
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.kept import norms_of_tensors, width_of_sketch

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
 from galore_trainer.optim.guards import usable_flags
 from galore_trainer.optim.kept import KeptGradient, norms_of_tensors
@@ -166,9 +166,7 @@ class LocalWeight:
 
     def rows(self, matrix: LogicalMatrix | None = None) -> list[Rows]:
         """Of a cut weight the local rows of one logical matrix, or of all of them."""
-        matrices = self.matrices if matrix is None else [matrix]
-        shard = self.shard
-        return [r for m in matrices for r in local_rows(m, self.name, shard.rows, shard.first, shard.local_rows)]
+        return rows_of_shard(self.matrices if matrix is None else [matrix], self.name, self.shard)
 
     def gradient(self) -> Tensor:
         """Local rows of a cut weight's gradient, complete: [local rows, N]."""
@@ -305,6 +303,11 @@ def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
     outer = torch.arange(matrix.outer, dtype=torch.int64, device="cpu")[:, None] * (total_rows // matrix.outer)
     inner = matrix.start + torch.arange(matrix.length, dtype=torch.int64, device="cpu")
     return (outer + inner).reshape(matrix.blocks, matrix.block_rows)
+
+
+def rows_of_shard(matrices: Iterable[LogicalMatrix], name: str, shard: Shard) -> list[Rows]:
+    """The rows of a weight's logical matrices that a shard holds."""
+    return [r for m in matrices for r in local_rows(m, name, shard.rows, shard.first, shard.local_rows)]
 
 
 @functools.lru_cache(maxsize=1 << 14)

@@ -15,7 +15,7 @@ from galore_trainer.core.galore import usable_parts, widen
 from galore_trainer.core.residual import lost_at
 from galore_trainer.core.sparse import Support, part_of, read_at
 from galore_trainer.optim.bucket import Bucket
-from galore_trainer.optim.group_settings import scale_of
+from galore_trainer.optim.param_groups import scale_of
 from galore_trainer.optim.streams import stream
 
 

@@ -19,10 +19,11 @@ from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import BASIS, MOMENTS, Bucket, entries
-from galore_trainer.optim.group_settings import scale_of
+from galore_trainer.optim.param_groups import scale_of
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, Piece
 from galore_trainer.optim.ops_torch import Incoming, TorchOps, rounds
 from galore_trainer.optim.streams import rounding_key
+from galore_trainer.targets.matrices import has_residual
 
 FIRST_ELEMENTS = 1 << 29  # ``bucket.entries`` that move in one go at first, then twice as many each time,
 MOST_ELEMENTS = 1 << 30  # and at most: what is made of their projections is held meanwhile
@@ -264,7 +265,7 @@ def _takes(members: list[Piece], config: GaLoreConfig, rest: list[Piece]) -> boo
     """Whether the kernels move equal pieces; if not, ``rest`` takes them. Candidates warm up in torch."""
     first = members[0]
     takes = why_not(first.weight, first.grad if first.kept is None else None, config) is None
-    if takes and residual.has_residual(first.matrix, config) and residual.has_begun(first.owner.state, config):
+    if takes and has_residual(first.matrix, config) and residual.has_begun(first.owner.state, config):
         by_row = config.residual_selection == "row"
         takes = by_row and first.prefix + residual.INDEX in first.owner.state
     if not takes:

@@ -23,7 +23,7 @@ from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, by_cholesky, by_eigh, by_householder, least_error
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim.bucket import MOMENTS, REFRESH_ELEMENTS, STACK_ELEMENTS, Bucket, bucket_elements, entries
-from galore_trainer.optim.group_settings import gap_of
+from galore_trainer.optim.param_groups import gap_of
 from galore_trainer.optim.guards import Later, Retries
 from galore_trainer.optim.kept import sketch, sketch_matrices, width_of_sketch
 from galore_trainer.optim.layerwise import norms_of
@@ -47,7 +47,7 @@ def next_due(calls: int, gap: int, phase: int) -> int:
 def norms_later(weights: Sequence[LocalWeight]) -> Later:
     """Frobenius norms of gradients on their way to the host; NaN where a process of a cut weight has a bad one."""
     device = weights[0].weight.device
-    whole = iter(norms_of([w.grad_or_kept for w in weights if w.shard.is_whole]))
+    whole = iter(norms_of([w.grad for w in weights if w.shard.is_whole]))
     norms = [next(whole).double() if w.energy is None else _norm_of_cut(w) for w in weights]
     return Later(torch.stack([norm.to(device) for norm in norms]))
 

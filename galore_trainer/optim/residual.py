@@ -15,26 +15,14 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import residual
 from galore_trainer.core.galore import usable_parts
-from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight
+from galore_trainer.targets.matrices import has_residual, support_shape
 
 INDEX, CANDIDATES, MEAN = "residual_index", "candidate_index", "candidate_mean"
 MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))
 """Keys of the sparse moments, and whether they have a sign."""
-
-
-def support_shape(matrix: LogicalMatrix, config: GaLoreConfig) -> tuple[int, int, int]:
-    """Blocks, lines and entries a line of the support of one matrix."""
-    balanced = config.residual_selection == "row"
-    size = residual.support_size(matrix.block_rows, matrix.columns, config.residual_percent, balanced)
-    return matrix.blocks, *size
-
-
-def has_residual(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
-    """Whether a matrix gets one: switched on, and the projection loses something."""
-    return config.residual_percent > 0.0 and matrix.loses
 
 
 def has_begun(state: Any, config: GaLoreConfig) -> bool:

@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import Form, stored_basis_form, stored_form
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
-from galore_trainer.optim import residual_state
-from galore_trainer.optim.group_settings import OVERRIDES, check_unchanged
-from galore_trainer.optim.residual_state import has_residual, support_shape
-from galore_trainer.optim.sharded_state import pack_shards, unpack_shard
-from galore_trainer.optim.skips import some_of
-from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, SCALE
-from galore_trainer.optim.state import (
-    COUNTERS,
+from galore_trainer.layouts.find import Placement
+from galore_trainer.optim import residual
+from galore_trainer.optim.bucket import BASIS, MOMENTS, SCALE
+from galore_trainer.optim.guards import some_of
+from galore_trainer.optim.local import AGE, RESIDUAL_AGE, rows_of_shard
+from galore_trainer.optim.param_groups import (
+    OVERRIDES,
     SLICES,
     WAY_OUT,
-    bare,
     check_same_layout,
     check_same_method,
+    check_unchanged,
+)
+from galore_trainer.optim.state_forms import (
+    BAR,
+    COUNTERS,
+    StateInFlat,
+    bare,
+    one_age,
     packed_counters,
     restored,
+    rows_of_dtensor,
+    saved_dtensor,
+    saved_form,
 )
-from galore_trainer.optim.whole import describe, slices_for_saving
-
-if TYPE_CHECKING:
-    from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.targets.matrices import has_residual, support_shape
 
 STEPS, STATES = "steps", "states"
 """Keys of a state dict: the largest ``calls`` and the number of parameters with a state, which tell what is missing."""
@@ -50,26 +57,92 @@ PARTIAL = (
 # ---------------------------------------------------------------------- saving
 
 
-def pack(optimizer: GaLoreAdamW) -> dict[str, Any]:
-    """What ``GaLoreAdamW.state_dict`` returns: tensors, numbers, strings, and lists and mappings of them."""
-    groups, locator = optimizer.param_groups, optimizer._locator
+def pack(
+    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], placement: Placement, config: GaLoreConfig
+) -> dict[str, Any]:
+    """What ``GaLoreAdamW.state_dict`` returns: tensors, numbers, strings, and lists and mappings of them.
+
+    Args:
+        groups, state, placement, config: of the optimizer.
+    """
     number: dict[int, int] = {}
     for group in groups:
         for p in group["params"]:
             number.setdefault(id(p), len(number))
+    states = dict(state)
+    for group in groups:
+        for i, p in enumerate(group["params"]):
+            if p in states:
+                states[p] = _saved_state(states[p], group, i, placement, config)
     saved: dict[str, Any] = {
-        "state": {number.get(id(p), p): packed_counters(state) for p, state in optimizer.state.items()},
+        "state": {number.get(id(p), p): packed_counters(own) for p, own in states.items()},
         "param_groups": [{**group, "params": [number[id(p)] for p in group["params"]]} for group in groups],
     }
-    pack_shards(saved, groups, optimizer.config)
-    if any(locator.is_flat(group) for group in groups):
-        saved[SLICES] = slices_for_saving(groups, locator)
+    if any(placement.is_flat(group) for group in groups):
+        saved[SLICES] = _slices(groups, placement)
     for group in saved["param_groups"]:
         if group["projected"]:
             group["matrices"] = describe(group["matrices"])
     for key, count in ((STEPS, steps_of(saved["state"])), (STATES, sum(map(bool, saved["state"].values())))):
         saved[key] = torch.tensor(count, dtype=torch.int64, device="cpu")
     return saved
+
+
+def _saved_state(
+    state: Mapping[str, Any], group: Mapping[str, Any], i: int, placement: Placement, config: GaLoreConfig
+) -> Mapping[str, Any]:
+    """The state of parameter ``i`` of a group as it is saved."""
+    p, projected = group["params"][i], group["projected"]
+    if not state or (not projected and not is_dtensor(p)):
+        return state
+    if placement.is_flat(group):
+        return _saved_flat(state, group, p, placement, config)
+    name, matrices = group["names"][i], group["matrices"][i] if projected else ()
+    if not is_dtensor(p):
+        return saved_form(state, matrices, config)
+    if projected:
+        shard = placement.shard(p, name)
+        pieces = rows_of_shard(matrices, name, shard)
+        state = saved_form(state, matrices, config, pieces, shard.local_rows, p.dtype)
+    return saved_dtensor(state, p, matrices, config)
+
+
+def _saved_flat(
+    state: Mapping[str, Any], group: Mapping[str, Any], flat: Tensor, placement: Placement, config: GaLoreConfig
+) -> Mapping[str, Any]:
+    names = group["names"]
+    if any(f"{name}{BAR}{MOMENTS[0][0]}" in state for name in names):
+        return state  # as it was loaded: no step has cut it into pieces
+    saved: dict[str, Any] = {}
+    for part in placement.slices(group, flat):
+        name, matrices, shard = names[part.index], group["matrices"][part.index], part.shard
+        if own := StateInFlat(dict(state), name):
+            pieces = rows_of_shard(matrices, name, shard)
+            rows = saved_form(own, matrices, config, pieces, shard.local_rows, flat.dtype)
+            saved |= {f"{name}{BAR}{key}": value for key, value in rows.items()}
+    return saved
+
+
+def _slices(groups: Sequence[dict[str, Any]], placement: Placement) -> dict[int, list[Any]]:
+    """Of every flat tensor, by its number in a state dict: name, shape, start, stop and offset of each weight in it."""
+    slices: dict[int, list[Any]] = {}
+    first = 0
+    for group in groups:
+        number = {id(p): first + i for i, p in enumerate(group["params"])}
+        first += len(number)
+        names, shapes = group["names"], placement.shapes(group)
+        for flat in placement.flats(group):
+            if id(flat) in number:
+                slices[number[id(flat)]] = [
+                    [names[s.index], list(shapes[s.index]), s.shard.start, s.shard.stop, s.offset]
+                    for s in placement.slices(group, flat)
+                ]
+    return slices
+
+
+def describe(matrices: Sequence[Sequence[LogicalMatrix]]) -> list[list[dict[str, Any]]]:
+    """Logical matrices as strings and numbers, for a state dict."""
+    return [[dataclasses.asdict(matrix) for matrix in of_weight] for of_weight in matrices]
 
 
 def steps_of(states: Mapping[Any, Mapping[str, Any]]) -> int:
@@ -81,11 +154,13 @@ def steps_of(states: Mapping[Any, Mapping[str, Any]]) -> int:
 # ---------------------------------------------------------------------- loading
 
 
-def unpack(optimizer: GaLoreAdamW, saved: Mapping[str, Any]) -> dict[str, Any]:
+def unpack(
+    groups: Sequence[dict[str, Any]], placement: Placement, config: GaLoreConfig, saved: Mapping[str, Any]
+) -> dict[str, Any]:
     """Groups and states, in new tensors, for ``Optimizer.__setstate__``; every tensor keeps its dtype.
 
     Args:
-        optimizer: whose groups are filled; it is not changed.
+        groups, placement, config: of the optimizer; they are not changed.
         saved: from ``pack`` of this or an earlier version.
 
     Raises:
@@ -94,35 +169,36 @@ def unpack(optimizer: GaLoreAdamW, saved: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= set(saved):
         wanted = "one saved by GaLoreAdamW, with state and param_groups"
         raise OptionError("optimizer", type(saved).__name__, wanted, WAY_OUT)
-    groups, locator = optimizer.param_groups, optimizer._locator
     check_same_method(saved["param_groups"], groups)
-    check_same_layout(saved, groups, any(locator.is_flat(group) for group in groups))
+    check_same_layout(saved, groups, any(placement.is_flat(group) for group in groups))
     states = _states_by_number(saved)
-    found: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    loaded: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     new_groups = []
     for group, before in zip(groups, saved["param_groups"], strict=True):
-        flat = locator.is_flat(group)
+        flat = placement.is_flat(group)
         for i, (p, key) in enumerate(zip(group["params"], before["params"], strict=True)):
             state = states.pop(key, None)
             if state and flat:
-                found[p] = restored(state, p)
+                loaded[p] = restored(state, p)
             elif state and is_dtensor(p):
-                found[p] = restored(unpack_shard(state, p), p)
+                loaded[p] = restored(rows_of_dtensor(state), p)
             elif state:
-                matrices = group["matrices"][i] if group["projected"] else None
-                found[p] = _checked(restored(state, p), group["names"][i], p, matrices, optimizer.config)
+                name, matrices = group["names"][i], group["matrices"][i] if group["projected"] else None
+                loaded[p] = _checked(restored(state, p), name, p, matrices, config)
+                if matrices:
+                    one_age(loaded[p], matrices, name)
         new_groups.append(_new_group(group, before))
     if states:
         got = f"states of {sorted(map(str, states))}, which are no parameters"
         raise OptionError("checkpoint", got, "states of its own parameters", WAY_OUT)
-    if (count := int(saved.get(STATES, len(found)))) > len(found):
-        names = [n for g in groups for n, p in zip(g["names"], g["params"], strict=False) if p not in found]
-        got = f"the states of {len(found)} parameters out of {count}, without {some_of(names)}"
+    if (count := int(saved.get(STATES, len(loaded)))) > len(loaded):
+        names = [n for g in groups for n, p in zip(g["names"], g["params"], strict=False) if p not in loaded]
+        got = f"the states of {len(loaded)} parameters out of {count}, without {some_of(names)}"
         raise OptionError("checkpoint", got, "the states of all parameters", PARTIAL)
-    if (steps := int(saved.get(STEPS, steps_of(found)))) != steps_of(found):
-        got = f"a state dict of {steps} steps whose parameters have taken {steps_of(found)}"
+    if (steps := int(saved.get(STEPS, steps_of(loaded)))) != steps_of(loaded):
+        got = f"a state dict of {steps} steps whose parameters have taken {steps_of(loaded)}"
         raise OptionError("checkpoint", got, "the states of all parameters", PARTIAL)
-    return {"state": found, "param_groups": new_groups}
+    return {"state": loaded, "param_groups": new_groups}
 
 
 def _states_by_number(saved: Mapping[str, Any]) -> dict[Any, Any]:
@@ -206,8 +282,8 @@ def _forms(
             yield prefix + "candidate_mean", Form((blocks, lines, shape[-1]), wide)
             continue
         yield prefix + "residual_index", Form((blocks, lines, entries), torch.int32)
-        yield prefix + residual_state.AGE, age
-        for key, _ in residual_state.MOMENTS:
+        yield prefix + RESIDUAL_AGE, age
+        for key, _ in residual.MOMENTS:
             yield from _with_scale(prefix + key, stored_form((blocks, lines, entries), config.state_bits, wide))
 
 

@@ -1,4 +1,4 @@
-"""What a parameter group may say beside its parameters, and the settings that follow from it."""
+"""What a parameter group may say beside its parameters, whether it was changed by hand, and which saved one it fits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,23 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.galore import compute_dtype
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.sides import project_whole
-from galore_trainer.optim.streams import logical_name
+from galore_trainer.layouts.find import Noted, Placement, address_of
+from galore_trainer.layouts.shard import Shard
+from galore_trainer.targets.matrices import project_whole
+from galore_trainer.targets.names import logical_name
+
+WAY_OUT = (
+    "Resume with the saved value, or start a new run from the checkpoint's weights "
+    "(model_name_or_path: the checkpoint's folder, another output_dir, no resume)."
+)
+OTHER_LAYOUT = (
+    "It was written under another launch. Make it whole: galore-ft state export CHECKPOINT NEW_OUTPUT_DIR; one process "
+    "and DDP resume from that, FSDP2 and ZeRO after galore-ft state import."
+)
+CHANGED_WAY_OUT = "Change a model before its optimizer is built, or build a new one."
+SLICES = "slices"  # in a state dict: of each flat tensor, by its number, name, shape, start, stop and offset of weights
 
 OVERRIDES = ("rank", "update_proj_gap", "scale", "proj_type")
 """Settings of ``GaLoreConfig`` that a group can set for itself, as groups for galore-torch do."""
@@ -220,3 +234,132 @@ def gap_of(group: Mapping[str, Any]) -> int:
     """Steps between two refreshes of a projected group."""
     gap: int = group["galore"]["update_proj_gap"]
     return gap
+
+
+# ---------------------------------------------------------------------- changed by hand
+
+
+def noted_of(placement: Placement, group: Mapping[str, Any]) -> Noted:
+    """What was noted of a group; raises ``OptionError`` for a group that was put into ``param_groups`` by hand."""
+    noted = placement.noted(group)
+    if noted is None:
+        raise _by_hand("a group put in by hand")
+    return noted
+
+
+def check_groups(placement: Placement, groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ``OptionError`` where groups, their parameters or settings were changed so that they cannot be followed."""
+    for group in groups:
+        check_unchanged(group)
+        noted, count = noted_of(placement, group), len(group["params"])
+        if len(noted.shapes) != count and not placement.is_flat(group):
+            raise _by_hand(f"{count} parameters in a group of {len(noted.shapes)}")
+        if noted.projected != group["projected"]:
+            raise _by_hand(f"projected {group['projected']} in a group that was added with {noted.projected}")
+    names = [group["names"][0] for group in groups if group["names"]]
+    if len(set(names)) < len(names):
+        raise _by_hand("two groups of the same names")
+
+
+def check_if_changed(noted: Noted, group: Mapping[str, Any], i: int, state: Mapping[str, Any] | None) -> None:
+    """``check_parameter`` ``i`` of a group if its shape or its place in memory is no longer what was noted."""
+    p = group["params"][i]
+    if p.shape != noted.shapes[i] or address_of(p) != noted.addresses[i]:
+        check_parameter(noted, group, i, state)
+
+
+def check_parameter(noted: Noted, group: Mapping[str, Any], i: int, state: Mapping[str, Any] | None) -> None:
+    """Compare a parameter with what was noted of it, and note it anew where it still fits.
+
+    Args:
+        noted: of the group, from ``Placement``.
+        group: one of ``param_groups``.
+        i: position of the parameter in its group.
+        state: of the parameter, empty or None before its first step.
+
+    Raises:
+        OptionError: it does not fit its state, its logical matrices or its gradient any more.
+    """
+    p, name = group["params"][i], group["names"][i]
+    if p.shape != noted.shapes[i] and (state or group["projected"]):
+        now, before = list(p.shape), list(noted.shapes[i])
+        raise OptionError("parameters", f"{name} of shape {now}", f"shape {before}, as when it was added", CHANGED_WAY_OUT)
+    if p.grad is not None and p.grad.shape != p.shape:
+        got = f"{name} of shape {list(p.shape)} with a gradient of shape {list(p.grad.shape)}"
+        raise OptionError("parameters", got, "a gradient of its own shape", "Call zero_grad and backward again.")
+    if state:
+        device = state["skipped"].device
+        if device != p.device:
+            wanted = f"{device}, where its state lies"
+            raise OptionError("parameters", f"{name} on {p.device}", wanted, CHANGED_WAY_OUT)
+        if compute_dtype(p.dtype) != compute_dtype(noted.dtypes[i]):
+            wanted = f"{noted.dtypes[i]}, which its state was made for"
+            raise OptionError("parameters", f"{name} in {p.dtype}", wanted, CHANGED_WAY_OUT)
+    noted.note(i, p)
+
+
+def _by_hand(got: str) -> OptionError:
+    return OptionError("param_groups", got, "groups as they were added", "Use add_param_group.")
+
+
+# ---------------------------------------------------------------------- saved by another optimizer
+
+
+def check_same_method(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """Raise ``OptionError`` where saved groups belong to another method, other settings or other parameters."""
+    if not any(isinstance(g, Mapping) and "projected" in g for g in saved):
+        raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
+    for before, now in zip([g for g in saved if g["projected"]], [g for g in own if g["projected"]], strict=False):
+        saved_settings = {**GaLoreConfig().to_dict(), **before.get("galore", {})}  # fields younger than the checkpoint
+        for key, value in now["galore"].items():
+            if saved_settings.get(key) != value:
+                option = "seed" if key == "seed" else f"galore.{key}"
+                raise OptionError(option, value, f"{saved_settings.get(key)!r} as in the checkpoint", WAY_OUT)
+    names_before, names_now = ([n for g in groups for n in g.get("names", [])] for groups in (saved, own))
+    if names_before != names_now:
+        changed = sorted(set(names_before) ^ set(names_now))[:5] or ["the same names in another order"]
+        raise OptionError("parameters", changed, "the parameters of the checkpoint, in its order", WAY_OUT)
+    if [(g["projected"], len(g["names"])) for g in saved] != [(g["projected"], len(g["names"])) for g in own]:
+        raise OptionError("parameters", "other groups", "the checkpoint's projected and plain groups", WAY_OUT)
+    for before, now in zip(saved, own, strict=True):
+        _check_same_matrices(before, now)
+
+
+def _check_same_matrices(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ``OptionError`` where a weight's logical matrices differ: its shape, or how its heads are read."""
+    for name, described, now in zip(own["names"], saved.get("matrices", ()), own.get("matrices", ()), strict=False):
+        if [dict(fields) for fields in described] == [dataclasses.asdict(matrix) for matrix in now]:
+            continue
+        got, wanted = (" + ".join(_in_words(m) for m in each) for each in (map(dataclasses.asdict, now), described))
+        raise OptionError(f"heads of {name}", got, f"{wanted}, as in the checkpoint", WAY_OUT)
+
+
+def _in_words(fields: Mapping[str, Any]) -> str:
+    """A logical matrix, from its described form."""
+    rows, head_dim = fields["outer"] * fields["length"], fields["head_dim"]
+    heads = f"{rows // head_dim} heads of {head_dim} rows" if head_dim else "no heads"
+    bases = f"{fields['blocks']} bases of rank {fields['rank']} on the {fields['side']}"
+    return f"{fields['label']} {rows} x {fields['columns']}, {heads}, {bases}".strip()
+
+
+def check_same_layout(saved: Mapping[str, Any], own: list[dict[str, Any]], flat: bool) -> None:
+    """Raise ``OptionError`` where a state was saved under another layout.
+
+    Args:
+        saved: what ``GaLoreAdamW.state_dict`` gave.
+        own: this optimizer's groups.
+        flat: whether DeepSpeed has put flat tensors in their parameters' place.
+    """
+    counts = ([len(g["params"]) for g in groups] for groups in (saved["param_groups"], own))
+    if (SLICES in saved) != flat or len({*map(tuple, counts)}) > 1:
+        kinds = {True: "slices of DeepSpeed ZeRO", False: "whole weights or rows"}
+        got = kinds[SLICES in saved]
+        raise OptionError("checkpoint", got, f"a state of {kinds[flat]}, cut as here", OTHER_LAYOUT)
+
+
+def checked_shard(placement: Placement, p: Tensor, name: str) -> Shard:
+    """The rows of a DTensor that this process holds; ``OptionError`` where it is not cut between its rows, once."""
+    try:
+        return placement.shard(p, name)
+    except ValueError as error:
+        raise OptionError("fsdp", str(error), "FSDP2, whole or hybrid", "See the README's backends.") from None

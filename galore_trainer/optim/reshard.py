@@ -1,33 +1,31 @@
 """The optimizer's state as one process keeps it, made from what any layout saved, and cut again for another layout.
 
-Under FSDP2 and ZeRO the state of a projected weight lies row by row (``pieces.py``); one process keeps it by logical
-matrix. A whole state is what ``GaLoreAdamW.state_dict`` gives on one process.
+FSDP2 and ZeRO save the state of a projected weight row by row; one process saves it by logical matrix
+(``state_forms.py``). A whole state is what ``GaLoreAdamW.state_dict`` gives on one process.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
-from galore_trainer.layouts.shard import Ranks, Shard
-from galore_trainer.optim.locate import BAR, Locator, OneOf, check_shardable
-from galore_trainer.optim.pieces import ROW_KEYS, stored_rows
+from galore_trainer.layouts.find import Placement
+from galore_trainer.layouts.shard import Shard
+from galore_trainer.optim.bucket import MOMENTS
+from galore_trainer.optim.local import stored_rows
+from galore_trainer.optim.param_groups import SLICES, check_same_method, checked_shard
 from galore_trainer.optim.plain import plain_state
-from galore_trainer.optim.sharded_state import living
-from galore_trainer.optim.stack import MOMENTS
-from galore_trainer.optim.state import SLICES, check_same_method, restored
-
-if TYPE_CHECKING:
-    from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.state_forms import BAR, ROW_KEYS, StateInFlat, living, restored
+from galore_trainer.targets.matrices import check_shardable
 
 State = Mapping[str, Any]
 
@@ -77,27 +75,6 @@ def rows_of_whole(state: State, matrices: Iterable[LogicalMatrix], shard: Shard)
 # ---------------------------------------------------------------------- from what was saved
 
 
-def describe(matrices: Sequence[Sequence[LogicalMatrix]]) -> list[list[dict[str, Any]]]:
-    """Logical matrices as strings and numbers, for a state dict."""
-    return [[dataclasses.asdict(matrix) for matrix in own] for own in matrices]
-
-
-def slices_for_saving(groups: Sequence[dict[str, Any]], locator: Locator) -> dict[int, list[Any]]:
-    """Of every flat tensor, by its number in a state dict: name, shape, start, stop and offset of each weight in it."""
-    found: dict[int, list[Any]] = {}
-    first = 0
-    for group in groups:
-        number = {id(p): first + i for i, p in enumerate(group["params"])}
-        first += len(number)
-        for flat, members in locator.slices(group):
-            if id(flat) in number:
-                shapes = dict(zip(group["names"], locator.shapes(group), strict=True))
-                found[number[id(flat)]] = [
-                    [name, list(shapes[name]), s.shard.start, s.shard.stop, s.offset] for name, s in members
-                ]
-    return found
-
-
 def whole_of_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The whole state from a state dict of FSDP2 by parameter names, its DTensors complete."""
     states: dict[str, dict[str, Any]] = {}
@@ -137,7 +114,7 @@ def whole_of_slices(saved: Sequence[Mapping[str, Any]], flats: Sequence[Sequence
                     if not state:
                         continue
                     if group["projected"]:
-                        _collect_rows(states[name], OneOf(state, name), shard)
+                        _collect_rows(states[name], StateInFlat(state, name), shard)
                     else:
                         _collect_entries(states[name], state, torch.Size(shape), start, stop, offset)
     for name, whole in weights.items():
@@ -175,9 +152,7 @@ def _collect_entries(
 
 def _shard(shape: Sequence[int], start: int, stop: int) -> Shard:
     columns = shape[-1]
-    return Shard(
-        rows=math.prod(shape) // columns, columns=columns, start=start, stop=stop, boundaries=(), ranks=Ranks(None)
-    )
+    return Shard(rows=math.prod(shape) // columns, columns=columns, start=start, stop=stop)
 
 
 def _matrices(group: Mapping[str, Any], i: int) -> list[LogicalMatrix]:
@@ -197,44 +172,56 @@ def _as_one_process(groups: Sequence[Mapping[str, Any]], states: Mapping[str, An
 
 
 @torch.no_grad()
-def put_whole(optimizer: GaLoreAdamW, saved: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Put a whole state into an optimizer whose weights are cut; each process takes its part.
+def put_whole(
+    groups: Sequence[dict[str, Any]],
+    state: MutableMapping[Tensor, Any],
+    placement: Placement,
+    saved: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    config: GaLoreConfig,
+) -> None:
+    """Put a whole state into the groups and the state of an optimizer whose weights are cut; see ``load_whole`` there.
 
     Args:
-        optimizer: wrapped by FSDP2 or DeepSpeed; before its first step.
+        groups, state, placement, config: of an optimizer that FSDP2 or DeepSpeed has wrapped; before its first step.
         saved: a state dict of one process.
         weights: whole, by logical name; DeepSpeed's float32 copies get them.
 
     Raises:
         OptionError: it was made by another method, or a weight is missing.
     """
-    for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=False):
+    for group, before in zip(groups, saved["param_groups"], strict=False):
         if group["projected"] and before["projected"]:
             _check_cuttable(group, before)
-    check_same_method(saved["param_groups"], optimizer.param_groups)
+    check_same_method(saved["param_groups"], groups)
     states = {
         name: saved["state"].get(number, {})
         for group in saved["param_groups"]
         for name, number in zip(group["names"], group["params"], strict=True)
     }
-    for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+    for group, before in zip(groups, saved["param_groups"], strict=True):
         kept = ("params", "names", "matrices", "galore")
         group.update({key: value for key, value in before.items() if key not in kept})
         group["betas"] = tuple(group["betas"])
-        if optimizer._locator.is_flat(group):
-            _fill_flats(optimizer, group, states, weights)
+        if placement.is_flat(group):
+            for flat in placement.flats(group):
+                state[flat] = restored(_fill_flat(flat, placement, group, states, weights, config), flat)
             continue
         for i, (name, p) in enumerate(zip(group["names"], group["params"], strict=True)):
             if not is_dtensor(p):
                 raise OptionError("checkpoint", f"{name}, whole", "weights cut by FSDP2 or ZeRO", "Resume from it.")
-            shard = optimizer._locator.shard(group, i)
-            own = states[name]
-            if own and group["projected"]:
-                own = rows_of_whole(own, group["matrices"][i], shard)
-            elif own:
-                keys = [key for key, _ in MOMENTS]
-                own = {k: v.reshape(-1)[shard.start : shard.stop].clone() if k in keys else v for k, v in own.items()}
-            optimizer.state[p] = restored(own, p)
+            matrices = group["matrices"][i] if group["projected"] else None
+            state[p] = restored(_part_of(states[name], matrices, checked_shard(placement, p, name)), p)
+
+
+def _part_of(whole: State, matrices: Sequence[LogicalMatrix] | None, shard: Shard) -> State:
+    """The rows, or of a plain weight the entries, that a shard holds of a whole state."""
+    if not whole:
+        return whole
+    if matrices is not None:
+        return rows_of_whole(whole, matrices, shard)
+    keys = [key for key, _ in MOMENTS]
+    return {k: v.reshape(-1)[shard.start : shard.stop].clone() if k in keys else v for k, v in whole.items()}
 
 
 def _check_cuttable(group: Mapping[str, Any], before: Mapping[str, Any]) -> None:
@@ -252,25 +239,31 @@ def _check_cuttable(group: Mapping[str, Any], before: Mapping[str, Any]) -> None
             raise OptionError("checkpoint", f"{field} {got}", f"{field} {wanted}", way_out)
 
 
-def _fill_flats(optimizer: GaLoreAdamW, group: dict[str, Any], states: Mapping[str, State], weights: Any) -> None:
-    number = {name: i for i, name in enumerate(group["names"])}
-    for flat, members in optimizer._locator.slices(group):
-        state: dict[str, Any] = {}
-        for name, piece in members:
-            here = slice(piece.shard.start, piece.shard.stop)
-            piece.of(flat).copy_(weights[name].reshape(-1)[here])
-            if group["projected"] and states[name]:
-                rows = rows_of_whole(states[name], group["matrices"][number[name]], piece.shard)
-                state |= {f"{name}{BAR}{key}": value for key, value in rows.items()}
-        own = [(states[name], piece) for name, piece in members if states[name]]
-        if own and not group["projected"]:
-            state = plain_state(flat, optimizer.config.plain_state_bits)
-            for whole, piece in own:
-                here = slice(piece.shard.start, piece.shard.stop)
-                for key, _ in MOMENTS:
-                    piece.of(state[key]).copy_(whole[key].reshape(-1)[here])
-            # one counter for all: they differ only by skipped steps
-            state["step"] = torch.stack([whole["step"] for whole, _ in own]).max()
-            state["calls"] = max(whole["calls"] for whole, _ in own)
-            state["skipped"] = torch.stack([whole["skipped"] for whole, _ in own]).amax(dim=0)
-        optimizer.state[flat] = restored(state, flat)
+def _fill_flat(
+    flat: Tensor,
+    placement: Placement,
+    group: Mapping[str, Any],
+    states: Mapping[str, State],
+    weights: Mapping[str, Tensor],
+    config: GaLoreConfig,
+) -> State:
+    """Copy whole weights into a flat tensor; the state of its entries."""
+    members = [(group["names"][part.index], part) for part in placement.slices(group, flat)]
+    for name, part in members:
+        part.of(flat).copy_(weights[name].reshape(-1)[part.shard.start : part.shard.stop])
+    with_state = [(states[name], name, part) for name, part in members if states[name]]
+    state: dict[str, Any] = {}
+    if group["projected"]:
+        for whole, name, part in with_state:
+            rows = rows_of_whole(whole, group["matrices"][part.index], part.shard)
+            state |= {f"{name}{BAR}{key}": value for key, value in rows.items()}
+    elif with_state:
+        state = plain_state(flat, config.plain_state_bits)
+        for whole, _, part in with_state:
+            for key, _ in MOMENTS:
+                part.of(state[key]).copy_(whole[key].reshape(-1)[part.shard.start : part.shard.stop])
+        # one counter for all: they differ only by skipped steps
+        state["step"] = torch.stack([whole["step"] for whole, *_ in with_state]).max()
+        state["calls"] = max(whole["calls"] for whole, *_ in with_state)
+        state["skipped"] = torch.stack([whole["skipped"] for whole, *_ in with_state]).amax(dim=0)
+    return state
