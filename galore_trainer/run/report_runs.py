@@ -270,7 +270,7 @@ def _key(value: Any) -> str:
     return repr(float(value) if is_number(value) else value)
 
 
-def _run(folder: Path, result: Result) -> Run:
+def _run(folder: Path, result: dict[str, Any]) -> Run:
     check_result(folder / RESULT, result)
     rows: dict[tuple[int, bool], Mapping[str, Any]] = {}
     for row in read_log(folder / LOG):

@@ -90,14 +90,17 @@ ENTRY: dict[str, Field] = {
 }
 
 
-def check_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Refuse a ``result.json`` that no run wrote.
+def check_result(path: Path, result: dict[str, Any]) -> None:
+    """Refuse a ``result.json`` that no run wrote. Missing fields of its first level that may be null become None.
 
     Raises:
         OptionError: naming the file, the first field that does not fit, and what is wanted there.
     """
     _check_text(path, result)
     _check(path, result, RESULT)
+    for name in RESULT:
+        if "." not in name:
+            result.setdefault(name)  # readers need not ask whether it is there
     score = result.get("score_after")
     if score:
         _check(path, score, SCORE, "score_after.")

@@ -302,6 +302,7 @@ def test_any_result_log_and_study_of_a_report(place: Path) -> None:
     @given(mutated(RESULT), st.lists(mutated(log[0]), max_size=2), mutated(STUDY))
     @example({**RESULT, "config": {"max_steps": 10**400}}, [], STUDY)
     @example({**RESULT, "config": {"run_name": "a$b$_"}}, [], STUDY)
+    @example({key: value for key, value in RESULT.items() if key != "score_after"}, [], STUDY)
     @example({**RESULT, "seconds": {**RESULT["seconds"], "training": 1e308}}, [{"step": 3, "loss": 1e308}], STUDY)
     def check(result: Any, rows: list[Any], record: Any) -> None:
         (run / "result.json").write_text(json.dumps(result))
