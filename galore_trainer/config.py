@@ -189,6 +189,28 @@ class GaLoreConfig:
         return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["trajectory"])
 
 
+def check_settings(config: GaLoreConfig, where: str) -> None:
+    """Raise ``OptionError`` for a setting that needs whole weights.
+
+    Args:
+        config: as the user gave it.
+        where: what cuts the weights, for the message.
+    """
+    wants = [
+        ("proj_type", config.proj_type == "left", "std or right", "Rows are cut, so columns are projected."),
+        ("share_output_heads", config.share_output_heads, "false", "Heads that are columns need whole rows."),
+        ("residual_selection", config.residual_percent > 0.0 and config.residual_selection == "global", "row", ""),
+        ("state_bits", config.state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
+        ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
+        ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "An exact SVD needs whole weights."),
+        ("first_basis", config.first_basis == "sketch", "gradient", "A sketch sees whole columns."),
+    ]  # fmt: skip
+    for field, refused, wanted, why in wants:
+        if refused:
+            got = f"{getattr(config, field)!r} under {where}"
+            raise OptionError(f"galore.{field}", got, wanted, f"{why} DDP takes every setting.".strip())
+
+
 def check_fields(prefix: str, config: Any) -> None:
     """Check every field of a settings dataclass against its annotation and its declared minimum.
 

@@ -20,10 +20,11 @@ MAY_IMPORT = {
     "config": {"errors"},
     "hub": {"errors"},
     "metrics": {"errors"},
-    "optim": {"core", "kernels", "layouts", *BASE},
-    "hf": {"core", "layouts", "optim", *BASE},
+    "targets": {"core", "layouts", *BASE},
+    "optim": {"core", "kernels", "layouts", "targets", *BASE},
+    "hf": {"core", "layouts", "targets", "optim", *BASE},
     "recipes": {"metrics", "hub", *BASE},
-    "run": {"core", "layouts", "optim", "hf", "metrics", "recipes", "configs", "hub", *BASE},
+    "run": {"core", "layouts", "targets", "optim", "hf", "metrics", "recipes", "configs", "hub", *BASE},
     "cli": {"run", "recipes", "configs", "hub", *BASE, "__version__"},
 }
 ONLY_TORCH = {"core", "layouts"}

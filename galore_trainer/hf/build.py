@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from galore_trainer.config import GaLoreConfig
+from galore_trainer.config import GaLoreConfig, check_settings
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.arguments import check_ignored, optimizer_settings
 from galore_trainer.hf.backend import Backend, training_backend
@@ -21,9 +21,8 @@ from galore_trainer.hf.membership import watch_first_steps
 from galore_trainer.hf.unpickling import check_checkpoint
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.groups import Weight, parameter_groups, plan_weights
-from galore_trainer.optim.locate import check_settings
-from galore_trainer.optim.streams import logical_name
+from galore_trainer.targets.groups import Weight, parameter_groups, plan_weights
+from galore_trainer.targets.names import logical_name
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
 from galore_trainer.hf.unpickling import OPTION, STORED_BY_DEEPSPEED, TRAINER, WHOLE, check_checkpoint, trainer_state
 from galore_trainer.optim.state import OTHER_LAYOUT, SLICES
-from galore_trainer.optim.streams import logical_name
 from galore_trainer.optim.whole import whole_of_names, whole_of_slices
+from galore_trainer.targets.names import logical_name
 
 OPTIMIZER, SCHEDULER, WEIGHTS = "optimizer.pt", "scheduler.pt", "model.safetensors"
 WHOLE_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")

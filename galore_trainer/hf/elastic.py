@@ -17,8 +17,8 @@ from galore_trainer.hf.callback import unwrap_optimizer
 from galore_trainer.hf.checkpoints import OPTIMIZER, SCHEDULER, WHOLE_WEIGHTS, check_importable, check_state
 from galore_trainer.hf.unpickling import OPTION, TRAINER
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
-from galore_trainer.optim.streams import logical_name
 from galore_trainer.optim.whole import put_whole
+from galore_trainer.targets.names import logical_name
 
 
 def import_state(trainer: Trainer, checkpoint: str | Path) -> Path:

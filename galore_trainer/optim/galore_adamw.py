@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.averaging import Averager, check_bases
@@ -65,7 +65,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     """AdamW whose moments live in a low-rank projection of the gradient (GaLore+).
 
     Args:
-        params: parameter groups. ``galore_trainer.optim.groups.parameter_groups`` makes them from a model. By hand, a
+        params: parameter groups. ``galore_trainer.targets.groups.parameter_groups`` makes them from a model. By hand, a
             group ``{"params": [...], "projected": True}`` projects each of its 2-D weights whole; so does a group with
             ``rank``, ``update_proj_gap``, ``scale`` or ``proj_type``, as for galore-torch, which win over ``config``.
             Any other group takes ordinary AdamW. Names seed the random streams: those of

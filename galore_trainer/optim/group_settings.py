@@ -14,8 +14,8 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.sides import project_whole
-from galore_trainer.optim.streams import logical_name
+from galore_trainer.targets.matrices import project_whole
+from galore_trainer.targets.names import logical_name
 
 OVERRIDES = ("rank", "update_proj_gap", "scale", "proj_type")
 """Settings of ``GaLoreConfig`` that a group can set for itself, as groups for galore-torch do."""

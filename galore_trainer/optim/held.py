@@ -10,13 +10,13 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.pieces import Piece, PieceState, commit
 from galore_trainer.optim.residual_state import AGE as RESIDUAL_AGE
-from galore_trainer.optim.residual_state import has_residual
 from galore_trainer.optim.skips import no_skips
 from galore_trainer.optim.stack import AGE, Job, Stack
+from galore_trainer.targets.matrices import has_residual
 
 
 class Held:

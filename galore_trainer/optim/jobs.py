@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core.galore import compute_dtype
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.optim.layerwise import ProjectedGradient, is_usable, is_zero

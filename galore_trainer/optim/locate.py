@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from galore_trainer.config import GaLoreConfig
+from galore_trainer.config import check_settings
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
@@ -22,6 +22,7 @@ from galore_trainer.layouts.zero import Slice, flats_of, is_zero, slices_of
 from galore_trainer.optim.group_settings import check_unchanged
 from galore_trainer.optim.held import Held
 from galore_trainer.optim.pieces import Piece, pieces_of
+from galore_trainer.targets.matrices import check_shardable
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -298,39 +299,3 @@ class Locator:
         for matrix in matrices:
             check_shardable(matrix, name)
         return [pieces_of(m, m.logical(name), shard.rows, shard.first, shard.local_rows) for m in matrices]
-
-
-def check_settings(config: GaLoreConfig, where: str) -> None:
-    """Raise ``OptionError`` for a setting that needs whole weights.
-
-    Args:
-        config: as the user gave it.
-        where: what cuts the weights, for the message.
-    """
-    wants = [
-        ("proj_type", config.proj_type == "left", "std or right", "Rows are cut, so columns are projected."),
-        ("share_output_heads", config.share_output_heads, "false", "Heads that are columns need whole rows."),
-        ("residual_selection", config.residual_percent > 0.0 and config.residual_selection == "global", "row", ""),
-        ("state_bits", config.state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
-        ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
-        ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "An exact SVD needs whole weights."),
-        ("first_basis", config.first_basis == "sketch", "gradient", "A sketch sees whole columns."),
-    ]  # fmt: skip
-    for field, refused, wanted, why in wants:
-        if refused:
-            got = f"{getattr(config, field)!r} under {where}"
-            raise OptionError(f"galore.{field}", got, wanted, f"{why} DDP takes every setting.".strip())
-
-
-def check_shardable(matrix: Any, name: str) -> None:
-    """Raise ``OptionError`` for a matrix that is projected across the rows by which it is cut."""
-    if matrix.transposed:
-        raise OptionError(
-            "galore.target_modules", f"{name}, stored as [in, out], in shards", "weights stored as [out, in]",
-            "Train this model under DDP, or leave the module out of target_modules.",
-        )  # fmt: skip
-    if matrix.side != "right":
-        raise OptionError(
-            "galore.proj_type", f"the left side of {name}, in shards", "proj_type right under FSDP and DeepSpeed",
-            "Set galore.proj_type=right (galore_plugin does so by itself).",
-        )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.basis import sketch_width
 from galore_trainer.core.galore import compute_dtype, project, usable_parts, widen
-from galore_trainer.core.heads import LogicalMatrix, Side
+from galore_trainer.core.matrix import LogicalMatrix, Side
 from galore_trainer.core.precision import Stored, decode_basis
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.optim.skips import usable_flags

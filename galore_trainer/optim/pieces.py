@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 
 ROW_KEYS = (
     "exp_avg", "exp_avg_sq", "candidate_index", "candidate_mean", "residual_index", "residual_exp_avg",

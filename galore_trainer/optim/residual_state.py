@@ -12,24 +12,12 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import residual
 from galore_trainer.core.galore import widen
-from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.optim.stack import Job, Stack
+from galore_trainer.targets.matrices import has_residual, support_shape
 
 MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))  # key, and whether it has a sign
 AGE = "residual_step"
-
-
-def support_shape(matrix: LogicalMatrix, config: GaLoreConfig) -> tuple[int, int, int]:
-    """Blocks, lines and entries a line of the support of one matrix."""
-    balanced = config.residual_selection == "row"
-    size = residual.support_size(matrix.block_rows, matrix.columns, config.residual_percent, balanced)
-    return matrix.blocks, *size
-
-
-def has_residual(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
-    """Whether a matrix gets one: switched on, and the projection loses something."""
-    return config.residual_percent > 0.0 and matrix.loses
 
 
 def residual_lives(job: Job, config: GaLoreConfig) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.galore import widen
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.optim.held import Held, piece_states
 from galore_trainer.optim.parts import width_of_sketch
 from galore_trainer.optim.pieces import Piece, commit, stored_rows

@@ -16,8 +16,9 @@ from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.residual import CANDIDATES
 from galore_trainer.layouts.dtensor import is_dtensor, like
 from galore_trainer.optim.pieces import ROW_KEYS
-from galore_trainer.optim.residual_state import AGE, has_residual, support_shape
+from galore_trainer.optim.residual_state import AGE
 from galore_trainer.optim.stack import MOMENTS
+from galore_trainer.targets.matrices import has_residual, support_shape
 
 PHASE = "residual_phase"  # 0: no residual yet, 1: candidates, 2: a support
 LIVES_IN = {"candidate_index": 1, "candidate_mean": 1}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core.galore import MatrixState, compute_dtype
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import NOISE, Stored, decode, decode_basis, encode, encode_basis
 from galore_trainer.optim.parts import Part
 from galore_trainer.optim.streams import stream

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import Form, stored_basis_form, stored_form
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.optim import residual_state
 from galore_trainer.optim.group_settings import OVERRIDES, check_unchanged
-from galore_trainer.optim.residual_state import has_residual, support_shape
 from galore_trainer.optim.sharded_state import pack_shards, unpack_shard
 from galore_trainer.optim.skips import some_of
 from galore_trainer.optim.stack import AGE, BASIS, MOMENTS, SCALE
@@ -34,6 +33,7 @@ from galore_trainer.optim.state import (
     restored,
 )
 from galore_trainer.optim.whole import describe, slices_for_saving
+from galore_trainer.targets.matrices import has_residual, support_shape
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW

@@ -7,15 +7,6 @@ import hashlib
 
 import torch
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
-
-
-def logical_name(name: str) -> str:
-    """A parameter's name without what wrappers (DDP, torch.compile, FSDP, peft) add to it."""
-    for wrapper in WRAPPERS:
-        name = name.replace("." + wrapper, ".").removeprefix(wrapper)
-    return name
-
 
 def stream(device: torch.device | str, seed: int, name: str, purpose: str, *index: int) -> torch.Generator:
     """A generator on ``device``, seeded by a stable hash of its arguments: equal on equal device types.

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.layouts.shard import Ranks, Shard
-from galore_trainer.optim.locate import BAR, Locator, OneOf, check_shardable
+from galore_trainer.optim.locate import BAR, Locator, OneOf
 from galore_trainer.optim.pieces import ROW_KEYS, stored_rows
 from galore_trainer.optim.plain import plain_state
 from galore_trainer.optim.sharded_state import living
 from galore_trainer.optim.stack import MOMENTS
 from galore_trainer.optim.state import SLICES, check_same_method, restored
+from galore_trainer.targets.matrices import check_shardable
 
 if TYPE_CHECKING:
     from galore_trainer.optim.galore_adamw import GaLoreAdamW

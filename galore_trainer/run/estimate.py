@@ -192,7 +192,7 @@ def inspect(config: RunConfig) -> str:
         OptionError: what training would refuse, in the same words.
     """
     from galore_trainer.hf.table import plan_table
-    from galore_trainer.optim.groups import plan_weights
+    from galore_trainer.targets.groups import plan_weights
 
     model = empty_model(config)
     galore = config.galore
@@ -298,7 +298,7 @@ def _galore_torch_memory(model: Any, galore: GaLoreConfig) -> tuple[dict[str, in
 
     Its step makes a denominator and an update for each parameter, and lets go of the last one's as it makes the next's.
     """
-    from galore_trainer.optim.groups import plan_weights
+    from galore_trainer.targets.groups import plan_weights
 
     found, last, step = {"basis": 0, "moments": 0, "plain": 0}, 0, 0
     for weight in plan_weights(model, galore):

@@ -34,7 +34,7 @@ def _prepare_adamw(model: Any, config: RunConfig, arguments: TrainingArguments) 
 
 def _prepare_galore(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
     from galore_trainer.hf.build import galore_plugin
-    from galore_trainer.optim.groups import plan_weights
+    from galore_trainer.targets.groups import plan_weights
 
     plan_weights(model, config.galore)  # refuses now what the Trainer would meet after the first scoring
     return Prepared(model, galore_plugin(config.galore, arguments))

@@ -115,8 +115,8 @@ def checkpoint_bytes(config: RunConfig, model: Any, *, only_model: bool = False)
         model: as ``METHODS[...].prepare`` left it, perhaps on the meta device.
         only_model: leave out the optimizer's state.
     """
-    from galore_trainer.optim.groups import plan_weights
     from galore_trainer.run.estimate import adam_state
+    from galore_trainer.targets.groups import plan_weights
 
     block = METHODS[config.method].block
     saved = [p.nbytes for p in model.parameters() if p.requires_grad or block != "lora"]

@@ -24,10 +24,11 @@ from galore_trainer.core import galore
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.plain import plain_state
 from galore_trainer.optim.refresh import refresh_stack
-from galore_trainer.optim.residual_state import AGE, MOMENTS, has_residual, support_shape
+from galore_trainer.optim.residual_state import AGE, MOMENTS
 from galore_trainer.optim.skips import no_skips
 from galore_trainer.optim.stack import Job, Stack, make_stacks
 from galore_trainer.optim.update import REFRESH_ELEMENTS, STACK_ELEMENTS
+from galore_trainer.targets.matrices import has_residual, support_shape
 
 NEVER = 1 << 60
 

@@ -23,8 +23,8 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.build import build_optimizer
 from galore_trainer.hf.table import weight_table
-from galore_trainer.optim.attention import projection_name, role_of
-from galore_trainer.optim.groups import Weight, plan_weights
+from galore_trainer.targets.groups import Weight, plan_weights
+from galore_trainer.targets.names import projection_name, role_of
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "architectures.md"

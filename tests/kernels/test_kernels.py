@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core import galore
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.sparse import Support, add_at_, read_at
 from galore_trainer.kernels.adam import adam_
 from galore_trainer.kernels.count import count_

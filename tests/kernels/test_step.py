@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.optim import fused
 from galore_trainer.optim.galore_adamw import GaLoreAdamW

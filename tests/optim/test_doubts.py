@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.heads import LogicalMatrix
 from galore_trainer.core.linalg import CERTAIN, Tools, by_cholesky
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.optim import fused, refresh
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.layerwise import ProjectedGradient

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.reference import ReferenceMatrix
 from galore_trainer.core.sparse import Support
 from galore_trainer.errors import OptionError

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.groups import parameter_groups, plan_weights
+from galore_trainer.targets.groups import parameter_groups, plan_weights
 
 
 def build(name: str, **settings) -> nn.Module:

@@ -12,13 +12,13 @@ import transformers
 from torch import nn
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.build import build_optimizer
 from galore_trainer.hf.table import weight_table
-from galore_trainer.optim.attention import unknown_heads
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.groups import Weight, parameter_groups, plan_weights
+from galore_trainer.targets.groups import Weight, parameter_groups, plan_weights
+from galore_trainer.targets.matrices import unknown_heads
 
 JOINT = GaLoreConfig(rank=4, head_sharing="joint")
 SHARED = GaLoreConfig(rank=4)

@@ -13,7 +13,7 @@ from torch import nn
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.groups import parameter_groups, plan_weights
+from galore_trainer.targets.groups import parameter_groups, plan_weights
 
 
 def make(**own) -> tuple[list[nn.Parameter], GaLoreAdamW]:

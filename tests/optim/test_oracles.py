@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.reference import ReferenceMatrix
 from galore_trainer.core.sparse import Support
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -189,7 +189,8 @@ def test_candidates_find_the_support_of_a_dense_accumulator(selection: str, side
 @pytest.mark.parametrize(("blocks", "same_as"), [(4, "per_head"), (1, "shared")])
 def test_group_size_one_is_per_head_and_all_is_shared(blocks: int, same_as: str) -> None:
     """Groups of one head are per_head, one group of all heads is shared: the same weights, bit for bit."""
-    from galore_trainer.optim.attention import Heads, project_heads
+    from galore_trainer.targets.geometry import Heads
+    from galore_trainer.targets.matrices import project_heads
 
     results = []
     for config in (

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from galore_trainer import GaLoreConfig, OptionError, build_optimizer
 from galore_trainer.hf.table import weight_table
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.groups import Weight, plan_weights
+from galore_trainer.targets.groups import Weight, plan_weights
 
 Change = Callable[[nn.Module], Any]
 HOOKS: dict[str, Change] = {

@@ -14,7 +14,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.build import galore_groups
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.groups import plan_weights
+from galore_trainer.targets.groups import plan_weights
 
 METHOD: dict[str, Any] = {"rank": 4, "update_proj_gap": 5, "scale": 1.0, "residual_warmup_steps": 2}
 BITS = [

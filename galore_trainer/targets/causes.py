@@ -9,8 +9,8 @@ from torch import nn
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.computed import COMPUTED, WHOLE_AGAIN
-from galore_trainer.optim.streams import logical_name
+from galore_trainer.targets.computed import COMPUTED, WHOLE_AGAIN
+from galore_trainer.targets.names import logical_name
 
 PACKED = ("qweight", "qzeros", "weight_packed")  # buffers of GPTQ, AWQ and compressed-tensors layers
 WANTED = "linear layers of the model itself that train"

@@ -7,7 +7,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.streams import logical_name
+from galore_trainer.targets.names import logical_name
 
 COMPUTED = "computed from other parameters"
 WHOLE_AGAIN = (

@@ -16,23 +16,21 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, typ
 
 from galore_trainer.config import ALL_LINEAR, GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import stored_basis_bytes, stored_bytes
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.attention import (
+from galore_trainer.targets.causes import adapters_alone, nothing_projected
+from galore_trainer.targets.computed import COMPUTED, WHOLE_AGAIN, check_not_lazy, computed_weight, sources_of
+from galore_trainer.targets.geometry import heads_of
+from galore_trainer.targets.matrices import (
     HeadsDoNotFit,
+    has_residual,
     project_heads,
-    projection_name,
-    role_of,
-    should_have_heads,
+    project_whole,
+    support_shape,
     unknown_heads,
 )
-from galore_trainer.optim.causes import adapters_alone, nothing_projected
-from galore_trainer.optim.computed import COMPUTED, WHOLE_AGAIN, check_not_lazy, computed_weight, sources_of
-from galore_trainer.optim.geometry import heads_of
-from galore_trainer.optim.residual_state import has_residual, support_shape
-from galore_trainer.optim.sides import project_whole
-from galore_trainer.optim.streams import logical_name
+from galore_trainer.targets.names import logical_name, module_of, projection_name, role_of, should_have_heads
 
 logger = logging.getLogger(__name__)
 POSITION_BYTES = 4
@@ -141,11 +139,6 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
         raise nothing_projected(model, config, small, bool(chosen), any(w.note == COMPUTED for w in weights))
     _check_heads(model, weights, config, by_user)
     return weights
-
-
-def module_of(name: str) -> str:
-    """The module's name that a weight's name begins with."""
-    return name.removesuffix(".weight")
 
 
 def _check_heads(model: nn.Module, weights: list[Weight], config: GaLoreConfig, by_user: bool) -> None:

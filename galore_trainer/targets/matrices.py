@@ -1,40 +1,21 @@
-"""Which rows of a weight are heads: the attention layouts this project understands, from names and the geometry.
+"""From a weight's shape and its heads to logical matrices: one for a whole weight, one for each of q, k and v.
 
-A new layout is one line in ``LAYOUTS`` (rows of a fused weight) or one name in ``SEPARATE``.
+A new order of rows in a fused weight is one line in ``LAYOUTS``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.heads import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix, Side
+from galore_trainer.core.residual import support_size
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.geometry import Heads
-from galore_trainer.optim.sides import side_of
-
-SEPARATE = {
-    "q": ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "q_b_proj"),
-    "k": ("k_proj", "key", "k_lin", "wk", "k", "key_proj"),
-    "v": ("v_proj", "value", "v_lin", "wv", "v", "value_proj"),
-}
-OUTPUT = ("o_proj", "out_proj", "out_lin", "wo", "Wo", "o", "c_proj", "dense")
-FUSED_NAMES = (
-    *("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj_qkv", "wqkv", "W_pack", "att_proj"),
-    *("in_proj_qkvz", "qkv_linear", "kv_b_proj"),
-)
-HEADLESS = (  # of an attention, and neither q, k nor v
-    *OUTPUT,
-    *("proj", "projection", "projection_layer", "output", "output_proj", "linear_out", "to_out", "post"),  # outputs
-    *("gate_proj", "g_proj", "gate", "in_proj_z", "in_proj_a", "in_proj_b", "in_proj_ba"),  # gates
-    *("q_a_proj", "kv_a_proj_with_mqa"),  # latents
-    *("linear_pos", "relative_k_proj", "pos_proj", "relative_pos_embeddings", "gru_rel_pos_linear"),  # positions
-    *("sampling_offsets", "attention_weights"),
-)
-WRAPPERS = ("linear", "base_layer")  # a module that is all of the projection its parent stands for
+from galore_trainer.targets.geometry import Heads
+from galore_trainer.targets.names import projection_name
 
 
 class Part(NamedTuple):
@@ -124,37 +105,39 @@ def unknown_heads(name: str, config: GaLoreConfig, reason: str) -> HeadsDoNotFit
     return HeadsDoNotFit("galore.head_sharing", config.head_sharing, wanted, way_out, reason=reason)
 
 
-# ---------------------------------------------------------------------- names
+def side_of(proj_type: str, m: int, n: int) -> Side:
+    """GaLore's rule: ``std`` projects the shorter side (right when m >= n), ``reverse_std`` the longer one."""
+    if proj_type == "left" or proj_type == "right":
+        return proj_type  # type: ignore[return-value]
+    return "right" if (m >= n) == (proj_type == "std") else "left"
 
 
-def projection_name(module_name: str) -> str:
-    """A module's name without the wrappers that stand around its weight: ``q_proj`` for ``q_proj.linear``."""
-    while "." in module_name and module_name.rsplit(".", 1)[1] in WRAPPERS:
-        module_name = module_name.rsplit(".", 1)[0]
-    return module_name
+def project_whole(
+    shape: Sequence[int], name: str, config: GaLoreConfig, rank: int | None = None, transposed: bool = False
+) -> LogicalMatrix:
+    """The logical matrix of a weight that is projected whole: one basis, or one an expert for a 3-D stack.
 
+    Args:
+        shape: [m, n], [n, m] where ``transposed``, or [experts, m, n].
+        name: the parameter's name, for errors.
+        config: gives ``proj_type`` and ``rank``.
+        rank: instead of the config's.
+        transposed: the weight is stored as [in_features, out_features].
 
-def role_of(module_name: str, output_heads: bool = False) -> str | None:
-    """``q``, ``k``, ``v``, ``o`` (if ``output_heads``), ``fused``, or None for a weight without heads."""
-    *parents, leaf = projection_name(module_name).split(".")
-    if leaf in FUSED_NAMES:
-        return "fused"
-    names_of = {**SEPARATE, "o": OUTPUT} if output_heads else SEPARATE
-    role = next((role for role, names in names_of.items() if leaf in names), None)
-    # short names such as "q" or "key" are attention only under a module that says so
-    inside = any("att" in parent.lower() for parent in parents)
-    clear = role != "o" and leaf.endswith(("_proj", "_lin"))
-    return role if role and (inside or clear) else None
-
-
-def should_have_heads(module_name: str, output_heads: bool = False) -> bool:
-    """Whether a weight is q, k or v by its name, or lies directly in an attention under a name that tells nothing."""
-    if role_of(module_name, output_heads):
-        return True
-    *parents, leaf = projection_name(module_name).split(".")
-    if parents and parents[-1] == "self":  # BERT's attention.self.query
-        parents.pop()
-    return bool(parents) and "att" in parents[-1].lower() and leaf not in HEADLESS
+    Raises:
+        OptionError: the weight is neither 2-D nor a 3-D stack, or the rank exceeds its smaller side.
+    """
+    if len(shape) not in (2, 3):
+        raise OptionError(name, tuple(shape), "a 2-D weight or a 3-D stack of experts", "Leave it out of the group.")
+    m, n = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+    rank = config.rank if rank is None else rank
+    if rank > min(m, n):
+        raise OptionError("galore.rank", rank, f"at most {min(m, n)}, the smaller side of {name} ({m} x {n})")
+    experts = shape[0] if len(shape) == 3 else 1
+    return LogicalMatrix(
+        outer=experts, length=m, columns=n, transposed=transposed, side=side_of(config.proj_type, m, n), rank=rank,
+        blocks=experts,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- rows
@@ -259,3 +242,32 @@ def _group_size(name: str, count: int, num_heads: int, config: GaLoreConfig) -> 
         heads = f"{num_heads} query heads" + (f" (and of {count} key-value heads)" if count != num_heads else "")
         raise OptionError("galore.head_group_size", size, f"a divisor of the {heads} of {name}")
     return group
+
+
+# ---------------------------------------------------------------------- residual and shards
+
+
+def support_shape(matrix: LogicalMatrix, config: GaLoreConfig) -> tuple[int, int, int]:
+    """Blocks, lines and entries a line of the support of one matrix."""
+    balanced = config.residual_selection == "row"
+    size = support_size(matrix.block_rows, matrix.columns, config.residual_percent, balanced)
+    return matrix.blocks, *size
+
+
+def has_residual(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
+    """Whether a matrix gets one: switched on, and the projection loses something."""
+    return config.residual_percent > 0.0 and matrix.loses
+
+
+def check_shardable(matrix: Any, name: str) -> None:
+    """Raise ``OptionError`` for a matrix that is projected across the rows by which it is cut."""
+    if matrix.transposed:
+        raise OptionError(
+            "galore.target_modules", f"{name}, stored as [in, out], in shards", "weights stored as [out, in]",
+            "Train this model under DDP, or leave the module out of target_modules.",
+        )  # fmt: skip
+    if matrix.side != "right":
+        raise OptionError(
+            "galore.proj_type", f"the left side of {name}, in shards", "proj_type right under FSDP and DeepSpeed",
+            "Set galore.proj_type=right (galore_plugin does so by itself).",
+        )  # fmt: skip
