@@ -48,7 +48,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
 
 def settings_of(row: dict[str, Any], arguments: argparse.Namespace) -> Any:
     """The run's configuration: what ``estimate`` and the measurement have in common."""
-    from galore_trainer.run.config import RunConfig
+    from galore_trainer.run.settings.run_config import RunConfig
 
     galore = {"rank": arguments.rank, "residual_percent": 0.0, "residual_warmup_steps": 0}
     galore |= {key: value for key, value in row.items() if key != "method"}

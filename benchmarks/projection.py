@@ -128,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from galore_trainer.run.artifacts import environment
-    from galore_trainer.run.config import load_run_config
+    from galore_trainer.run.settings.run_config import load_run_config
 
     model = gradients(load_run_config(arguments.config, arguments.overrides), arguments.batch_size, arguments.device)
     rows = []

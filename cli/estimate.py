@@ -8,7 +8,7 @@ import typer
 
 from galore_trainer.cli.loading import load, require_reach
 from galore_trainer.cli.options import Config, Debug, Overrides, integers, with_flags
-from galore_trainer.run.config import load_own_settings, load_run_config
+from galore_trainer.run.settings.run_config import load_own_settings, load_run_config
 
 Methods = Annotated[
     str | None, typer.Option("--methods", metavar="A,B", help="Methods to compare; layerwise is galore_plus so.")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from galore_trainer.run.arguments import training_arguments
-from galore_trainer.run.config import load_run_config, packaged_configs
-from galore_trainer.run.methods import METHODS
+from galore_trainer.run.settings.arguments import training_arguments
+from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.run_config import load_run_config, packaged_configs
 
 NAMES = sorted(packaged_configs())
 

@@ -31,11 +31,11 @@ from galore_trainer.run.cells import (
     remove_weights,
     timing_config,
 )
-from galore_trainer.run.config import RESOLVED_CONFIG
 from galore_trainer.run.distributed import die_with_parent
 from galore_trainer.run.launch import threads_each
-from galore_trainer.run.methods import METHODS
 from galore_trainer.run.scores import in_words
+from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
 from galore_trainer.run.study import Study
 from galore_trainer.run.sweep_memory import VISIBLE, choose_jobs, visible_devices
 from galore_trainer.run.sweep_plan import count_all_steps, select

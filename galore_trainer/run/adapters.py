@@ -10,7 +10,7 @@ from galore_trainer.errors import OptionError
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from galore_trainer.run.config import LoraSettings
+    from galore_trainer.run.settings.run_config import LoraSettings
 
 
 def add_adapters(model: Any, settings: LoraSettings, *, seed: int, dora: bool) -> Any:

@@ -8,13 +8,13 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.recipes.sources import kind_of
-from galore_trainer.run.methods import METHODS
 from galore_trainer.run.model import public_name
 from galore_trainer.run.scores import metric_cells
-from galore_trainer.run.yaml_io import dump
+from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.yaml_io import dump
 
 if TYPE_CHECKING:
-    from galore_trainer.run.config import RunConfig
+    from galore_trainer.run.settings.run_config import RunConfig
 
 TRAINING = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps",

@@ -10,8 +10,8 @@ from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.run.artifacts import write_json
-from galore_trainer.run.config import RESOLVED_CONFIG, RunConfig, load_run_config
-from galore_trainer.run.methods import ADAPTER
+from galore_trainer.run.settings.methods import ADAPTER
+from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig, load_run_config
 from galore_trainer.run.shapes import check_result, check_study
 from galore_trainer.run.study import Cell, Study, comparable
 

@@ -11,7 +11,7 @@ from galore_trainer.run.artifacts import check_writable
 from galore_trainer.run.checkpoints import MANIFEST, damage, seal
 
 if TYPE_CHECKING:
-    from galore_trainer.run.config import RunConfig
+    from galore_trainer.run.settings.run_config import RunConfig
 
 
 def export_checkpoint(checkpoint: str, output_dir: str) -> Path:

@@ -10,9 +10,9 @@ from typing import Any
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError, one_line
-from galore_trainer.run.config import RunConfig
-from galore_trainer.run.methods import METHODS, check_backend
 from galore_trainer.run.per_process import Layout, Sizes, as_kept, share_out, sizes_of
+from galore_trainer.run.settings.methods import METHODS, check_backend
+from galore_trainer.run.settings.run_config import RunConfig
 from galore_trainer.run.simulate import StepMemory, simulate_step
 
 LAYERWISE = "galore_plus, layer-wise"
@@ -75,7 +75,7 @@ def _allowed(method: str, layout: Layout) -> bool:
 def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout | None = None) -> StepMemory:
     """Count one training step; see ``estimate``."""
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
-    from galore_trainer.run.arguments import training_arguments
+    from galore_trainer.run.settings.arguments import training_arguments
 
     arguments = training_arguments(config)
     text = _model_config(config)

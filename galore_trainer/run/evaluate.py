@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from galore_trainer.recipes.base import Example
-    from galore_trainer.run.config import RunConfig
+    from galore_trainer.run.settings.run_config import RunConfig
 
 Progress = Callable[[int, int], None]  # (done, total), after every batch
 
@@ -49,8 +49,8 @@ def evaluate(
             cannot be read.
     """
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.arguments import device_type
     from galore_trainer.run.model import load_model
+    from galore_trainer.run.settings.arguments import device_type
 
     if predictions_path is not None:
         check_writable("--predictions", predictions_path)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import RunConfig, packaged_configs, read_packaged
-from galore_trainer.run.methods import check_backend, require_package
-from galore_trainer.run.yaml_io import read_mapping
+from galore_trainer.run.settings.methods import check_backend, require_package
+from galore_trainer.run.settings.run_config import RunConfig, packaged_configs, read_packaged
+from galore_trainer.run.settings.yaml_io import read_mapping
 
 PROCESSES, CONFIG = "--num-processes", "--launch-config"
 DEFAULT = "ddp"
@@ -90,7 +90,7 @@ def plan_launch(config: RunConfig, *, num_processes: int | None, launch_config: 
         require_package(CONFIG, name, "deepspeed", "deepspeed")
     check_backend(config.method, backend)
 
-    from galore_trainer.run.arguments import device_type
+    from galore_trainer.run.settings.arguments import device_type
 
     on_cpu = device_type(use_cpu=bool(config.training.get("use_cpu"))) == "cpu"
     if on_cpu and backend == "fsdp":

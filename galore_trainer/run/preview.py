@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from galore_trainer.run.config import RunConfig
+from galore_trainer.run.settings.run_config import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.hub import require_writer
 
 if TYPE_CHECKING:
-    from galore_trainer.run.config import RunConfig
+    from galore_trainer.run.settings.run_config import RunConfig
 
 OPTION = "push_to_hub"
 # Weights, configurations, vocabularies, chat templates, the card; training_args.bin, which names local paths, is none.

@@ -23,8 +23,8 @@ from galore_trainer.run.report_runs import (
     gather,
     score_interval,
 )
+from galore_trainer.run.settings.yaml_io import dump
 from galore_trainer.run.study import show_value
-from galore_trainer.run.yaml_io import dump
 
 UNTIMED = "no exclusive timing pass has finished"
 SECTIONS = {

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.run.artifacts import environment, plot_losses, write_file, write_json
-from galore_trainer.run.config import RESOLVED_CONFIG, RunConfig
 from galore_trainer.run.distributed import shards_state
-from galore_trainer.run.methods import ADAPTER, METHODS
 from galore_trainer.run.scores import in_words
+from galore_trainer.run.settings.methods import ADAPTER, METHODS
+from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -10,8 +10,8 @@ from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.run.checkpoints import choose_checkpoint
-from galore_trainer.run.config import BLOCKS, RESOLVED_CONFIG, RunConfig, load_run_config
-from galore_trainer.run.methods import METHODS, check_resumable
+from galore_trainer.run.settings.methods import METHODS, check_resumable
+from galore_trainer.run.settings.run_config import BLOCKS, RESOLVED_CONFIG, RunConfig, load_run_config
 
 LOCK = ".run.lock"
 

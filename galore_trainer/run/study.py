@@ -14,10 +14,10 @@ from typing import Any
 from galore_trainer.config import check_type
 from galore_trainer.errors import OptionError
 from galore_trainer.run.columns import metric_names
-from galore_trainer.run.config import RunConfig, load_run_config, packaged_configs, read_config
-from galore_trainer.run.layers import Setting, command_line_settings, file_settings
-from galore_trainer.run.methods import METHODS
-from galore_trainer.run.yaml_io import Document, parse_value
+from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.run_config import RunConfig, load_run_config, packaged_configs, read_config
+from galore_trainer.run.settings.sources import Setting, command_line_settings, file_settings
+from galore_trainer.run.settings.yaml_io import Document, parse_value
 
 # Key of a study's file -> its type.
 KEYS: dict[str, Any] = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import RunConfig
+from galore_trainer.run.settings.run_config import RunConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SHARE = 0.9  # of what is free: allocators leave gaps
@@ -77,8 +77,8 @@ def run_bytes(config: RunConfig) -> int:
 
 def scoring_bytes(config: RunConfig) -> int:
     """What scoring takes beside the weights: keys and values of a batch of answers, or the logits of their loss."""
-    from galore_trainer.run.arguments import training_arguments
     from galore_trainer.run.estimate import empty_model
+    from galore_trainer.run.settings.arguments import training_arguments
 
     model = empty_model(config)
     text: Any = model.config.get_text_config()

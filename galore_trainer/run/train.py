@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.arguments import run_arguments
 from galore_trainer.run.artifacts import write_file, write_json
 from galore_trainer.run.checkpoints import ASIDE, checkpoints, make_way, newest_whole, remove, saved_step
-from galore_trainer.run.config import RESOLVED_CONFIG, RunConfig
 from galore_trainer.run.distributed import (
     check_sharding,
     check_trainer,
@@ -25,11 +23,13 @@ from galore_trainer.run.distributed import (
     wait_for_all,
 )
 from galore_trainer.run.failures import explained
-from galore_trainer.run.methods import ADAPTER, METHODS, check_method
 from galore_trainer.run.preflight import check_room, check_trackers
 from galore_trainer.run.publish import Destination, check_publish, publish
 from galore_trainer.run.results import LOG, RESULT, make_result, seconds, summary, write_artifacts
 from galore_trainer.run.scores import in_words
+from galore_trainer.run.settings.arguments import run_arguments
+from galore_trainer.run.settings.methods import ADAPTER, METHODS, check_method
+from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
 from galore_trainer.run.start import choose_start, own_folder
 
 if TYPE_CHECKING:

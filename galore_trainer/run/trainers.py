@@ -12,7 +12,7 @@ from galore_trainer.run.prompts import IGNORED, Collator
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
-    from galore_trainer.run.config import RunConfig
+    from galore_trainer.run.settings.run_config import RunConfig
 
 Rows = Sequence[dict[str, list[int]]]
 
@@ -30,7 +30,7 @@ def arguments_class(config: RunConfig) -> tuple[type[TrainingArguments], dict[st
 
     if config.trainer == "hf":
         return TrainingArguments, {}
-    from galore_trainer.run.methods import require_package
+    from galore_trainer.run.settings.methods import require_package
 
     require_package("trainer", "trl", "trl", "trl")
     from trl import SFTConfig

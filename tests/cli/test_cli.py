@@ -204,7 +204,7 @@ def test_other_ranks_print_nothing_but_their_own_failures_after_rank_0_had_its_t
 def test_show_config_prints_yaml_that_loads_back(
     calls: list[tuple], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from galore_trainer.run.config import load_run_config
+    from galore_trainer.run.settings.run_config import load_run_config
 
     assert main(["train", "quickstart", "--show-config", "--method", "galore", "--seed", "7"]) == 0
     saved = tmp_path / "saved.yaml"
@@ -256,7 +256,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 def test_eval_scores_a_run_with_its_own_configuration(
     evaluations: list[tuple], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from galore_trainer.run.config import RESOLVED_CONFIG, load_run_config
+    from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, load_run_config
 
     saved = load_run_config("quickstart", ["data.split_seed=5", "eval.limit=50"])
     (tmp_path / RESOLVED_CONFIG).write_text(saved.to_yaml())

@@ -26,7 +26,7 @@ from transformers.trainer_callback import TrainerState
 
 from galore_trainer.errors import OptionError
 from galore_trainer.run import callbacks, checkpoints, estimate, results, train
-from galore_trainer.run.config import RunConfig
+from galore_trainer.run.settings.run_config import RunConfig
 
 
 def die() -> NoReturn:

@@ -12,7 +12,7 @@ from typing import IO, Any
 import pytest
 import yaml
 
-from galore_trainer.run.config import RunConfig
+from galore_trainer.run.settings.run_config import RunConfig
 
 
 @pytest.fixture(autouse=True)

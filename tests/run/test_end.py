@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from galore_trainer.run.checkpoints import checkpoints
-from galore_trainer.run.config import RunConfig
+from galore_trainer.run.settings.run_config import RunConfig
 from galore_trainer.run.train import train
 
 pytestmark = pytest.mark.usefixtures("short_end")

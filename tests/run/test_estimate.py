@@ -12,9 +12,9 @@ from transformers import LlamaConfig
 
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import load_run_config
 from galore_trainer.run.estimate import CHOICES, LAYERWISE, as_table, estimate, estimate_one
 from galore_trainer.run.per_process import BUCKET, Layout, layout_of, sizes_of
+from galore_trainer.run.settings.run_config import load_run_config
 from galore_trainer.run.simulate import LiveBytes
 
 HIDDEN, LAYERS, VOCABULARY = 128, 2, 512

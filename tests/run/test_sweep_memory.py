@@ -12,7 +12,7 @@ import pytest
 
 from galore_trainer.cli.main import main
 from galore_trainer.run import sweep_memory
-from galore_trainer.run.config import RunConfig
+from galore_trainer.run.settings.run_config import RunConfig
 from galore_trainer.run.sweep_memory import PROCESS, choose_jobs, run_bytes, scoring_bytes
 
 Run = Callable[..., RunConfig]

@@ -14,11 +14,11 @@ from typing import Any, Literal, get_type_hints
 from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, knob
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig
-from galore_trainer.run.keys import TRL_HINTS, coerce, refuse_key, training_hints
-from galore_trainer.run.layers import Setting, collect, command_line_settings, file_settings
-from galore_trainer.run.methods import METHOD_DEFAULTS, METHODS, Method
-from galore_trainer.run.ranges import check_best_metric, check_range
-from galore_trainer.run.yaml_io import Document, dump, read_mapping
+from galore_trainer.run.settings.keys import TRL_HINTS, coerce, refuse_key, training_hints
+from galore_trainer.run.settings.methods import METHOD_DEFAULTS, METHODS, Method
+from galore_trainer.run.settings.ranges import check_best_metric, check_range
+from galore_trainer.run.settings.sources import Setting, collect, command_line_settings, file_settings
+from galore_trainer.run.settings.yaml_io import Document, dump, read_mapping
 
 Extract = Literal["flexible", "strict", "last_number"]
 

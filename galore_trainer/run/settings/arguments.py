@@ -12,7 +12,7 @@ from galore_trainer.errors import OptionError, one_line
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from galore_trainer.run.config import RunConfig
+    from galore_trainer.run.settings.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
 MANY_STEPS = 1 << 20  # so that no number of warm-up or decay steps is too large for the trial of a schedule

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, get_type_hints
 
 from galore_trainer.config import describe_type
-from galore_trainer.run.config import BLOCKS
+from galore_trainer.run.settings.run_config import BLOCKS
 
 
 def knob_table(cls: type) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from galore_trainer.config import check_type, describe_type
 from galore_trainer.errors import OptionError
-from galore_trainer.run.yaml_io import parse_value
+from galore_trainer.run.settings.yaml_io import parse_value
 
 FROM_PYTHON = "TRL's trainer takes GaLore+ from Python, too: SFTTrainer(..., **galore_plugin(config, args))."
 

@@ -16,7 +16,7 @@ from galore_trainer.errors import OptionError
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
-    from galore_trainer.run.config import RunConfig
+    from galore_trainer.run.settings.run_config import RunConfig
 
 Method = Literal["galore_plus", "galore", "adamw", "adamw_8bit", "lora", "dora", "galore_torch"]
 

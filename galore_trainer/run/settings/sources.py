@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.keys import coerce, refuse_key
-from galore_trainer.run.ranges import check_range
-from galore_trainer.run.yaml_io import Document, parse_value
+from galore_trainer.run.settings.keys import coerce, refuse_key
+from galore_trainer.run.settings.ranges import check_range
+from galore_trainer.run.settings.yaml_io import Document, parse_value
 
 _BLOCK = re.compile(r"(methods\.[^.]+\.)?(galore|lora|data|eval)|methods(\.[^.]+)?")
 _METHOD = re.compile(r"methods\.[^.]+")
