@@ -34,8 +34,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 def gradients(config: Any, batch_size: int, device: str) -> Any:
     """The model with the gradient of one batch."""
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.model import load_model
-    from galore_trainer.run.prompts import Collator, encode
+    from galore_trainer.run.models.model import load_model
+    from galore_trainer.run.models.prompts import Collator, encode
 
     model, tokenizer = load_model(config.model_name_or_path)
     model.to(device).train()

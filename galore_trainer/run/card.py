@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.recipes.sources import kind_of
-from galore_trainer.run.model import public_name
+from galore_trainer.run.models.model import public_name
 from galore_trainer.run.scores import metric_cells
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.yaml_io import dump

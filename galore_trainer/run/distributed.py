@@ -16,7 +16,7 @@ from galore_trainer.errors import OptionError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-    from galore_trainer.run.model import Dtype
+    from galore_trainer.run.models.model import Dtype
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -118,7 +118,7 @@ def scored_model(
     if not cuts_weights(arguments):
         yield model
         return
-    from galore_trainer.run.model import load_model
+    from galore_trainer.run.models.model import load_model
 
     with _without_zero3(arguments):
         whole, _ = load_model(source, dtype=dtype)

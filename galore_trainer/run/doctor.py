@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
     """Device, native bfloat16, cores this process may use, memory and free disk space in GiB."""
     from galore_trainer.run.artifacts import environment
     from galore_trainer.run.evaluate import uses_bf16
-    from galore_trainer.run.model import cache_dir
+    from galore_trainer.run.models.model import cache_dir
     from galore_trainer.run.settings.arguments import device_type
 
     here = environment()
@@ -77,7 +77,7 @@ def missing_extras() -> dict[str, str]:
 
 def embedded_model() -> dict[str, Any]:
     """Whether the embedded model is at hand, and the way to get it where it is not."""
-    from galore_trainer.run.model import cache_dir, find_embedded_gguf
+    from galore_trainer.run.models.model import cache_dir, find_embedded_gguf
 
     converted = cache_dir() / "smollm2-135m"
     if (converted / "config.json").is_file():

@@ -91,7 +91,7 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs or {"use_reentrant": False})
         if METHODS[method.split(",")[0]].block == "lora":
-            from galore_trainer.run.adapters import add_adapters
+            from galore_trainer.run.models.adapters import add_adapters
 
             settings = dataclasses.replace(config.lora, rank=rank)
             if arguments.gradient_checkpointing:
@@ -215,7 +215,7 @@ def empty_model(config: RunConfig) -> Any:
 def _model_config(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
-    from galore_trainer.run.model import resolve_model
+    from galore_trainer.run.models.model import resolve_model
 
     source = resolve_model(config.model_name_or_path)
     with _explained(config):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.run.artifacts import check_writable, write_file
-from galore_trainer.run.prompts import IGNORED, Collator, encode_all, pad, render_prompt, token_ids
+from galore_trainer.run.models.prompts import IGNORED, Collator, encode_all, pad, render_prompt, token_ids
 from galore_trainer.run.scores import headline
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def evaluate(
             cannot be read.
     """
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.model import load_model
+    from galore_trainer.run.models.model import load_model
     from galore_trainer.run.settings.arguments import device_type
 
     if predictions_path is not None:

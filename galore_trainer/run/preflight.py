@@ -150,7 +150,7 @@ def _model(config: RunConfig, arguments: TrainingArguments) -> Any:
     import torch
 
     from galore_trainer.run.estimate import empty_model
-    from galore_trainer.run.model import EMBEDDED, find_embedded_gguf, is_converted, load_tokenizer
+    from galore_trainer.run.models.model import EMBEDDED, find_embedded_gguf, is_converted, load_tokenizer
 
     if config.model_name_or_path == EMBEDDED and not is_converted():  # which would take half a minute
         find_embedded_gguf()

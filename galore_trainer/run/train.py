@@ -194,7 +194,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     from galore_trainer.optim.skips import some_of
     from galore_trainer.recipes import load_data
     from galore_trainer.run.finite import not_finite
-    from galore_trainer.run.model import leave_files, load_model
+    from galore_trainer.run.models.model import leave_files, load_model
 
     data = load_data(config.data)
     say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
@@ -240,8 +240,8 @@ def _make_trainer(
 
     from galore_trainer.run.callbacks import EndCallback, InterruptCallback, LogCallback, SealCallback, TimingCallback
     from galore_trainer.run.finite import FiniteCallback
+    from galore_trainer.run.models.prompts import encode_all
     from galore_trainer.run.progress import ProgressCallback, on_terminal
-    from galore_trainer.run.prompts import encode_all
     from galore_trainer.run.trainers import build_trainer
 
     rows, dropped = encode_all(tokenizer, data.train, config.max_length)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.prompts import IGNORED, Collator
+from galore_trainer.run.models.prompts import IGNORED, Collator
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments

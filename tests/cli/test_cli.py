@@ -291,7 +291,7 @@ def test_data_preview_marks_what_is_trained_on(tiny_model_dir: Path, capsys: pyt
 
 
 def test_a_histogram_counts_every_length() -> None:
-    from galore_trainer.run.preview import histogram
+    from galore_trainer.run.models.preview import histogram
 
     lengths = [3, 3, 4, 10, 18, 40]
     lines = histogram(lengths, bins=4, width=10)

@@ -139,7 +139,7 @@ def peer(bench: Bench, method: str, model: nn.Module) -> torch.optim.Optimizer:
 
 def with_adapters(bench: Bench, model: Any, *, dora: bool) -> Any:
     """The model with LoRA or DoRA on all linear layers, as peft makes them."""
-    from galore_trainer.run.adapters import add_adapters
+    from galore_trainer.run.models.adapters import add_adapters
     from galore_trainer.run.settings.run_config import LoraSettings
 
     model.enable_input_require_grads()

@@ -48,14 +48,14 @@ def _prepare_adamw_8bit(model: Any, config: RunConfig, arguments: TrainingArgume
 
 
 def _prepare_lora(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
-    from galore_trainer.run.adapters import add_adapters
+    from galore_trainer.run.models.adapters import add_adapters
 
     return Prepared(add_adapters(model, config.lora, seed=arguments.seed, dora=config.method == "dora"), {})
 
 
 def _merge_lora(trainer: Trainer, config: RunConfig, output: Path) -> None:
-    from galore_trainer.run.adapters import merge_adapters
-    from galore_trainer.run.model import public_name
+    from galore_trainer.run.models.adapters import merge_adapters
+    from galore_trainer.run.models.model import public_name
 
     merge_adapters(trainer, output / ADAPTER, base_model=public_name(config.model_name_or_path))
 

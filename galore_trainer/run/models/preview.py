@@ -25,8 +25,8 @@ def preview(config: RunConfig, count: int = 2) -> str:
         OptionError: data or tokenizer that cannot be read.
     """
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.model import load_tokenizer
-    from galore_trainer.run.prompts import encode
+    from galore_trainer.run.models.model import load_tokenizer
+    from galore_trainer.run.models.prompts import encode
 
     data = load_data(config.data)
     tokenizer = load_tokenizer(config.model_name_or_path)
