@@ -33,7 +33,7 @@ from galore_trainer.run.cells import (
 )
 from galore_trainer.run.distributed import die_with_parent
 from galore_trainer.run.launch import threads_each
-from galore_trainer.run.scores import in_words
+from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
 from galore_trainer.run.study import Study

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from galore_trainer.recipes.sources import kind_of
 from galore_trainer.run.models.model import public_name
-from galore_trainer.run.scores import metric_cells
+from galore_trainer.run.scoring.scores import metric_cells
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.yaml_io import dump
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from galore_trainer.run.artifacts import environment, plot_losses, write_file, write_json
 from galore_trainer.run.distributed import shards_state
-from galore_trainer.run.scores import in_words
+from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.methods import ADAPTER, METHODS
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
 

@@ -26,7 +26,7 @@ from galore_trainer.run.failures import explained
 from galore_trainer.run.preflight import check_room, check_trackers
 from galore_trainer.run.publish import Destination, check_publish, publish
 from galore_trainer.run.results import LOG, RESULT, make_result, seconds, summary, write_artifacts
-from galore_trainer.run.scores import in_words
+from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.arguments import run_arguments
 from galore_trainer.run.settings.methods import ADAPTER, METHODS, check_method
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
@@ -82,9 +82,9 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
     data, model, tokenizer, checkpoint = ready.data, ready.model, ready.tokenizer, ready.checkpoint
     timing, interrupt = ready.timing, ready.interrupt
 
-    from galore_trainer.run.evaluate import evaluate_examples
     from galore_trainer.run.figures import parameter_counts
     from galore_trainer.run.memory import PeakMemory
+    from galore_trainer.run.scoring.evaluate import evaluate_examples
 
     parameters = parameter_counts(trainer.model)
     say(f"parameters: {parameters['trained']:,} of {parameters['total']:,} are trained")

@@ -239,7 +239,7 @@ def test_configs_are_listed_shown_and_validated(capsys: pytest.CaptureFixture[st
 
 @pytest.fixture
 def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    from galore_trainer.run import evaluate
+    from galore_trainer.run.scoring import evaluate
 
     seen: list[tuple] = []
 

@@ -71,7 +71,7 @@ def test_a_panic_of_rust_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch, caps
     def panic(*args: object, **kwargs: object) -> None:
         raise PanicException("index out of bounds")
 
-    monkeypatch.setattr("galore_trainer.run.score.score_files", panic)
+    monkeypatch.setattr("galore_trainer.run.scoring.score.score_files", panic)
     assert main(["score", "--task", "e2e", "--predictions", "a", "--references", "b"]) == 1
     text = capsys.readouterr().err
     assert "PanicException in test_words.py" in text

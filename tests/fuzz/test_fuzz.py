@@ -29,7 +29,7 @@ from galore_trainer.run.checkpoints import choose_checkpoint, damage
 from galore_trainer.run.elastic import export_checkpoint
 from galore_trainer.run.estimate import inspect
 from galore_trainer.run.report import report
-from galore_trainer.run.score import score_files
+from galore_trainer.run.scoring.score import score_files
 from galore_trainer.run.settings.arguments import training_arguments
 from galore_trainer.run.settings.run_config import RunConfig, known_keys, load_run_config
 from galore_trainer.run.study import load_study
