@@ -68,7 +68,7 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
 
     from galore_trainer.hf.build import galore_groups
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
-    from galore_trainer.run.estimate import method_settings
+    from galore_trainer.run.memory.estimate import method_settings
     from galore_trainer.run.models.adapters import add_adapters
 
     torch.manual_seed(0)
@@ -196,7 +196,7 @@ def main() -> None:
     from transformers import LlamaConfig
 
     from galore_trainer.run.artifacts import environment
-    from galore_trainer.run.estimate import estimate_one
+    from galore_trainer.run.memory.estimate import estimate_one
 
     arguments.folder = str(arguments.output.with_suffix(".model"))
     LlamaConfig(**SHAPES[arguments.shape]).save_pretrained(arguments.folder)

@@ -39,9 +39,9 @@ def estimate(
     max_length tokens in each of per_device_train_batch_size rows.
     """
     run = load(config, overrides, flags, reach=("model",))
-    from galore_trainer.run.estimate import LAYERWISE, as_table
-    from galore_trainer.run.estimate import estimate as count
-    from galore_trainer.run.per_process import layout_of
+    from galore_trainer.run.memory.estimate import LAYERWISE, as_table
+    from galore_trainer.run.memory.estimate import estimate as count
+    from galore_trainer.run.memory.per_process import layout_of
 
     layout = None
     if num_processes is not None or launch_config is not None:
@@ -60,6 +60,6 @@ def inspect(model: Model, overrides: Overrides = None, debug: Debug = False) -> 
     """
     settings = [f"model_name_or_path={model}", *(overrides or ())]
     require_reach(load_own_settings(None, settings).model_name_or_path)
-    from galore_trainer.run.estimate import inspect as describe
+    from galore_trainer.run.memory.estimate import inspect as describe
 
     typer.echo(describe(load_run_config(None, settings)))

@@ -116,7 +116,7 @@ def checkpoint_bytes(config: RunConfig, model: Any, *, only_model: bool = False)
         only_model: leave out the optimizer's state.
     """
     from galore_trainer.optim.groups import plan_weights
-    from galore_trainer.run.estimate import adam_state
+    from galore_trainer.run.memory.estimate import adam_state
 
     block = METHODS[config.method].block
     saved = [p.nbytes for p in model.parameters() if p.requires_grad or block != "lora"]
@@ -149,7 +149,7 @@ def _model(config: RunConfig, arguments: TrainingArguments) -> Any:
     """A run's model without weights, prepared for its method; None where that could not be told without its weights."""
     import torch
 
-    from galore_trainer.run.estimate import empty_model
+    from galore_trainer.run.memory.estimate import empty_model
     from galore_trainer.run.models.model import EMBEDDED, find_embedded_gguf, is_converted, load_tokenizer
 
     if config.model_name_or_path == EMBEDDED and not is_converted():  # which would take half a minute

@@ -47,8 +47,8 @@ def make_result(
         resumed_from: the step of the checkpoint it went on from.
     """
     from galore_trainer.hf.backend import training_backend
-    from galore_trainer.run.estimate import predict
     from galore_trainer.run.figures import optimizer_figures
+    from galore_trainer.run.memory.estimate import predict
 
     backend = training_backend(trainer.args)
     uncounted = {"peak_bytes": None, "note": f"counted for whole weights and state, which {backend} shards"}

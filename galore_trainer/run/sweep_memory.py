@@ -66,7 +66,7 @@ def run_bytes(config: RunConfig) -> int:
     Raises:
         OptionError: a model that cannot be counted.
     """
-    from galore_trainer.run.estimate import estimate_run
+    from galore_trainer.run.memory.estimate import estimate_run
 
     memory = estimate_run(config)
     if memory.peak is None:
@@ -77,7 +77,7 @@ def run_bytes(config: RunConfig) -> int:
 
 def scoring_bytes(config: RunConfig) -> int:
     """What scoring takes beside the weights: keys and values of a batch of answers, or the logits of their loss."""
-    from galore_trainer.run.estimate import empty_model
+    from galore_trainer.run.memory.estimate import empty_model
     from galore_trainer.run.settings.arguments import training_arguments
 
     model = empty_model(config)

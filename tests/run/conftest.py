@@ -21,7 +21,9 @@ def brief_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     A module that looks at either has a fixture of this name of its own, or a run of the module's scope.
     """
-    monkeypatch.setattr("galore_trainer.run.estimate.predict", lambda *_: {"peak_bytes": None, "note": "not counted"})
+    monkeypatch.setattr(
+        "galore_trainer.run.memory.estimate.predict", lambda *_: {"peak_bytes": None, "note": "not counted"}
+    )
     monkeypatch.setattr("galore_trainer.run.results.plot_losses", lambda path, *_, **__: path.touch())
 
 
@@ -104,5 +106,5 @@ def short_run(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 @pytest.fixture
 def short_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process neither count their memory nor draw a plot at the end."""
-    monkeypatch.setattr("galore_trainer.run.estimate.predict", lambda *args: {"peak_bytes": None})
+    monkeypatch.setattr("galore_trainer.run.memory.estimate.predict", lambda *args: {"peak_bytes": None})
     monkeypatch.setattr("galore_trainer.run.results.plot_losses", lambda *args, **more: None)

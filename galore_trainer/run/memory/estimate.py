@@ -10,10 +10,10 @@ from typing import Any
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError, one_line
-from galore_trainer.run.per_process import Layout, Sizes, as_kept, share_out, sizes_of
+from galore_trainer.run.memory.per_process import Layout, Sizes, as_kept, share_out, sizes_of
+from galore_trainer.run.memory.simulate import StepMemory, simulate_step
 from galore_trainer.run.settings.methods import METHODS, check_backend
 from galore_trainer.run.settings.run_config import RunConfig
-from galore_trainer.run.simulate import StepMemory, simulate_step
 
 LAYERWISE = "galore_plus, layer-wise"
 CHOICES = ("adamw", "adamw_8bit", "lora", "dora", "galore_torch", "galore", "galore_plus", LAYERWISE)

@@ -15,7 +15,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.optim.update import STACK_ELEMENTS
 
 if TYPE_CHECKING:
-    from galore_trainer.run.simulate import StepMemory
+    from galore_trainer.run.memory.simulate import StepMemory
 
 LAYOUTS = {"ddp": "ddp", "fsdp2": "fsdp", "zero1": "deepspeed", "zero2": "deepspeed", "zero3": "deepspeed"}
 """Names of packaged launch configurations, and their backends."""
