@@ -147,7 +147,7 @@ def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any, tu
             torch.cuda.synchronize()
             found["peak"] = torch.cuda.max_memory_allocated()
             found["reserved"] = torch.cuda.max_memory_reserved()
-        from galore_trainer.run.figures import optimizer_figures
+        from galore_trainer.run.results.figures import optimizer_figures
 
         found["state"] = optimizer_figures(optimizer)["optimizer_state_bytes"]
     except Exception as error:  # out of memory, or whatever a library says: a row of the table
@@ -195,8 +195,8 @@ def main() -> None:
     import torch
     from transformers import LlamaConfig
 
-    from galore_trainer.run.artifacts import environment
     from galore_trainer.run.memory.estimate import estimate_one
+    from galore_trainer.run.results.artifacts import environment
 
     arguments.folder = str(arguments.output.with_suffix(".model"))
     LlamaConfig(**SHAPES[arguments.shape]).save_pretrained(arguments.folder)

@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("projection.json"))
     arguments = parser.parse_args()
 
-    from galore_trainer.run.artifacts import environment
+    from galore_trainer.run.results.artifacts import environment
     from galore_trainer.run.settings.run_config import load_run_config
 
     model = gradients(load_run_config(arguments.config, arguments.overrides), arguments.batch_size, arguments.device)

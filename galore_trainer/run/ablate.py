@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.artifacts import write_file
 from galore_trainer.run.cells import (
     FAILED,
     FINISHED,
@@ -33,6 +32,7 @@ from galore_trainer.run.cells import (
 )
 from galore_trainer.run.distributed import die_with_parent
 from galore_trainer.run.launch import threads_each
+from galore_trainer.run.results.artifacts import write_file
 from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.artifacts import write_json
+from galore_trainer.run.results.artifacts import write_json
+from galore_trainer.run.results.shapes import check_result, check_study
 from galore_trainer.run.settings.methods import ADAPTER
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig, load_run_config
-from galore_trainer.run.shapes import check_result, check_study
 from galore_trainer.run.study import Cell, Study, comparable
 
 STUDY_FILE, RESULT, TIMING = "study.json", "result.json", "timing"

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from galore_trainer.run.publish import check_publish
+from galore_trainer.run.results.publish import check_publish
 from galore_trainer.run.settings.arguments import training_arguments
 from galore_trainer.run.settings.methods import METHODS, check_method
 from galore_trainer.run.settings.run_config import RunConfig

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from galore_trainer.run.artifacts import check_writable, write_file
 from galore_trainer.run.cells import TIMING
-from galore_trainer.run.columns import Column, columns, timed_steps
 from galore_trainer.run.report_pages import Block, Bullets, Code, Heading, Plot, Table, Text, to_html, to_markdown
 from galore_trainer.run.report_plots import make_plots
 from galore_trainer.run.report_runs import (
@@ -23,6 +21,8 @@ from galore_trainer.run.report_runs import (
     gather,
     score_interval,
 )
+from galore_trainer.run.results.artifacts import check_writable, write_file
+from galore_trainer.run.results.columns import Column, columns, timed_steps
 from galore_trainer.run.settings.yaml_io import dump
 from galore_trainer.run.study import show_value
 

@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from galore_trainer.run.artifacts import smoothed
-from galore_trainer.run.columns import PARTS, Column, columns
 from galore_trainer.run.report_pages import Plot
 from galore_trainer.run.report_runs import Gathered, Group, cell_values, is_number, score_interval
-from galore_trainer.run.shapes import LARGEST
+from galore_trainer.run.results.artifacts import smoothed
+from galore_trainer.run.results.columns import PARTS, Column, columns
+from galore_trainer.run.results.shapes import LARGEST
 from galore_trainer.run.study import short_names
 
 INK = "#3b3f44"  # letters and axes; the page's own colour in the SVG

@@ -13,7 +13,7 @@ from typing import Any
 
 from galore_trainer.config import check_type
 from galore_trainer.errors import OptionError
-from galore_trainer.run.columns import metric_names
+from galore_trainer.run.results.columns import metric_names
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.run_config import RunConfig, load_run_config, packaged_configs, read_config
 from galore_trainer.run.settings.sources import Setting, command_line_settings, file_settings

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.artifacts import write_file, write_json
 from galore_trainer.run.checkpoints import ASIDE, checkpoints, make_way, newest_whole, remove, saved_step
 from galore_trainer.run.distributed import (
     check_sharding,
@@ -24,8 +23,9 @@ from galore_trainer.run.distributed import (
 )
 from galore_trainer.run.failures import explained
 from galore_trainer.run.preflight import check_room, check_trackers
-from galore_trainer.run.publish import Destination, check_publish, publish
-from galore_trainer.run.results import LOG, RESULT, make_result, seconds, summary, write_artifacts
+from galore_trainer.run.results.artifacts import write_file, write_json
+from galore_trainer.run.results.publish import Destination, check_publish, publish
+from galore_trainer.run.results.result import LOG, RESULT, make_result, seconds, summary, write_artifacts
 from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.arguments import run_arguments
 from galore_trainer.run.settings.methods import ADAPTER, METHODS, check_method
@@ -82,8 +82,8 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
     data, model, tokenizer, checkpoint = ready.data, ready.model, ready.tokenizer, ready.checkpoint
     timing, interrupt = ready.timing, ready.interrupt
 
-    from galore_trainer.run.figures import parameter_counts
-    from galore_trainer.run.results.peak_memory import PeakMemory
+    from galore_trainer.run.results.figures import parameter_counts
+    from galore_trainer.run.results.result.peak_memory import PeakMemory
     from galore_trainer.run.scoring.evaluate import evaluate_examples
 
     parameters = parameter_counts(trainer.model)

@@ -24,7 +24,7 @@ def brief_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "galore_trainer.run.memory.estimate.predict", lambda *_: {"peak_bytes": None, "note": "not counted"}
     )
-    monkeypatch.setattr("galore_trainer.run.results.plot_losses", lambda path, *_, **__: path.touch())
+    monkeypatch.setattr("galore_trainer.run.results.result.plot_losses", lambda path, *_, **__: path.touch())
 
 
 @pytest.fixture
@@ -107,4 +107,4 @@ def short_run(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 def short_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process neither count their memory nor draw a plot at the end."""
     monkeypatch.setattr("galore_trainer.run.memory.estimate.predict", lambda *args: {"peak_bytes": None})
-    monkeypatch.setattr("galore_trainer.run.results.plot_losses", lambda *args, **more: None)
+    monkeypatch.setattr("galore_trainer.run.results.result.plot_losses", lambda *args, **more: None)

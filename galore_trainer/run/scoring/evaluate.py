@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.artifacts import check_writable, write_file
 from galore_trainer.run.models.prompts import IGNORED, Collator, encode_all, pad, render_prompt, token_ids
+from galore_trainer.run.results.artifacts import check_writable, write_file
 from galore_trainer.run.scoring.scores import headline
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galore_trainer.run.artifacts import environment, plot_losses, write_file, write_json
 from galore_trainer.run.distributed import shards_state
+from galore_trainer.run.results.artifacts import environment, plot_losses, write_file, write_json
 from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.methods import ADAPTER, METHODS
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
@@ -21,7 +21,7 @@ RESULT, LOG = "result.json", "log.jsonl"
 
 def seconds(trainer: Trainer, timing: Any) -> dict[str, float]:
     """Seconds of training by part, without those of diagnosis, which is no part of the method."""
-    from galore_trainer.run.figures import optimizer_seconds
+    from galore_trainer.run.results.figures import optimizer_seconds
 
     mine = timing.stopwatch.seconds()
     parts = ("diagnosis", "refresh", "update", "plain")
@@ -47,8 +47,8 @@ def make_result(
         resumed_from: the step of the checkpoint it went on from.
     """
     from galore_trainer.hf.backend import training_backend
-    from galore_trainer.run.figures import optimizer_figures
     from galore_trainer.run.memory.estimate import predict
+    from galore_trainer.run.results.figures import optimizer_figures
 
     backend = training_backend(trainer.args)
     uncounted = {"peak_bytes": None, "note": f"counted for whole weights and state, which {backend} shards"}
@@ -82,7 +82,7 @@ def make_result(
 
 def write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: dict[str, Any]) -> None:
     """Write the loss plot, the model's card and, as the last file of a run, ``result.json``."""
-    from galore_trainer.run.card import model_card
+    from galore_trainer.run.results.card import model_card
 
     gap = config.galore.update_proj_gap
     projects = METHODS[config.method].block == "galore"
@@ -98,7 +98,7 @@ def write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: d
 def summary(result: dict[str, Any], output: Path) -> str:
     """What a user sees at the end: scores, times, memory, files."""
     from galore_trainer.hf.table import human_bytes
-    from galore_trainer.run.columns import predicted_peak
+    from galore_trainer.run.results.columns import predicted_peak
 
     seconds = result["seconds"]
     parts = ", ".join(
