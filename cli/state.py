@@ -54,7 +54,7 @@ def import_(
     """
     run = load(config, overrides, flags)
     from galore_trainer.run.elastic import check_import, import_checkpoint
-    from galore_trainer.run.launch import plan_launch, run_launch
+    from galore_trainer.run.launching.launch import plan_launch, run_launch
 
     check_import(checkpoint)
 
@@ -63,7 +63,7 @@ def import_(
         way_out = f"Resume from {checkpoint} itself: --resume {checkpoint}."
         raise OptionError("--launch-config", launch.name, "fsdp2, zero1, zero2 or zero3", way_out)
     if launch is not None:
-        from galore_trainer.run.start import choose_start
+        from galore_trainer.run.launching.start import choose_start
 
         choose_start(run, None, False)
         words = [str(word) for word in context.obj]

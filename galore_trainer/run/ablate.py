@@ -30,8 +30,8 @@ from galore_trainer.run.cells import (
     remove_weights,
     timing_config,
 )
-from galore_trainer.run.distributed import die_with_parent
-from galore_trainer.run.launch import threads_each
+from galore_trainer.run.launching.distributed import die_with_parent
+from galore_trainer.run.launching.launch import threads_each
 from galore_trainer.run.results.artifacts import write_file
 from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.methods import METHODS

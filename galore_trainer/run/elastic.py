@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.checkpoints import MANIFEST, damage, seal
+from galore_trainer.run.launching.checkpoints import MANIFEST, damage, seal
 from galore_trainer.run.results.artifacts import check_writable
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def import_checkpoint(config: RunConfig, checkpoint: str) -> Path:
             refuses.
     """
     from galore_trainer.hf.elastic import import_state
-    from galore_trainer.run.distributed import is_main_process, wait_for_all
-    from galore_trainer.run.start import own_folder
+    from galore_trainer.run.launching.distributed import is_main_process, wait_for_all
+    from galore_trainer.run.launching.start import own_folder
     from galore_trainer.run.train import prepare
 
     check_import(checkpoint)

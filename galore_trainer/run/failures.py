@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from galore_trainer.run.checkpoints import checkpoints, is_sealed, newest_whole, remove, step_of
+from galore_trainer.run.launching.checkpoints import checkpoints, is_sealed, newest_whole, remove, step_of
 
 LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system answers where a disk is full, a quota is used up, or a file may not grow further."""

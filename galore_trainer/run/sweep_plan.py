@@ -26,7 +26,7 @@ def select(record: Record, only: str | None) -> list[Job]:
 def count_all_steps(study: Study) -> dict[str, int]:
     """Optimizer steps of a run of each cell, by slug; loads the data, so that a bad source is refused at once."""
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.plan import count_steps
+    from galore_trainer.run.launching.plan import count_steps
     from galore_trainer.run.settings.arguments import training_arguments
 
     examples: dict[str, int] = {}

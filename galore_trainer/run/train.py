@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.checkpoints import ASIDE, checkpoints, make_way, newest_whole, remove, saved_step
-from galore_trainer.run.distributed import (
+from galore_trainer.run.failures import explained
+from galore_trainer.run.launching.checkpoints import ASIDE, checkpoints, make_way, newest_whole, remove, saved_step
+from galore_trainer.run.launching.distributed import (
     check_sharding,
     check_trainer,
     cuts_weights,
@@ -21,8 +22,8 @@ from galore_trainer.run.distributed import (
     scored_model,
     wait_for_all,
 )
-from galore_trainer.run.failures import explained
-from galore_trainer.run.preflight import check_room, check_trackers
+from galore_trainer.run.launching.preflight import check_room, check_trackers
+from galore_trainer.run.launching.start import choose_start, own_folder
 from galore_trainer.run.results.artifacts import write_file, write_json
 from galore_trainer.run.results.publish import Destination, check_publish, publish
 from galore_trainer.run.results.result import LOG, RESULT, make_result, seconds, summary, write_artifacts
@@ -30,7 +31,6 @@ from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.arguments import run_arguments
 from galore_trainer.run.settings.methods import ADAPTER, METHODS, check_method
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
-from galore_trainer.run.start import choose_start, own_folder
 
 if TYPE_CHECKING:
     from transformers import Trainer

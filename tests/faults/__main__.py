@@ -25,7 +25,7 @@ import psutil
 
 from damages import MANIFESTS, WAYS, falls_back, files_of, write_manifest
 from faults import FINAL, IN_SAVE, LAST, VARIANTS, Campaign, Kill, Outcome, Worker, equal, settings, state
-from galore_trainer.run.checkpoints import MANIFEST, checkpoints, damage
+from galore_trainer.run.launching.checkpoints import MANIFEST, checkpoints, damage
 from galore_trainer.run.results.artifacts import environment
 from galore_trainer.run.settings.run_config import RunConfig
 

@@ -25,8 +25,8 @@ from galore_trainer.metrics.answers import exact_match
 from galore_trainer.metrics.nlg import nlg_scores
 from galore_trainer.recipes import load_data
 from galore_trainer.recipes.base import DataConfig
-from galore_trainer.run.checkpoints import choose_checkpoint, damage
 from galore_trainer.run.elastic import export_checkpoint
+from galore_trainer.run.launching.checkpoints import choose_checkpoint, damage
 from galore_trainer.run.memory.estimate import inspect
 from galore_trainer.run.report import report
 from galore_trainer.run.scoring.score import score_files

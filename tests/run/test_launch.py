@@ -21,10 +21,10 @@ from forked import start_python
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.checkpoints import written_by
-from galore_trainer.run import launch
-from galore_trainer.run.checkpoints import damage
-from galore_trainer.run.distributed import check_sharding, check_trainer
-from galore_trainer.run.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
+from galore_trainer.run.launching import launch
+from galore_trainer.run.launching.checkpoints import damage
+from galore_trainer.run.launching.distributed import check_sharding, check_trainer
+from galore_trainer.run.launching.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
 from galore_trainer.run.settings import arguments
 from galore_trainer.run.settings.run_config import RunConfig, packaged_configs
 from galore_trainer.run.train import train

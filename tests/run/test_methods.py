@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.plan import describe_plan
+from galore_trainer.run.launching.plan import describe_plan
 from galore_trainer.run.results.card import model_card
 from galore_trainer.run.settings.arguments import training_arguments
 from galore_trainer.run.settings.methods import METHODS, Method, check_method

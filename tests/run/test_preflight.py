@@ -14,8 +14,8 @@ import pytest
 
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
-from galore_trainer.run import preflight
-from galore_trainer.run.preflight import check_all, check_room, check_trackers, checkpoint_bytes
+from galore_trainer.run.launching import preflight
+from galore_trainer.run.launching.preflight import check_all, check_room, check_trackers, checkpoint_bytes
 from galore_trainer.run.settings.arguments import run_arguments
 from galore_trainer.run.settings.run_config import RunConfig
 from galore_trainer.run.train import prepare

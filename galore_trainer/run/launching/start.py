@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.checkpoints import choose_checkpoint
+from galore_trainer.run.launching.checkpoints import choose_checkpoint
 from galore_trainer.run.settings.methods import METHODS, check_resumable
 from galore_trainer.run.settings.run_config import BLOCKS, RESOLVED_CONFIG, RunConfig, load_run_config
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.checkpoints import checkpoints
-from galore_trainer.run.plan import count_steps
+from galore_trainer.run.launching.checkpoints import checkpoints
+from galore_trainer.run.launching.plan import count_steps
+from galore_trainer.run.launching.start import check_folder
 from galore_trainer.run.settings.arguments import run_arguments
 from galore_trainer.run.settings.methods import METHODS, check_method
 from galore_trainer.run.settings.run_config import RunConfig
-from galore_trainer.run.start import check_folder
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

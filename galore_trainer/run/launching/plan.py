@@ -6,16 +6,16 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from galore_trainer.run.launching.start import is_taken
 from galore_trainer.run.results.publish import check_publish
 from galore_trainer.run.settings.arguments import training_arguments
 from galore_trainer.run.settings.methods import METHODS, check_method
 from galore_trainer.run.settings.run_config import RunConfig
-from galore_trainer.run.start import is_taken
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from galore_trainer.run.launch import Launch
+    from galore_trainer.run.launching.launch import Launch
 
 
 def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
