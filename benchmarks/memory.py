@@ -94,7 +94,7 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
         return model, torch.optim.AdamW(trained, lr=1e-5, fused=True)
     galore = method_settings(config.galore, method, config.galore.rank)
     if method == "galore_torch":
-        from galore_trainer.run.galore_torch import GaLoreTorchFactory
+        from galore_trainer.run.training.galore_torch import GaLoreTorchFactory
 
         adam: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
         return model, GaLoreTorchFactory()(model, config=galore, **adam)

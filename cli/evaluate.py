@@ -43,8 +43,8 @@ def evaluate(
         name = str(saved)
     run = load(name, rest, {} if limit is None else {"eval.limit": limit}, model=model_or_run)
 
-    from galore_trainer.run.progress import counting
     from galore_trainer.run.scoring.evaluate import evaluate as evaluate_model
+    from galore_trainer.run.training.progress import counting
 
     with counting("generated", file=sys.stderr, silent=not is_main_process()) as progress:
         scores = evaluate_model(model_or_run, run, predictions_path=predictions, progress=progress)

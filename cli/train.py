@@ -83,7 +83,7 @@ def train(
         if code := run_launch(launch, words):
             raise typer.Exit(code)
         return
-    from galore_trainer.run.train import train as train_run
+    from galore_trainer.run.training.train import train as train_run
 
     result = train_run(run, resume=resume, overwrite=overwrite)
     if result.interrupted:

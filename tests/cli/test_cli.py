@@ -33,15 +33,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
             raise outcome.error
         return outcome
 
-    fake = types.ModuleType("galore_trainer.run.train")
+    fake = types.ModuleType("galore_trainer.run.training.train")
     fake.train, fake.outcome = train, outcome
-    monkeypatch.setitem(sys.modules, "galore_trainer.run.train", fake)
+    monkeypatch.setitem(sys.modules, "galore_trainer.run.training.train", fake)
     monkeypatch.delenv("RANK", raising=False)
     return seen
 
 
 def outcome() -> types.SimpleNamespace:
-    return sys.modules["galore_trainer.run.train"].outcome
+    return sys.modules["galore_trainer.run.training.train"].outcome
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:

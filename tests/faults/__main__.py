@@ -239,8 +239,8 @@ def report(
 
 def main(path: Path) -> int:
     multiprocessing.get_context("forkserver").set_forkserver_preload([
-        "transformers.trainer", "transformers.models.llama.modeling_llama", "galore_trainer.run.train", "peft", "trl",
-        "galore_trainer.run.callbacks", "galore_trainer.hf.build",
+        "transformers.trainer", "transformers.models.llama.modeling_llama", "galore_trainer.run.training.train", "peft", "trl",
+        "galore_trainer.run.training.callbacks", "galore_trainer.hf.build",
     ])  # fmt: skip
     started = time.monotonic()
 

@@ -27,7 +27,7 @@ from galore_trainer.run.launching.distributed import check_sharding, check_train
 from galore_trainer.run.launching.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
 from galore_trainer.run.settings import arguments
 from galore_trainer.run.settings.run_config import RunConfig, packaged_configs
-from galore_trainer.run.train import train
+from galore_trainer.run.training.train import train
 
 Run = Callable[..., RunConfig]
 NAMES = sorted(packaged_configs("launch"))

@@ -19,7 +19,7 @@ from galore_trainer.run.results.card import model_card
 from galore_trainer.run.settings.arguments import training_arguments
 from galore_trainer.run.settings.methods import METHODS, Method, check_method
 from galore_trainer.run.settings.run_config import RunConfig, known_keys
-from galore_trainer.run.train import train
+from galore_trainer.run.training.train import train
 
 Run = Callable[..., RunConfig]
 IDS = torch.arange(3, 40)[None]

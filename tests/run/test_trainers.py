@@ -16,7 +16,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.launching.plan import describe_plan
 from galore_trainer.run.settings.arguments import training_arguments, use_one_device
 from galore_trainer.run.settings.run_config import RunConfig
-from galore_trainer.run.train import train
+from galore_trainer.run.training.train import train
 
 trl = pytest.importorskip("trl")
 

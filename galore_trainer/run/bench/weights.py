@@ -129,7 +129,7 @@ def peer(bench: Bench, method: str, model: nn.Module) -> torch.optim.Optimizer:
 
         return AdamW(params, lr=LR, optim_bits=8)
     if method == "galore_torch":
-        from galore_trainer.run.galore_torch import GaLoreTorchFactory
+        from galore_trainer.run.training.galore_torch import GaLoreTorchFactory
 
         config = bench.config(head_sharing="joint", svd="exact", momentum_transfer="keep", kernels="torch")
         settings: dict[str, Any] = {"lr": LR, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}

@@ -55,7 +55,7 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
         OptionError: transformers refuses the combination; its own words are passed on. Or trl is not installed.
     """
     from galore_trainer.run.scoring.evaluate import uses_bf16
-    from galore_trainer.run.trainers import arguments_class
+    from galore_trainer.run.training.trainers import arguments_class
 
     cls, below = arguments_class(config)
     fields = {**below, **more, **config.training}

@@ -61,7 +61,7 @@ def _merge_lora(trainer: Trainer, config: RunConfig, output: Path) -> None:
 
 
 def _prepare_galore_torch(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
-    from galore_trainer.run.galore_torch import GaLoreTorchFactory, torch_groups
+    from galore_trainer.run.training.galore_torch import GaLoreTorchFactory, torch_groups
 
     settings = {"config": config.galore, "weight_decay": arguments.weight_decay, **_adam(arguments)}
     torch_groups(model, config.galore, lr=arguments.learning_rate, weight_decay=0.0)  # refuses now, as above

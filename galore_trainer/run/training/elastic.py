@@ -43,7 +43,7 @@ def import_checkpoint(config: RunConfig, checkpoint: str) -> Path:
     from galore_trainer.hf.elastic import import_state
     from galore_trainer.run.launching.distributed import is_main_process, wait_for_all
     from galore_trainer.run.launching.start import own_folder
-    from galore_trainer.run.train import prepare
+    from galore_trainer.run.training.train import prepare
 
     check_import(checkpoint)
     with own_folder(Path(config.output_dir).expanduser()) if is_main_process() else contextlib.nullcontext():

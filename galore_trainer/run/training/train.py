@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.failures import explained
 from galore_trainer.run.launching.checkpoints import ASIDE, checkpoints, make_way, newest_whole, remove, saved_step
 from galore_trainer.run.launching.distributed import (
     check_sharding,
@@ -31,12 +30,13 @@ from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.arguments import run_arguments
 from galore_trainer.run.settings.methods import ADAPTER, METHODS, check_method
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
+from galore_trainer.run.training.failures import explained
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
     from galore_trainer.recipes.base import TaskData
-    from galore_trainer.run.progress import ProgressCallback, Say
+    from galore_trainer.run.training.progress import ProgressCallback, Say
 
 MODEL, SCORE_BEFORE = "model", "score_before.json"
 
@@ -177,7 +177,7 @@ class Prepared:
 
 def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = False) -> Prepared:
     """Check what ``train`` was asked for, load data and model, make the Trainer; changes nothing on disk."""
-    from galore_trainer.run.progress import Say
+    from galore_trainer.run.training.progress import Say
 
     end_with_launcher()
     arguments = run_arguments(config)
@@ -193,8 +193,8 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
 
     from galore_trainer.optim.skips import some_of
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.finite import not_finite
     from galore_trainer.run.models.model import leave_files, load_model
+    from galore_trainer.run.training.finite import not_finite
 
     data = load_data(config.data)
     say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
@@ -238,11 +238,17 @@ def _make_trainer(
     from transformers import PrinterCallback
     from transformers.trainer_callback import ProgressCallback as TheirProgress
 
-    from galore_trainer.run.callbacks import EndCallback, InterruptCallback, LogCallback, SealCallback, TimingCallback
-    from galore_trainer.run.finite import FiniteCallback
     from galore_trainer.run.models.prompts import encode_all
-    from galore_trainer.run.progress import ProgressCallback, on_terminal
-    from galore_trainer.run.trainers import build_trainer
+    from galore_trainer.run.training.callbacks import (
+        EndCallback,
+        InterruptCallback,
+        LogCallback,
+        SealCallback,
+        TimingCallback,
+    )
+    from galore_trainer.run.training.finite import FiniteCallback
+    from galore_trainer.run.training.progress import ProgressCallback, on_terminal
+    from galore_trainer.run.training.trainers import build_trainer
 
     rows, dropped = encode_all(tokenizer, data.train, config.max_length)
     if dropped:
@@ -268,7 +274,7 @@ def _make_trainer(
 
 def _train(trainer: Trainer, checkpoint: Path | None, say: Say) -> None:
     """Train to the end; of a run that is over, load what it came to."""
-    from galore_trainer.run.callbacks import RunIsOver
+    from galore_trainer.run.training.callbacks import RunIsOver
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
