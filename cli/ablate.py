@@ -59,17 +59,17 @@ def ablate(
     Finished runs are skipped and others go on from their last checkpoint, so that the same command resumes a sweep.
     base=CONFIG chooses what is varied, for example base=mawps data.source=path/to/train.json.
     """
-    from galore_trainer.run.study import load_study
+    from galore_trainer.run.study.grid import load_study
 
     number: int | Literal["auto"] = "auto" if jobs == "auto" else _count(jobs)
     loaded = load_study(study, overrides or (), None if seeds is None else integers("--seeds", seeds))
     output = Path(output_dir or f"runs/ablate-{loaded.name}").expanduser()
     if dry_run:
-        from galore_trainer.run.sweep_plan import describe_sweep
+        from galore_trainer.run.study.sweep_plan import describe_sweep
 
         typer.echo(describe_sweep(loaded, output, jobs=number, only=only, max_cells=max_cells))
         return
-    from galore_trainer.run.ablate import ablate as run_study
+    from galore_trainer.run.study.sweep import ablate as run_study
 
     flags = {"--output-dir": output, "--seeds": seeds, "--jobs": jobs, "--only": only, "--max-cells": max_cells}
     given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]

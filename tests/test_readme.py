@@ -45,7 +45,7 @@ def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypat
         if name == "inspect":
             load_run_config(None, [f"model_name_or_path={rest[0]}", *rest[1:]])
         if name == "ablate":
-            from galore_trainer.run.study import load_study
+            from galore_trainer.run.study.grid import load_study
 
             load_study(rest[0], [word for word in rest if "=" in word], None)
         return

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from galore_trainer.run.cells import TIMING
 from galore_trainer.run.report_pages import Block, Bullets, Code, Heading, Plot, Table, Text, to_html, to_markdown
 from galore_trainer.run.report_plots import make_plots
 from galore_trainer.run.report_runs import (
@@ -24,7 +23,8 @@ from galore_trainer.run.report_runs import (
 from galore_trainer.run.results.artifacts import check_writable, write_file
 from galore_trainer.run.results.columns import Column, columns, timed_steps
 from galore_trainer.run.settings.yaml_io import dump
-from galore_trainer.run.study import show_value
+from galore_trainer.run.study.grid import show_value
+from galore_trainer.run.study.record import TIMING
 
 UNTIMED = "no exclusive timing pass has finished"
 SECTIONS = {

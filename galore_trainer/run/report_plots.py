@@ -19,7 +19,7 @@ from galore_trainer.run.report_runs import Gathered, Group, cell_values, is_numb
 from galore_trainer.run.results.artifacts import smoothed
 from galore_trainer.run.results.columns import PARTS, Column, columns
 from galore_trainer.run.results.shapes import LARGEST
-from galore_trainer.run.study import short_names
+from galore_trainer.run.study.grid import short_names
 
 INK = "#3b3f44"  # letters and axes; the page's own colour in the SVG
 COLOURS = ("#3b82c4", "#e07b39", "#3a9d6a", "#c2477f", "#8a6fd1", "#b59a2d", "#4bacb8", "#8c8c8c")

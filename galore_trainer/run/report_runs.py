@@ -9,12 +9,12 @@ from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import wilson_interval
-from galore_trainer.run.cells import FAILED, FINISHED, RESULT, STUDY_FILE, TIMING, read_result, read_study_file
 from galore_trainer.run.results.columns import Column, Result
 from galore_trainer.run.results.shapes import LARGEST, check_result, read_log
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
-from galore_trainer.run.study import comparable, short_names, show_value
+from galore_trainer.run.study.grid import comparable, short_names, show_value
+from galore_trainer.run.study.record import FAILED, FINISHED, RESULT, STUDY_FILE, TIMING, read_result, read_study_file
 
 LOG = "log.jsonl"
 ABSENT = object()

@@ -31,7 +31,7 @@ from galore_trainer.run.report import report
 from galore_trainer.run.scoring.score import score_files
 from galore_trainer.run.settings.arguments import training_arguments
 from galore_trainer.run.settings.run_config import RunConfig, known_keys, load_run_config
-from galore_trainer.run.study import load_study
+from galore_trainer.run.study.grid import load_study
 from galore_trainer.run.training.elastic import export_checkpoint
 from odd_files import RESULT, SETTINGS, STUDY
 

@@ -55,7 +55,7 @@ def tiny_base(tiny_model_dir: Path, tmp_path: Path) -> Path:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs of a sweep happen in this process, one after the other; returns their command lines."""
     from galore_trainer.cli.main import main
-    from galore_trainer.run import ablate
+    from galore_trainer.run.study import sweep as ablate
 
     commands: list[list[str]] = []
 
@@ -75,7 +75,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 @pytest.fixture
 def make_study(tiny_base: Path, tmp_path: Path) -> Callable[..., Any]:
     """Write and load a study over the tiny base: grid, further keys, overrides."""
-    from galore_trainer.run.study import load_study
+    from galore_trainer.run.study.grid import load_study
 
     def make(grid: dict[str, list[Any]], *overrides: str, **keys: Any) -> Any:
         path = tmp_path / "small.yaml"

@@ -13,7 +13,7 @@ from galore_trainer.run.results.artifacts import write_json
 from galore_trainer.run.results.shapes import check_result, check_study
 from galore_trainer.run.settings.methods import ADAPTER
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig, load_run_config
-from galore_trainer.run.study import Cell, Study, comparable
+from galore_trainer.run.study.grid import Cell, Study, comparable
 
 STUDY_FILE, RESULT, TIMING = "study.json", "result.json", "timing"
 FINISHED, FAILED, INTERRUPTED, RUNNING, WAITING = "finished", "failed", "interrupted", "running", "waiting"

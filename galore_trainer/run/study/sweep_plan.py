@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.cells import FINISHED, Job, Record, timing_config
-from galore_trainer.run.study import Study, show_value
-from galore_trainer.run.sweep_memory import choose_jobs, visible_devices
+from galore_trainer.run.study.grid import Study, show_value
+from galore_trainer.run.study.record import FINISHED, Job, Record, timing_config
+from galore_trainer.run.study.sweep_memory import choose_jobs, visible_devices
 
 
 def select(record: Record, only: str | None) -> list[Job]:

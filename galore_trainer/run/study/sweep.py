@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.cells import (
+from galore_trainer.run.launching.distributed import die_with_parent
+from galore_trainer.run.launching.launch import threads_each
+from galore_trainer.run.results.artifacts import write_file
+from galore_trainer.run.scoring.scores import in_words
+from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
+from galore_trainer.run.study.grid import Study
+from galore_trainer.run.study.record import (
     FAILED,
     FINISHED,
     INTERRUPTED,
@@ -30,15 +37,8 @@ from galore_trainer.run.cells import (
     remove_weights,
     timing_config,
 )
-from galore_trainer.run.launching.distributed import die_with_parent
-from galore_trainer.run.launching.launch import threads_each
-from galore_trainer.run.results.artifacts import write_file
-from galore_trainer.run.scoring.scores import in_words
-from galore_trainer.run.settings.methods import METHODS
-from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
-from galore_trainer.run.study import Study
-from galore_trainer.run.sweep_memory import VISIBLE, choose_jobs, visible_devices
-from galore_trainer.run.sweep_plan import count_all_steps, select
+from galore_trainer.run.study.sweep_memory import VISIBLE, choose_jobs, visible_devices
+from galore_trainer.run.study.sweep_plan import count_all_steps, select
 
 POLL_SECONDS = 0.2
 LOG_LINES = 20
