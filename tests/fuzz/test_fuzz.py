@@ -27,7 +27,7 @@ from galore_trainer.recipes import load_data
 from galore_trainer.recipes.base import DataConfig
 from galore_trainer.run.launching.checkpoints import choose_checkpoint, damage
 from galore_trainer.run.memory.estimate import inspect
-from galore_trainer.run.report import report
+from galore_trainer.run.report.write import report
 from galore_trainer.run.scoring.score import score_files
 from galore_trainer.run.settings.arguments import training_arguments
 from galore_trainer.run.settings.run_config import RunConfig, known_keys, load_run_config

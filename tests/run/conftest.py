@@ -30,9 +30,9 @@ def brief_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports whose text alone is looked at: nothing is drawn into their plots' files."""
-    from galore_trainer.run.report_plots import Plot
+    from galore_trainer.run.report.plots import Plot
 
-    export = "galore_trainer.run.report_plots._export"
+    export = "galore_trainer.run.report.plots._export"
     monkeypatch.setattr(export, lambda name, figure, alt: Plot(name=name, alt=alt, svg="", png=b""))
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from forked import python
 from galore_trainer.errors import OptionError
-from galore_trainer.run.report import report
+from galore_trainer.run.report.write import report
 from galore_trainer.run.settings.run_config import load_run_config
 from galore_trainer.run.study import sweep as module
 from galore_trainer.run.study.grid import load_study, packaged_studies

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from galore_trainer.run.report_pages import Plot
-from galore_trainer.run.report_runs import Gathered, Group, cell_values, is_number, score_interval
+from galore_trainer.run.report.pages import Plot
+from galore_trainer.run.report.runs import Gathered, Group, cell_values, is_number, score_interval
 from galore_trainer.run.results.artifacts import smoothed
 from galore_trainer.run.results.columns import PARTS, Column, columns
 from galore_trainer.run.results.shapes import LARGEST

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from galore_trainer.run.report_pages import Block, Bullets, Code, Heading, Plot, Table, Text, to_html, to_markdown
-from galore_trainer.run.report_plots import make_plots
-from galore_trainer.run.report_runs import (
+from galore_trainer.run.report.pages import Block, Bullets, Code, Heading, Plot, Table, Text, to_html, to_markdown
+from galore_trainer.run.report.plots import make_plots
+from galore_trainer.run.report.runs import (
     ABSENT,
     Gathered,
     Group,
