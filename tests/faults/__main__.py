@@ -238,10 +238,17 @@ def report(
 
 
 def main(path: Path) -> int:
-    multiprocessing.get_context("forkserver").set_forkserver_preload([
-        "transformers.trainer", "transformers.models.llama.modeling_llama", "galore_trainer.run.training.train", "peft", "trl",
-        "galore_trainer.run.training.callbacks", "galore_trainer.hf.build",
-    ])  # fmt: skip
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        [
+            "transformers.trainer",
+            "transformers.models.llama.modeling_llama",
+            "galore_trainer.run.training.train",
+            "peft",
+            "trl",
+            "galore_trainer.run.training.callbacks",
+            "galore_trainer.hf.build",
+        ]
+    )
     started = time.monotonic()
 
     def say(text: str) -> None:

@@ -48,7 +48,7 @@ def report(folders: Sequence[str | Path], output: Path, *, title: str | None = N
         The files written, the page for reading first.
 
     Raises:
-        OptionError: what ``report_runs.gather`` refuses, or a folder that cannot be written; nothing was written.
+        OptionError: what ``runs.gather`` refuses, or a folder that cannot be written; nothing was written.
     """
     found = gather(folders)
     check_writable("--output-dir", output / "report.html")

@@ -122,7 +122,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "accelerators": accelerators,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        **_checkout(Path(__file__).resolve().parents[2]),
+        **_checkout(Path(__file__).resolve().parents[3]),
     }
 
 

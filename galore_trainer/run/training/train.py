@@ -83,7 +83,7 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
     timing, interrupt = ready.timing, ready.interrupt
 
     from galore_trainer.run.results.figures import parameter_counts
-    from galore_trainer.run.results.result.peak_memory import PeakMemory
+    from galore_trainer.run.results.peak_memory import PeakMemory
     from galore_trainer.run.scoring.evaluate import evaluate_examples
 
     parameters = parameter_counts(trainer.model)
