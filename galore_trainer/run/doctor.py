@@ -42,10 +42,9 @@ def version(package: str) -> str | None:
 
 def machine() -> dict[str, Any]:
     """Device, native bfloat16, cores this process may use, memory and free disk space in GiB."""
+    from galore_trainer.run.device import device_type, uses_bf16
     from galore_trainer.run.models.model import cache_dir
     from galore_trainer.run.results.artifacts import environment
-    from galore_trainer.run.scoring.evaluate import uses_bf16
-    from galore_trainer.run.settings.arguments import device_type
 
     here = environment()
     count = here["accelerators"]

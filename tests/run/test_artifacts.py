@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from galore_trainer.run.files import write_file, write_json
 from galore_trainer.run.results import artifacts
-from galore_trainer.run.results.artifacts import environment, plot_losses, write_file, write_json
+from galore_trainer.run.results.artifacts import environment, plot_losses
 from galore_trainer.run.results.card import model_card
 from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.run_config import DataConfig, RunConfig

@@ -25,7 +25,6 @@ from galore_trainer.run.launching import launch
 from galore_trainer.run.launching.checkpoints import damage
 from galore_trainer.run.launching.distributed import check_sharding, check_trainer
 from galore_trainer.run.launching.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
-from galore_trainer.run.settings import arguments
 from galore_trainer.run.settings.run_config import RunConfig, packaged_configs
 from galore_trainer.run.training.train import train
 
@@ -39,7 +38,7 @@ def plan(config: RunConfig, processes: int | None = None, name: str | None = Non
 
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "device_type", lambda use_cpu=False: "cpu" if use_cpu else "cuda")
+    monkeypatch.setattr(launch, "device_type", lambda use_cpu=False: "cpu" if use_cpu else "cuda")
     monkeypatch.setattr(launch, "_device_count", lambda: 4)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.results.artifacts import check_writable, write_file
+from galore_trainer.run.files import check_writable, write_file
 from galore_trainer.run.settings.arguments import training_arguments
 from galore_trainer.run.settings.ranges import BEST_METRICS, RANGES, check_range
 from galore_trainer.run.settings.run_config import RunConfig, load_run_config, trainer_hints

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.results.artifacts import flush_folder, write_file
+from galore_trainer.run.files import flush_folder, write_file
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 ASIDE = "aside"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from galore_trainer.run.files import check_writable, write_file
 from galore_trainer.run.report.pages import Block, Bullets, Code, Heading, Plot, Table, Text, to_html, to_markdown
 from galore_trainer.run.report.plots import make_plots
 from galore_trainer.run.report.runs import (
@@ -20,7 +21,6 @@ from galore_trainer.run.report.runs import (
     gather,
     score_interval,
 )
-from galore_trainer.run.results.artifacts import check_writable, write_file
 from galore_trainer.run.results.columns import Column, columns, timed_steps
 from galore_trainer.run.settings.yaml_io import dump
 from galore_trainer.run.study.grid import show_value

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from galore_trainer.run.files import write_file, write_json
 from galore_trainer.run.launching.distributed import shards_state
-from galore_trainer.run.results.artifacts import environment, plot_losses, write_file, write_json
+from galore_trainer.run.results.artifacts import environment, plot_losses
 from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.methods import ADAPTER, METHODS
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig

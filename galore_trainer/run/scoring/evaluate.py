@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
+from galore_trainer.run.device import device_type, uses_bf16
+from galore_trainer.run.files import check_writable, write_file
 from galore_trainer.run.models.prompts import IGNORED, Collator, encode_all, pad, render_prompt, token_ids
-from galore_trainer.run.results.artifacts import check_writable, write_file
 from galore_trainer.run.scoring.scores import headline
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ def evaluate(
     """
     from galore_trainer.recipes import load_data
     from galore_trainer.run.models.model import load_model
-    from galore_trainer.run.settings.arguments import device_type
 
     if predictions_path is not None:
         check_writable("--predictions", predictions_path)
@@ -202,17 +202,6 @@ def mean_loss(
             total += float(model(**batch, use_cache=False).loss) * count
             tokens += count
     return total / tokens
-
-
-def uses_bf16(setting: bool | str | None, device_type: str) -> bool:
-    """What ``bf16`` of a run's configuration means on a device: ``auto`` asks whether the hardware computes in it."""
-    if setting != "auto":
-        return bool(setting)
-    import torch
-
-    if device_type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @contextlib.contextmanager

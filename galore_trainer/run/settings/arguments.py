@@ -8,6 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError, one_line
+from galore_trainer.run.device import device_type, use_one_device, uses_bf16
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -54,7 +55,6 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     Raises:
         OptionError: transformers refuses the combination; its own words are passed on. Or trl is not installed.
     """
-    from galore_trainer.run.scoring.evaluate import uses_bf16
     from galore_trainer.run.training.trainers import arguments_class
 
     cls, below = arguments_class(config)
@@ -101,23 +101,3 @@ def _check_scheduler(arguments: TrainingArguments) -> None:
         name = getattr(kind, "value", kind)
         way_out = f"It says: {one_line(error)}"
         raise OptionError("lr_scheduler_kwargs", given, f"settings of the schedule {name!r}", way_out) from error
-
-
-def use_one_device(arguments: TrainingArguments) -> str | None:
-    """Keep a run that nobody launched on several processes to one GPU; a sentence on it where there are more.
-
-    The Trainer would split each batch over all GPUs in one process (``torch.nn.DataParallel``), which copies the model
-    at every step.
-    """
-    if arguments.n_gpu < 2:
-        return None
-    found, arguments._n_gpu = arguments.n_gpu, 1
-    return f"{found} GPUs are visible, this run uses one: for all of them, galore-ft train ... --num-processes {found}"
-
-
-def device_type(*, use_cpu: bool = False) -> str:
-    """The kind of device a run uses here: ``cuda``, ``mps``, ..., or ``cpu``."""
-    import torch
-
-    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.results.artifacts import write_json
+from galore_trainer.run.files import write_json
 from galore_trainer.run.results.shapes import check_result, check_study
 from galore_trainer.run.settings.methods import ADAPTER
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig, load_run_config

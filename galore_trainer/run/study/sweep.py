@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from galore_trainer.errors import OptionError
+from galore_trainer.run.files import write_file
 from galore_trainer.run.launching.distributed import die_with_parent
 from galore_trainer.run.launching.launch import threads_each
-from galore_trainer.run.results.artifacts import write_file
 from galore_trainer.run.scoring.scores import in_words
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from galore_trainer.errors import OptionError
+from galore_trainer.run.files import check_writable
 from galore_trainer.run.launching.checkpoints import MANIFEST, damage, seal
-from galore_trainer.run.results.artifacts import check_writable
 
 if TYPE_CHECKING:
     from galore_trainer.run.settings.run_config import RunConfig

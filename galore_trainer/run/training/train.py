@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
+from galore_trainer.run.files import write_file, write_json
 from galore_trainer.run.launching.checkpoints import ASIDE, checkpoints, make_way, newest_whole, remove, saved_step
 from galore_trainer.run.launching.distributed import (
     check_sharding,
@@ -23,7 +24,6 @@ from galore_trainer.run.launching.distributed import (
 )
 from galore_trainer.run.launching.preflight import check_room, check_trackers
 from galore_trainer.run.launching.start import choose_start, own_folder
-from galore_trainer.run.results.artifacts import write_file, write_json
 from galore_trainer.run.results.publish import Destination, check_publish, publish
 from galore_trainer.run.results.result import LOG, RESULT, make_result, seconds, summary, write_artifacts
 from galore_trainer.run.scoring.scores import in_words
