@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from galore_trainer.errors import OptionError
 from galore_trainer.run.launching.plan import describe_plan
 from galore_trainer.run.results.card import model_card
-from galore_trainer.run.settings.arguments import training_arguments
-from galore_trainer.run.settings.methods import METHODS, Method, check_method
+from galore_trainer.run.settings.arguments import check_method, training_arguments
+from galore_trainer.run.settings.methods import METHODS, Method
 from galore_trainer.run.settings.run_config import RunConfig, known_keys
 from galore_trainer.run.training.train import train
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
+from galore_trainer.run.settings.methods import SHARDED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -59,7 +60,7 @@ def shards_state(arguments: TrainingArguments) -> bool:
     """Whether a process keeps a part of the optimizer's state alone: FSDP and DeepSpeed."""
     from galore_trainer.hf.backend import training_backend
 
-    return training_backend(arguments) in ("fsdp", "deepspeed")
+    return training_backend(arguments) in SHARDED
 
 
 def cuts_weights(arguments: TrainingArguments) -> bool:
@@ -96,7 +97,7 @@ def check_trainer(trainer: Trainer) -> None:
     from galore_trainer.hf.backend import training_backend
 
     asked, kind = training_backend(trainer.args), trainer.accelerator.distributed_type.value
-    if asked in ("fsdp", "deepspeed") and kind != asked.upper():
+    if asked in SHARDED and kind != asked.upper():
         raise OptionError(
             "backend", f"{asked} on {trainer.args.device.type}", f"{asked}, for which accelerate uses {kind}",
             "FSDP needs GPUs; DeepSpeed runs on CPUs with use_cpu=true and without ACCELERATE_USE_CPU.",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from galore_trainer.run.launching.start import is_taken
 from galore_trainer.run.results.publish import check_publish
-from galore_trainer.run.settings.arguments import training_arguments
-from galore_trainer.run.settings.methods import METHODS, check_method
+from galore_trainer.run.settings.arguments import check_method, training_arguments
+from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.run_config import RunConfig
 
 if TYPE_CHECKING:

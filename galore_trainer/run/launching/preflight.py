@@ -12,8 +12,8 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.launching.checkpoints import checkpoints
 from galore_trainer.run.launching.plan import count_steps
 from galore_trainer.run.launching.start import check_folder
-from galore_trainer.run.settings.arguments import run_arguments
-from galore_trainer.run.settings.methods import METHODS, check_method
+from galore_trainer.run.settings.arguments import check_method, run_arguments
+from galore_trainer.run.settings.methods import METHODS, resolve
 from galore_trainer.run.settings.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -158,4 +158,4 @@ def _model(config: RunConfig, arguments: TrainingArguments) -> Any:
     load_tokenizer(config.model_name_or_path)
     model = empty_model(config)
     with torch.device("meta"):
-        return METHODS[config.method].prepare(model, config, arguments).model
+        return resolve(METHODS[config.method].prepare)(model, config, arguments).model

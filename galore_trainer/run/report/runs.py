@@ -11,7 +11,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import wilson_interval
 from galore_trainer.run.results.columns import Column, Result
 from galore_trainer.run.results.shapes import LARGEST, check_result, read_log
-from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.methods import methods_reading
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
 from galore_trainer.run.study.grid import comparable, short_names, show_value
 from galore_trainer.run.study.record import FAILED, FINISHED, RESULT, STUDY_FILE, TIMING, read_result, read_study_file
@@ -289,6 +289,5 @@ def _task(named: Mapping[str, Iterable[Run]]) -> str:
 
 
 def _reads(method: str, key: str) -> bool:
-    block = key.partition(".")[0]
-    readers = [name for name, spec in METHODS.items() if spec.block == block]
+    readers = methods_reading(key)
     return not readers or method in readers

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.run.files import write_file, write_json
-from galore_trainer.run.launching.distributed import shards_state
 from galore_trainer.run.results.artifacts import environment, plot_losses
 from galore_trainer.run.scoring.scores import in_words
-from galore_trainer.run.settings.methods import ADAPTER, METHODS
+from galore_trainer.run.settings.methods import ADAPTER, METHODS, SHARDED
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def make_result(
         "train_loss": next((row["loss"] for row in reversed(history) if "loss" in row), None),
         "peak_memory": peak,
         "predicted_memory": uncounted
-        if shards_state(trainer.args)
+        if backend in SHARDED
         else predict(config, trainer.train_dataset, trainer.args.world_size),
         "environment": environment(),
         "data_notes": data.notes,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError, one_line
 from galore_trainer.run.device import device_type, use_one_device, uses_bf16
+from galore_trainer.run.settings.methods import METHODS, check_backend, require_package
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -55,8 +56,6 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     Raises:
         OptionError: transformers refuses the combination; its own words are passed on. Or trl is not installed.
     """
-    from galore_trainer.run.training.trainers import arguments_class
-
     cls, below = arguments_class(config)
     fields = {**below, **more, **config.training}
     fields.pop("push_to_hub", None)  # publish.py uploads the model; the Trainer would upload all of output_dir
@@ -85,6 +84,30 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     return arguments
 
 
+def arguments_class(config: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any]]:
+    """The class of the trainer's arguments, and the fields it must be given below the user's own.
+
+    ``trl.SFTConfig`` has defaults of its own (bf16, gradient checkpointing, learning rate, ...); a run has those of
+    TrainingArguments whichever loop it is trained by.
+
+    Raises:
+        OptionError: trl is not installed.
+    """
+    from transformers import TrainingArguments
+
+    if config.trainer == "hf":
+        return TrainingArguments, {}
+    require_package("trainer", "trl", "trl", "trl")
+    from trl import SFTConfig
+
+    theirs = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
+    ours = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init and f.default != theirs[f.name]}
+    packed, padding_free = (config.training.get(name, False) for name in ("packing", "padding_free"))
+    # No row is longer than max_length, so that nothing is cut; without padding or packing TRL wants it to be None.
+    length = config.max_length if packed or not padding_free else None
+    return SFTConfig, {**ours, "max_length": length, "completion_only_loss": True}
+
+
 def _check_scheduler(arguments: TrainingArguments) -> None:
     """Make the learning rate's schedule once, so that a setting it does not take is refused before training."""
     import torch
@@ -101,3 +124,20 @@ def _check_scheduler(arguments: TrainingArguments) -> None:
         name = getattr(kind, "value", kind)
         way_out = f"It says: {one_line(error)}"
         raise OptionError("lr_scheduler_kwargs", given, f"settings of the schedule {name!r}", way_out) from error
+
+
+def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
+    """Refuse a method whose package, device or kind of launch is not there, before anything is loaded.
+
+    Raises:
+        OptionError: naming what is missing and the way out.
+    """
+    from galore_trainer.hf.backend import training_backend
+
+    spec = METHODS[config.method]
+    if spec.package:
+        require_package("method", config.method, spec.package, spec.extra)
+    if spec.cuda and arguments.device.type != "cuda":
+        device = f"{config.method} on {arguments.device.type}"
+        raise OptionError("method", device, "an NVIDIA GPU for this method", "Here, use --method adamw.")
+    check_backend(config.method, training_backend(arguments))

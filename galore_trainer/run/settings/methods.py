@@ -1,78 +1,22 @@
-"""The methods of training: what each one means, which settings it reads, what it needs, how it is put into a Trainer.
+"""The methods of training as data: what each one means, which settings it reads, and what it needs.
 
-A new method is one entry of ``METHODS`` and one name in ``Method``.
+A new method is one entry of ``METHODS``, one name in ``Method`` and, in ``training/methods.py``, what it does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import pkgutil
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from galore_trainer.errors import OptionError
 
-if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
-
-    from galore_trainer.run.settings.run_config import RunConfig
-
 Method = Literal["galore_plus", "galore", "adamw", "adamw_8bit", "lora", "dora", "galore_torch"]
 
-
-class Prepared(NamedTuple):
-    """A model as it goes into the Trainer, and the Trainer's further keyword arguments."""
-
-    model: Any
-    plugin: dict[str, Any]
-
-
-def _prepare_adamw(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
-    return Prepared(model, {})
-
-
-def _prepare_galore(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
-    from galore_trainer.hf.build import galore_plugin
-    from galore_trainer.optim.groups import plan_weights
-
-    plan_weights(model, config.galore)  # refuses now what the Trainer would meet after the first scoring
-    return Prepared(model, galore_plugin(config.galore, arguments))
-
-
-def _prepare_adamw_8bit(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
-    from bitsandbytes.optim import AdamW
-
-    # optim_bits rather than AdamW8bit: the Trainer then keeps 32 bits for embeddings, as bitsandbytes asks for
-    return Prepared(model, {"optimizer_cls_and_kwargs": (AdamW, {**_adam(arguments), "optim_bits": 8})})
-
-
-def _prepare_lora(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
-    from galore_trainer.run.models.adapters import add_adapters
-
-    return Prepared(add_adapters(model, config.lora, seed=arguments.seed, dora=config.method == "dora"), {})
-
-
-def _merge_lora(trainer: Trainer, config: RunConfig, output: Path) -> None:
-    from galore_trainer.run.models.adapters import merge_adapters
-    from galore_trainer.run.models.model import public_name
-
-    merge_adapters(trainer, output / ADAPTER, base_model=public_name(config.model_name_or_path))
-
-
-def _prepare_galore_torch(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
-    from galore_trainer.run.training.galore_torch import GaLoreTorchFactory, torch_groups
-
-    settings = {"config": config.galore, "weight_decay": arguments.weight_decay, **_adam(arguments)}
-    torch_groups(model, config.galore, lr=arguments.learning_rate, weight_decay=0.0)  # refuses now, as above
-    return Prepared(model, {"optimizer_cls_and_kwargs": (GaLoreTorchFactory, settings)})
-
-
-def _adam(arguments: TrainingArguments) -> dict[str, Any]:
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    return {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
-
-
+SHARDED = ("fsdp", "deepspeed")
+"""Backends under which each process keeps only a part of the optimizer's state."""
 ADAPTER = "adapter"
 """The folder, inside a run's, of the adapter that lora and dora trained, beside the merged model."""
 GALORE: dict[str, Any] = {
@@ -99,8 +43,10 @@ class MethodSpec:
         cuda: runs on NVIDIA GPUs alone.
         resumable: its optimizer state can be loaded again.
         sharded: runs under FSDP and DeepSpeed.
-        prepare: (model, config, arguments) to what the Trainer gets; raises ``OptionError`` for what does not fit.
-        finish: called with (trainer, config, output folder) after training, before the model is saved.
+        prepare: dotted name of the function that puts the method into a Trainer: (model, config, arguments) to
+            ``training.methods.Prepared``; it raises ``OptionError`` for what does not fit.
+        finish: dotted name of the function that is called with (trainer, config, output folder) after training, before
+            the model is saved.
     """
 
     title: str
@@ -111,8 +57,8 @@ class MethodSpec:
     cuda: bool = False
     resumable: bool = True
     sharded: bool = False
-    prepare: Callable[[Any, RunConfig, TrainingArguments], Prepared]
-    finish: Callable[[Trainer, RunConfig, Path], None] | None = None
+    prepare: str
+    finish: str | None = None
 
 
 METHODS: dict[str, MethodSpec] = {
@@ -120,38 +66,42 @@ METHODS: dict[str, MethodSpec] = {
         title="GaLore+ (full-parameter training with projected gradients, one basis for all attention heads)",
         block="galore",
         sharded=True,
-        prepare=_prepare_galore,
+        prepare="galore_trainer.run.training.methods.prepare_galore",
     ),
     "galore": MethodSpec(
         title="GaLore (full-parameter training with projected gradients)",
         defaults=GALORE,
         block="galore",
         sharded=True,
-        prepare=_prepare_galore,
+        prepare="galore_trainer.run.training.methods.prepare_galore",
     ),
-    "adamw": MethodSpec(title="AdamW (full-parameter training)", sharded=True, prepare=_prepare_adamw),
+    "adamw": MethodSpec(
+        title="AdamW (full-parameter training)",
+        sharded=True,
+        prepare="galore_trainer.run.training.methods.prepare_adamw",
+    ),
     "adamw_8bit": MethodSpec(
         title="8-bit AdamW (full-parameter training, optimizer of bitsandbytes)",
         package="bitsandbytes",
         extra="bnb",
         cuda=True,
-        prepare=_prepare_adamw_8bit,
+        prepare="galore_trainer.run.training.methods.prepare_adamw_8bit",
     ),
     "lora": MethodSpec(
         title="LoRA (low-rank adapters of peft, merged)",
         block="lora",
         package="peft",
         extra="peft",
-        prepare=_prepare_lora,
-        finish=_merge_lora,
+        prepare="galore_trainer.run.training.methods.prepare_lora",
+        finish="galore_trainer.run.training.methods.merge_lora",
     ),
     "dora": MethodSpec(
         title="DoRA (low-rank adapters of peft with magnitudes of their own, merged)",
         block="lora",
         package="peft",
         extra="peft",
-        prepare=_prepare_lora,
-        finish=_merge_lora,
+        prepare="galore_trainer.run.training.methods.prepare_lora",
+        finish="galore_trainer.run.training.methods.merge_lora",
     ),
     "galore_torch": MethodSpec(
         title="GaLore (full-parameter training with projected gradients, optimizer of galore-torch)",
@@ -167,10 +117,22 @@ METHODS: dict[str, MethodSpec] = {
         package="galore_torch",
         extra="parity",
         resumable=False,
-        prepare=_prepare_galore_torch,
+        prepare="galore_trainer.run.training.methods.prepare_galore_torch",
     ),
 }
 METHOD_DEFAULTS = {name: spec.defaults for name, spec in METHODS.items()}
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """Import the function that ``prepare`` or ``finish`` of a method names: settings alone need no torch."""
+    function: Callable[..., Any] = pkgutil.resolve_name(name)
+    return function
+
+
+def methods_reading(key: str) -> list[str]:
+    """The methods that read the block of a dotted key; empty for a key that every method reads."""
+    block = key.partition(".")[0]
+    return [name for name, spec in METHODS.items() if spec.block == block]
 
 
 def require_package(option: str, value: str, package: str, extra: str) -> None:
@@ -181,26 +143,9 @@ def require_package(option: str, value: str, package: str, extra: str) -> None:
         raise OptionError(option, value, wanted, f"Run: pip install 'galore-trainer[{extra}]'")
 
 
-def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
-    """Refuse a method whose package, device or kind of launch is not there, before anything is loaded.
-
-    Raises:
-        OptionError: naming what is missing and the way out.
-    """
-    from galore_trainer.hf.backend import training_backend
-
-    spec = METHODS[config.method]
-    if spec.package:
-        require_package("method", config.method, spec.package, spec.extra)
-    if spec.cuda and arguments.device.type != "cuda":
-        device = f"{config.method} on {arguments.device.type}"
-        raise OptionError("method", device, "an NVIDIA GPU for this method", "Here, use --method adamw.")
-    check_backend(config.method, training_backend(arguments))
-
-
 def check_backend(method: str, backend: str) -> None:
     """Refuse FSDP and DeepSpeed under a method that needs whole weights on every process."""
-    if backend in ("fsdp", "deepspeed") and not METHODS[method].sharded:
+    if backend in SHARDED and not METHODS[method].sharded:
         raise OptionError(
             "backend", backend, f"one process or DDP under method {method!r}",
             "Its parameters must be whole on every process: use `--launch-config ddp`, `torchrun --nproc-per-node N` "

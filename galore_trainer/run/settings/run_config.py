@@ -15,7 +15,7 @@ from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, knob
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig
 from galore_trainer.run.settings.keys import TRL_HINTS, coerce, refuse_key, training_hints
-from galore_trainer.run.settings.methods import METHOD_DEFAULTS, METHODS, Method
+from galore_trainer.run.settings.methods import METHOD_DEFAULTS, METHODS, Method, methods_reading
 from galore_trainer.run.settings.ranges import check_best_metric, check_range
 from galore_trainer.run.settings.sources import Setting, collect, command_line_settings, file_settings
 from galore_trainer.run.settings.yaml_io import Document, dump, read_mapping
@@ -239,9 +239,9 @@ def _resolve(
     file, given = (collect(source, hints, _check_method) for source in sources)
     method = given.own.get("method", file.own.get("method", RunConfig.method))
     for key in given.own:
-        block = key.partition(".")[0]
-        readers = [name for name, spec in METHODS.items() if spec.block == block]
+        readers = methods_reading(key)
         if readers and method not in readers:
+            block = key.partition(".")[0]
             raise OptionError(
                 key, given.places[key], f"no {block} setting under method {method!r}, which would ignore it",
                 f"Remove it, or use --method {' or '.join(readers)}.",

@@ -14,7 +14,7 @@ from typing import Any
 from galore_trainer.config import check_type
 from galore_trainer.errors import OptionError
 from galore_trainer.run.results.columns import metric_names
-from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.methods import methods_reading
 from galore_trainer.run.settings.run_config import RunConfig, load_run_config, packaged_configs, read_config
 from galore_trainer.run.settings.sources import Setting, command_line_settings, file_settings
 from galore_trainer.run.settings.yaml_io import Document, parse_value
@@ -123,7 +123,7 @@ def load_study(study: str | Path, overrides: Sequence[str] = (), seeds: Sequence
         cells.append(Cell(name=name, slug=_slug(name, slugs), values=values, configs=configs))
     methods = {config.method for cell in cells for config in cell.configs.values()}
     for key, setting in common.items():
-        if _readers(key) and not methods & set(_readers(key)):
+        if methods_reading(key) and not methods & set(methods_reading(key)):
             raise OptionError(key, setting.place, f"a setting of {', '.join(sorted(methods))}", "No cell reads it.")
     title = Path(study).stem
     return Study(
@@ -242,16 +242,13 @@ def _resolve(study: str, base: str, name: str, values: Mapping[str, Any], common
         return [*given, *(f"{key}={_as_text(value)}" for key, value in values.items())]
 
     try:
-        method = load_run_config(base, texts({k: s for k, s in common.items() if not _readers(k)})).method
-        return load_run_config(base, texts({k: s for k, s in common.items() if method in (_readers(k) or [method])}))
+        method = load_run_config(base, texts({k: s for k, s in common.items() if not methods_reading(k)})).method
+        return load_run_config(
+            base, texts({k: s for k, s in common.items() if method in (methods_reading(k) or [method])})
+        )
     except OptionError as error:
         way_out = f"{error.way_out} (cell {name!r} of {study})".strip()
         raise OptionError(error.option, error.got, error.wanted, way_out) from None
-
-
-def _readers(key: str) -> list[str]:
-    """The methods that read a block of settings which others leave alone; empty for what all read."""
-    return [name for name, spec in METHODS.items() if spec.block == key.partition(".")[0]]
 
 
 def _as_text(value: Any) -> str:

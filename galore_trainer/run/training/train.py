@@ -27,8 +27,8 @@ from galore_trainer.run.launching.start import choose_start, own_folder
 from galore_trainer.run.results.publish import Destination, check_publish, publish
 from galore_trainer.run.results.result import LOG, RESULT, make_result, seconds, summary, write_artifacts
 from galore_trainer.run.scoring.scores import in_words
-from galore_trainer.run.settings.arguments import run_arguments
-from galore_trainer.run.settings.methods import ADAPTER, METHODS, check_method
+from galore_trainer.run.settings.arguments import check_method, run_arguments
+from galore_trainer.run.settings.methods import ADAPTER, METHODS, resolve
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
 from galore_trainer.run.training.failures import explained
 
@@ -128,7 +128,7 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
     finish = METHODS[config.method].finish
     with explained(output, MODEL, ADAPTER):
         if finish:
-            finish(trainer, config, output)
+            resolve(finish)(trainer, config, output)
         save_whole_model(trainer, output / MODEL)
     after = None
     if main and data.eval:
@@ -256,7 +256,7 @@ def _make_trainer(
     if not rows:
         raise OptionError("data.source", config.data.source, "at least one example to train on")
     held_out = encode_all(tokenizer, data.eval, config.max_length).rows if data.eval else None
-    model, plugin = METHODS[config.method].prepare(model, config, arguments)
+    model, plugin = resolve(METHODS[config.method].prepare)(model, config, arguments)
     if say.main and not cuts_weights(arguments):
         check_room(config, arguments, model, len(rows), arguments.world_size)
     timing, interrupt, finite = TimingCallback(arguments.device), InterruptCallback(), FiniteCallback()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,37 +9,11 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.models.prompts import IGNORED, Collator
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     from galore_trainer.run.settings.run_config import RunConfig
 
 Rows = Sequence[dict[str, list[int]]]
-
-
-def arguments_class(config: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any]]:
-    """The class of the trainer's arguments, and the fields it must be given below the user's own.
-
-    ``trl.SFTConfig`` has defaults of its own (bf16, gradient checkpointing, learning rate, ...); a run has those of
-    TrainingArguments whichever loop it is trained by.
-
-    Raises:
-        OptionError: trl is not installed.
-    """
-    from transformers import TrainingArguments
-
-    if config.trainer == "hf":
-        return TrainingArguments, {}
-    from galore_trainer.run.settings.methods import require_package
-
-    require_package("trainer", "trl", "trl", "trl")
-    from trl import SFTConfig
-
-    theirs = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
-    ours = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init and f.default != theirs[f.name]}
-    packed, padding_free = (config.training.get(name, False) for name in ("packing", "padding_free"))
-    # No row is longer than max_length, so that nothing is cut; without padding or packing TRL wants it to be None.
-    length = config.max_length if packed or not padding_free else None
-    return SFTConfig, {**ours, "max_length": length, "completion_only_loss": True}
 
 
 def build_trainer(
