@@ -23,10 +23,12 @@ Seeds = Annotated[str | None, typer.Option("--seeds", metavar="0,1,2", help="See
 Jobs = Annotated[
     str,
     typer.Option(
-        "--jobs", metavar="N|auto", help="Runs side by side, over all GPUs (auto: as many as their memory is estimated "
+        "--jobs",
+        metavar="N|auto",
+        help="Runs side by side, over all GPUs (auto: as many as their memory is estimated "
         "to hold); then a timing pass of each cell.",
     ),
-]  # fmt: skip
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; run nothing.")]
 Only = Annotated[str | None, typer.Option("--only", metavar="TEXT", help="Run cells with this in their name.")]
 MaxCells = Annotated[
@@ -75,9 +77,16 @@ def ablate(
     given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     given += [] if timing else ["--no-timing"]
     outcome = run_study(
-        loaded, output, jobs=number, only=only, max_cells=max_cells, keep_models=keep_models, timing=timing,
-        command=shlex.join(["galore-ft", "ablate", study, *(overrides or ()), *given]), say=_say,
-    )  # fmt: skip
+        loaded,
+        output,
+        jobs=number,
+        only=only,
+        max_cells=max_cells,
+        keep_models=keep_models,
+        timing=timing,
+        command=shlex.join(["galore-ft", "ablate", study, *(overrides or ()), *given]),
+        say=_say,
+    )
     for name, reason in outcome.failed.items():
         typer.echo(f"failed: {name}: {reason}", err=True)
     if outcome.interrupted:

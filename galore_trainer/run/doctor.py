@@ -13,9 +13,17 @@ from typing import Any
 from galore_trainer.errors import OptionError
 
 PACKAGES = (
-    "torch", "transformers", "accelerate", "datasets", "trl", "peft", "deepspeed", "bitsandbytes", "gguf",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "trl",
+    "peft",
+    "deepspeed",
+    "bitsandbytes",
+    "gguf",
     "galore-torch",
-)  # fmt: skip
+)
 DISTRIBUTION = "galore-trainer"
 
 

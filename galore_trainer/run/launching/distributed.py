@@ -79,9 +79,11 @@ def check_sharding(arguments: TrainingArguments, checkpoint: Path | None) -> Non
     zero = _zero(arguments)
     if zero and zero.is_zero3() and not zero.get_value(GATHER):
         raise OptionError(
-            f"deepspeed.{GATHER}", False, "true, for a model that can be loaded afterwards",
+            f"deepspeed.{GATHER}",
+            False,
+            "true, for a model that can be loaded afterwards",
             "Set it in the DeepSpeed JSON, or zero3_save_16bit_model: true in accelerate's configuration.",
-        )  # fmt: skip
+        )
     if checkpoint is not None:
         from galore_trainer.hf.checkpoints import check_layout
 
@@ -99,9 +101,11 @@ def check_trainer(trainer: Trainer) -> None:
     asked, kind = training_backend(trainer.args), trainer.accelerator.distributed_type.value
     if asked in SHARDED and kind != asked.upper():
         raise OptionError(
-            "backend", f"{asked} on {trainer.args.device.type}", f"{asked}, for which accelerate uses {kind}",
+            "backend",
+            f"{asked} on {trainer.args.device.type}",
+            f"{asked}, for which accelerate uses {kind}",
             "FSDP needs GPUs; DeepSpeed runs on CPUs with use_cpu=true and without ACCELERATE_USE_CPU.",
-        )  # fmt: skip
+        )
 
 
 @contextlib.contextmanager

@@ -76,10 +76,12 @@ def plan_launch(config: RunConfig, *, num_processes: int | None, launch_config: 
     got = num_processes if launch_config is None else launch_config
     if "WORLD_SIZE" in os.environ:
         raise OptionError(
-            option, got, "one launcher",
+            option,
+            got,
+            "one launcher",
             f"A launcher started this process (WORLD_SIZE={os.environ['WORLD_SIZE']}): leave out {option}, or run "
             "galore-ft train without torchrun or accelerate launch.",
-        )  # fmt: skip
+        )
     if num_processes is not None and num_processes < 1:
         raise OptionError(PROCESSES, num_processes, "at least 1", "Leave it out for one process here.")
     name = launch_config or DEFAULT
@@ -99,9 +101,11 @@ def plan_launch(config: RunConfig, *, num_processes: int | None, launch_config: 
     machines = max(found.num_machines, 1)
     if not on_cpu and processes > (most := _device_count() * machines):
         raise OptionError(
-            PROCESSES, processes, f"at most {most}, one for each visible GPU",
+            PROCESSES,
+            processes,
+            f"at most {most}, one for each visible GPU",
             f"Use {PROCESSES} {most}, or use_cpu=true to try it on the CPU.",
-        )  # fmt: skip
+        )
     return Launch(name=name, file=file, backend=backend, processes=processes, on_cpu=on_cpu)
 
 

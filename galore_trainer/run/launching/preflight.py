@@ -63,8 +63,10 @@ def _check_tracker(name: str) -> None:
     from transformers import integrations
 
     missing = name in integrations.INTEGRATION_TO_CALLBACK and name not in (
-        *integrations.get_available_reporting_integrations(), "azure_ml", "flyte",  # which it does not always tell
-    )  # fmt: skip
+        *integrations.get_available_reporting_integrations(),
+        "azure_ml",
+        "flyte",  # which it does not always tell
+    )
     try:
         if missing:
             raise ImportError(f"{name} is not installed")
@@ -79,9 +81,7 @@ def _check_tracker(name: str) -> None:
         raise OptionError(TRACKERS, name, "a tracker that can be started here", way_out) from error
 
 
-def check_room(
-    config: RunConfig, arguments: TrainingArguments, model: Any, examples: int, processes: int = 1
-) -> None:  # fmt: skip
+def check_room(config: RunConfig, arguments: TrainingArguments, model: Any, examples: int, processes: int = 1) -> None:
     """Raise ``OptionError`` where the disk has no room for a run's checkpoints and its model.
 
     Args:
@@ -101,10 +101,11 @@ def check_room(
     needed, free = count * each + whole, shutil.disk_usage(there).free + own  # as a run removes its older ones
     if needed > free:
         raise OptionError(
-            "output_dir", str(output),
+            "output_dir",
+            str(output),
             f"room for {human_bytes(needed)}: {count} checkpoints of {human_bytes(each)}, and the model",
             f"{human_bytes(free)} are free: free some space, lower save_total_limit, or give another --output-dir.",
-        )  # fmt: skip
+        )
 
 
 def checkpoint_bytes(config: RunConfig, model: Any, *, only_model: bool = False) -> tuple[int, int]:

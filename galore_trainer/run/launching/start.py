@@ -35,9 +35,11 @@ def own_folder(output: Path) -> Iterator[None]:
         lock = FileLock(output / LOCK).acquire(timeout=0)
     except Timeout:
         raise OptionError(
-            "output_dir", str(output), "a folder that no other run works in",
+            "output_dir",
+            str(output),
+            "a folder that no other run works in",
             "Wait until that run has ended, or give another --output-dir.",
-        ) from None  # fmt: skip
+        ) from None
     except OSError as error:
         raise OptionError("output_dir", str(output), "a folder to write in", f"{error.strerror}.") from error
     try:
@@ -101,9 +103,11 @@ def choose_start(
         return checkpoint
     if taken and not overwrite:
         raise OptionError(
-            "output_dir", str(output), "an empty or new folder",
+            "output_dir",
+            str(output),
+            "an empty or new folder",
             "Go on with that run with --resume auto, replace it with --overwrite, or give another --output-dir.",
-        )  # fmt: skip
+        )
     if taken and not (output / RESOLVED_CONFIG).is_file():
         raise OptionError("output_dir", str(output), "a run's folder, to overwrite it", "It holds other files.")
     return None

@@ -121,9 +121,13 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
         return GaLoreAdamW(groups, galore, lr=1.0)
 
     memory = simulate_step(
-        make_model, make_optimizer, batch_size=arguments.per_device_train_batch_size, length=config.max_length,
-        autocast=bf16 and config.dtype != "bfloat16", accumulates=arguments.gradient_accumulation_steps > 1,
-    )  # fmt: skip
+        make_model,
+        make_optimizer,
+        batch_size=arguments.per_device_train_batch_size,
+        length=config.max_length,
+        autocast=bf16 and config.dtype != "bfloat16",
+        accumulates=arguments.gradient_accumulation_steps > 1,
+    )
     if layout is None:
         return memory
     return share_out(
@@ -163,8 +167,11 @@ def predict(config: RunConfig, rows: Any, processes: int = 1) -> dict[str, Any]:
     except Exception as error:  # a model that cannot be built without its weights must not end a finished run
         return {"peak_bytes": None, "length": config.max_length, "note": f"{type(error).__name__}: {error}"}
     return {
-        "peak_bytes": memory.peak, "weights_bytes": memory.weights, "length": config.max_length, "note": memory.note,
-    }  # fmt: skip
+        "peak_bytes": memory.peak,
+        "weights_bytes": memory.weights,
+        "length": config.max_length,
+        "note": memory.note,
+    }
 
 
 def as_table(rows: Sequence[Row]) -> str:

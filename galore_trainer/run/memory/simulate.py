@@ -99,9 +99,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def simulate_step(
-    make_model: Callable[[], nn.Module], make_optimizer: Callable[[nn.Module], Any], *, batch_size: int, length: int,
-    autocast: bool = False, accumulates: bool = False,
-) -> StepMemory:  # fmt: skip
+    make_model: Callable[[], nn.Module],
+    make_optimizer: Callable[[nn.Module], Any],
+    *,
+    batch_size: int,
+    length: int,
+    autocast: bool = False,
+    accumulates: bool = False,
+) -> StepMemory:
     """Count one step of a causal language model.
 
     Args:

@@ -35,9 +35,13 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int, dora: bool) -
     set_seed(seed)
     model.name_or_path = ""  # peft would ask the hub about this name at every checkpoint
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-        target_modules=settings.target_modules, use_dora=dora,
-    )  # fmt: skip
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        use_dora=dora,
+    )
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -46,9 +50,11 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int, dora: bool) -
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if model.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise OptionError(
-            "lora.target_modules", settings.target_modules, "neither the embeddings nor the output layer of this model",
+            "lora.target_modules",
+            settings.target_modules,
+            "neither the embeddings nor the output layer of this model",
             "They share one weight: an adapter of the one would be merged into both.",
-        )  # fmt: skip
+        )
     return adapted
 
 

@@ -135,9 +135,11 @@ def resolve_model(name: str) -> Source:
             if (candidate / "config.json").is_file():
                 return Source(str(candidate), True)
         raise OptionError(
-            OPTION, name, "a folder with config.json, or a run folder with a finished model",
+            OPTION,
+            name,
+            "a folder with config.json, or a run folder with a finished model",
             "An unfinished run keeps its models in its checkpoint-* folders.",
-        )  # fmt: skip
+        )
     if not is_hub_id(name):
         raise OptionError(OPTION, name, "an existing folder", f"Without a model of your own, use {EMBEDDED}.")
     from galore_trainer.hub import require_model
@@ -188,9 +190,11 @@ def embedded_model() -> Path:
                 _convert(gguf, folder)
     except OSError as error:
         raise OptionError(
-            "GALORE_TRAINER_CACHE", str(cache_dir()), "a writable folder with 600 MB free",
+            "GALORE_TRAINER_CACHE",
+            str(cache_dir()),
+            "a writable folder with 600 MB free",
             f"{error}. Free some space there, or set GALORE_TRAINER_CACHE to another folder.",
-        ) from error  # fmt: skip
+        ) from error
     return folder
 
 

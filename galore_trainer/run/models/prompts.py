@@ -60,10 +60,11 @@ def _template_error(
     says = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{line}"
     way_out = "Leave out data.system_prompt and system turns, or use" if "system" in roles else "Use"
     return OptionError(
-        "chat_template", f"that of {tokenizer.name_or_path or 'the tokenizer'}",
+        "chat_template",
+        f"that of {tokenizer.name_or_path or 'the tokenizer'}",
         f"a template that writes {name}, turns of {', '.join(roles)}",
         f"It says {says}. {way_out} a model whose template takes them.",
-    )  # fmt: skip
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> dict[str, Any]:

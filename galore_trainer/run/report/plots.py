@@ -26,18 +26,35 @@ COLOURS = ("#3b82c4", "#e07b39", "#3a9d6a", "#c2477f", "#8a6fd1", "#b59a2d", "#4
 MARKERS = "osD^vP*X"
 RANGE_OF_A_LOG_AXIS = 8.0
 STYLE: Any = {
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
-    "font.size": 9, "legend.frameon": False, "svg.hashsalt": "report", "axes.grid": True, "grid.color": "#888888",
-    "grid.alpha": 0.25, "grid.linewidth": 0.8, "axes.axisbelow": True, "text.parse_math": False,
-}  # fmt: skip
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.hashsalt": "report",
+    "axes.grid": True,
+    "grid.color": "#888888",
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "text.parse_math": False,
+}
 
 
 def make_plots(found: Gathered) -> dict[str, Plot]:
     """Every figure for which the runs have data, by the section it belongs to: quality, loss, time, projection."""
     makers: dict[str, Callable[[Gathered], tuple[Figure, str] | None]] = {
-        "quality": _score, "loss": _losses, "time": _time, "projection": _projection,
-    }  # fmt: skip
+        "quality": _score,
+        "loss": _losses,
+        "time": _time,
+        "projection": _projection,
+    }
     names = {"quality": "score", "loss": "loss", "time": "time", "projection": "projection"}
     plots = {}
     with rc_context(STYLE), warnings.catch_warnings():
@@ -135,10 +152,17 @@ def _projection(found: Gathered) -> tuple[Figure, str] | None:
     panel = figure.subplots()
     for i, (name, prices, errors) in enumerate(points):
         panel.errorbar(
-            price.factor * statistics.fmean(prices), statistics.fmean(errors),
-            xerr=price.factor * _deviation(prices), yerr=_deviation(errors), label=name, linestyle="none",
-            color=COLOURS[i % len(COLOURS)], marker=MARKERS[i // len(COLOURS) % len(MARKERS)], markersize=7, capsize=3,
-        )  # fmt: skip
+            price.factor * statistics.fmean(prices),
+            statistics.fmean(errors),
+            xerr=price.factor * _deviation(prices),
+            yerr=_deviation(errors),
+            label=name,
+            linestyle="none",
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i // len(COLOURS) % len(MARKERS)],
+            markersize=7,
+            capsize=3,
+        )
     if _scale(panel, [price.factor * statistics.fmean(prices) for _, prices, _ in points]):
         _plain_numbers(panel.xaxis)
     panel.margins(0.15)

@@ -20,8 +20,15 @@ LOG = "log.jsonl"
 ABSENT = object()
 # Settings that change nothing of what a run computes.
 NEUTRAL = {
-    "seed", "run_name", "report_to", "disable_tqdm", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
-}  # fmt: skip
+    "seed",
+    "run_name",
+    "report_to",
+    "disable_tqdm",
+    "logging_steps",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,9 +102,10 @@ def gather(folders: Sequence[str | Path]) -> Gathered:
 def settings(run: Run) -> dict[str, Any]:
     """The settings that matter to a run, by dotted key: not its seed, not what its method leaves alone."""
     return {
-        key: value for key, value in comparable(run.result["config"]).items()
+        key: value
+        for key, value in comparable(run.result["config"]).items()
         if key not in NEUTRAL and _reads(run.result["method"], key)
-    }  # fmt: skip
+    }
 
 
 def differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
@@ -169,9 +177,11 @@ def _study(folder: Path) -> Gathered:
     if unfinished:
         again = next(iter(commands[-1:]), "galore-ft ablate")
         raise OptionError(
-            "RUNS", unfinished, "finished runs alone",
+            "RUNS",
+            unfinished,
+            "finished runs alone",
             f"Finish them with `{again}`, or report on finished ones: galore-ft report {folder}/CELL/seed-*.",
-        )  # fmt: skip
+        )
     results = [run.result for group in groups for run in group.runs]
     if not results:
         reasons = dict.fromkeys(reason for group in groups for reason in group.failures.values())
@@ -218,10 +228,14 @@ def _comparison(folders: Sequence[Path]) -> Gathered:
     named = _name(groups)
     commands = tuple(f"galore-ft train {run.folder}/{RESOLVED_CONFIG} --output-dir NEW" for run in runs)
     return Gathered(
-        title="Comparison" if len(named) > 1 else f"{runs[0].result['method']} on {task}", question="", task=task,
-        groups=tuple(named), metrics=("score", "eval_loss", "fine_tuning_seconds", "peak_memory", "state_bytes"),
-        exclusive_pass=False, commands=commands,
-    )  # fmt: skip
+        title="Comparison" if len(named) > 1 else f"{runs[0].result['method']} on {task}",
+        question="",
+        task=task,
+        groups=tuple(named),
+        metrics=("score", "eval_loss", "fine_tuning_seconds", "peak_memory", "state_bytes"),
+        exclusive_pass=False,
+        commands=commands,
+    )
 
 
 def _name(groups: Sequence[Group]) -> list[Group]:

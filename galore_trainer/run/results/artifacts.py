@@ -15,9 +15,20 @@ from typing import Any
 from galore_trainer.run.files import write_file
 
 PACKAGES = (
-    "galore-trainer", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy",
-    "gguf", "trl", "peft", "bitsandbytes", "galore-torch",
-)  # fmt: skip
+    "galore-trainer",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "galore-torch",
+)
 
 
 def environment() -> dict[str, Any]:

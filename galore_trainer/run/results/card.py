@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from galore_trainer.run.settings.run_config import RunConfig
 
 TRAINING = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "bf16", "seed",
-)  # fmt: skip
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "packing",
+    "bf16",
+    "seed",
+)
 
 
 def model_card(
@@ -54,31 +63,33 @@ def model_card(
     knobs |= {key: config.training[key] for key in TRAINING if key in config.training}
     commit = environment.get("commit")
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return "\n".join([
-        f"---\n{dump(header).strip()}\n---\n",
-        f"# {base.rpartition('/')[2]}, fine-tuned with {method.title.partition(' (')[0]}\n",
-        f"- Base model: `{base}`",
-        f"- Data: `{data}`" + (f", split `{config.data.split}`" if kind == "hub" else ""),
-        f"- Method: {method.title}, by galore-trainer\n",
-        "## Result\n",
-        *_result_table(before, after),
-        "## Use\n",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
-        'folder = "path/to/this/folder"',
-        "model = AutoModelForCausalLM.from_pretrained(folder)",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "```\n",
-        "## Settings\n",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| `{key}` | `{value}` |" for key, value in knobs.items()),
-        "\nWhat is not listed has the default of galore-trainer or of `transformers.TrainingArguments`.\n",
-        "## Versions\n",
-        f"{versions}; trained on {environment['device']}" + (f"; commit `{commit}`." if commit else "."),
-        "\n## Licence\n",
-        "That of the base model; the data has terms of its own.\n",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"---\n{dump(header).strip()}\n---\n",
+            f"# {base.rpartition('/')[2]}, fine-tuned with {method.title.partition(' (')[0]}\n",
+            f"- Base model: `{base}`",
+            f"- Data: `{data}`" + (f", split `{config.data.split}`" if kind == "hub" else ""),
+            f"- Method: {method.title}, by galore-trainer\n",
+            "## Result\n",
+            *_result_table(before, after),
+            "## Use\n",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
+            'folder = "path/to/this/folder"',
+            "model = AutoModelForCausalLM.from_pretrained(folder)",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            "```\n",
+            "## Settings\n",
+            "| setting | value |",
+            "|---|---|",
+            *(f"| `{key}` | `{value}` |" for key, value in knobs.items()),
+            "\nWhat is not listed has the default of galore-trainer or of `transformers.TrainingArguments`.\n",
+            "## Versions\n",
+            f"{versions}; trained on {environment['device']}" + (f"; commit `{commit}`." if commit else "."),
+            "\n## Licence\n",
+            "That of the base model; the data has terms of its own.\n",
+        ]
+    )
 
 
 def _result_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:

@@ -160,9 +160,14 @@ def _score(scores: Sequence[Mapping[str, Any]]) -> Column:
     how = f" ({metric.removeprefix('exact_match_').replace('_', ' ')})" if metric else ""
     title = "score" if scores and metric is None else f"exact match{how}, %"
     return Column(
-        key="score", title=title, group="quality", read=_after("score"), factor=100.0, digits=1,
+        key="score",
+        title=title,
+        group="quality",
+        read=_after("score"),
+        factor=100.0,
+        digits=1,
         missing="the task has no answers to compare, or nothing was held out",
-    )  # fmt: skip
+    )
 
 
 def _after(key: str) -> Read:

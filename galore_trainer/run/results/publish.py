@@ -86,9 +86,12 @@ def publish(destination: Destination, folder: Path) -> str:
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=list(UPLOADED), revision=revision,
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=list(UPLOADED),
+            revision=revision,
             commit_message="Model trained with galore-trainer",
-        )  # fmt: skip
+        )
     except Exception as error:  # the hub's client raises the classes of its transport
         again = f"hf upload {repo_id} {folder} --exclude training_args.bin"
         reason = " ".join(str(error).split())[:300].rstrip(".")

@@ -33,9 +33,14 @@ def seconds(trainer: Trainer, timing: Any) -> dict[str, float]:
 
 
 def make_result(
-    config: RunConfig, trainer: Trainer, data: TaskData, before: Any, after: Any, peak: dict[str, Any],
+    config: RunConfig,
+    trainer: Trainer,
+    data: TaskData,
+    before: Any,
+    after: Any,
+    peak: dict[str, Any],
     resumed_from: int | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The content of ``result.json``, all but counts and times.
 
     Args:

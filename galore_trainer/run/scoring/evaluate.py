@@ -92,9 +92,14 @@ def evaluate_examples(
     bf16 = uses_bf16(config.training.get("bf16"), model.device.type)
     prompts = [render_prompt(tokenizer, example.messages, example.id) for example in examples]
     predictions = generate(
-        model, tokenizer, prompts, max_new_tokens=config.eval.max_new_tokens, batch_size=config.eval.batch_size,
-        bf16=bf16, progress=progress,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=config.eval.max_new_tokens,
+        batch_size=config.eval.batch_size,
+        bf16=bf16,
+        progress=progress,
+    )
     scores = score(task, predictions, list(examples))
     found = scores.pop("per_example", [{}] * len(examples))
     rows = encode_all(tokenizer, examples, config.max_length)
@@ -226,9 +231,13 @@ def _greedy(model: PreTrainedModel, max_new_tokens: int, stops: Sequence[int], p
 
     own = model.generation_config
     model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=list(stops), pad_token_id=pad_id,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stops),
+        pad_token_id=pad_id,
         use_cache=True,
-    )  # fmt: skip
+    )
     try:
         yield
     finally:

@@ -24,9 +24,13 @@ RENAMED = {
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 RUN_DEFAULTS: dict[str, Any] = {
-    "report_to": "none", "logging_steps": 10, "save_total_limit": 2, "save_steps": 100, "logging_nan_inf_filter": False,
+    "report_to": "none",
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "save_steps": 100,
+    "logging_nan_inf_filter": False,
     "disable_tqdm": True,
-}  # fmt: skip
+}
 """TrainingArguments fields a run sets below the user's own; progress is shown by ``progress.py``."""
 
 

@@ -147,17 +147,21 @@ def check_backend(method: str, backend: str) -> None:
     """Refuse FSDP and DeepSpeed under a method that needs whole weights on every process."""
     if backend in SHARDED and not METHODS[method].sharded:
         raise OptionError(
-            "backend", backend, f"one process or DDP under method {method!r}",
+            "backend",
+            backend,
+            f"one process or DDP under method {method!r}",
             "Its parameters must be whole on every process: use `--launch-config ddp`, `torchrun --nproc-per-node N` "
             "or `accelerate launch --multi_gpu`.",
-        )  # fmt: skip
+        )
 
 
 def check_resumable(method: str, resume: str) -> None:
     """Refuse ``--resume`` under a method whose saved optimizer state cannot be loaded."""
     if not METHODS[method].resumable:
         raise OptionError(
-            "resume", resume, f"a new run under method {method!r}",
+            "resume",
+            resume,
+            f"a new run under method {method!r}",
             "That package keeps Python objects in its optimizer state, which the Trainer does not load. Start anew "
             "with --overwrite, or use --method galore, which takes the same steps and resumes.",
-        )  # fmt: skip
+        )

@@ -115,18 +115,22 @@ class RunConfig:
             got = getattr(self.galore, key.removeprefix("galore."))
             if got != value:
                 raise OptionError(
-                    key, got, f"{value!r}, which is what method {self.method!r} means",
+                    key,
+                    got,
+                    f"{value!r}, which is what method {self.method!r} means",
                     "Use method: galore_plus to choose, or set it under 'methods: {galore_plus: ...}' alone.",
-                )  # fmt: skip
+                )
         training, hints = {}, trainer_hints() if self.training else {}
         for key, value in self.training.items():
             if key not in hints:
                 raise refuse_key(key, value, hints)
             if key in TRL_HINTS and self.trainer != "trl":
                 raise OptionError(
-                    key, value, f"no such setting under trainer {self.trainer!r}",
+                    key,
+                    value,
+                    f"no such setting under trainer {self.trainer!r}",
                     "It is one of TRL's SFTTrainer: add 'trainer: trl' (--trainer trl), or remove it.",
-                )  # fmt: skip
+                )
             training[key] = coerce(key, value, hints[key])
             check_range(key, training[key])
         check_best_metric(training.get("metric_for_best_model"), self.trainer)
@@ -243,9 +247,11 @@ def _resolve(
         if readers and method not in readers:
             block = key.partition(".")[0]
             raise OptionError(
-                key, given.places[key], f"no {block} setting under method {method!r}, which would ignore it",
+                key,
+                given.places[key],
+                f"no {block} setting under method {method!r}, which would ignore it",
                 f"Remove it, or use --method {' or '.join(readers)}.",
-            )  # fmt: skip
+            )
     methods = {m: {**file.methods.get(m, {}), **given.methods.get(m, {})} for m in (*file.methods, *given.methods)}
     output_dir = {"output_dir": f"runs/{Path(document.name).stem}-{method}"}
     values = {**output_dir, **METHOD_DEFAULTS[method], **file.own, **methods.pop(method, {}), **given.own}

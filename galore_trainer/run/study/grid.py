@@ -21,9 +21,15 @@ from galore_trainer.run.settings.yaml_io import Document, parse_value
 
 # Key of a study's file -> its type.
 KEYS: dict[str, Any] = {
-    "title": str, "question": str, "base": str, "set": dict[str, Any], "grid": dict[str, Any],
-    "cells": list[dict[str, Any]], "seeds": list[int], "metrics": list[str],
-}  # fmt: skip
+    "title": str,
+    "question": str,
+    "base": str,
+    "set": dict[str, Any],
+    "grid": dict[str, Any],
+    "cells": list[dict[str, Any]],
+    "seeds": list[int],
+    "metrics": list[str],
+}
 MOST_CELLS, MOST_RUNS = 1000, 10_000
 NAME = "name"  # of a cell, beside its settings
 RESERVED = {
@@ -127,9 +133,14 @@ def load_study(study: str | Path, overrides: Sequence[str] = (), seeds: Sequence
             raise OptionError(key, setting.place, f"a setting of {', '.join(sorted(methods))}", "No cell reads it.")
     title = Path(study).stem
     return Study(
-        name=title, title=data.get("title", title), question=data.get("question", ""), base=base, seeds=seeds,
-        metrics=tuple(data.get("metrics", ())), cells=tuple(cells),
-    )  # fmt: skip
+        name=title,
+        title=data.get("title", title),
+        question=data.get("question", ""),
+        base=base,
+        seeds=seeds,
+        metrics=tuple(data.get("metrics", ())),
+        cells=tuple(cells),
+    )
 
 
 def comparable(config: RunConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -164,9 +175,11 @@ def _checked(document: Document) -> dict[str, Any]:
     data = document.data
     if not data.get("grid") and not data.get("cells"):
         raise OptionError(
-            document.name, "no grid and no cells", "something to vary",
+            document.name,
+            "no grid and no cells",
+            "something to vary",
             "Write 'grid: {galore.rank: [16, 32]}', or 'cells: [{galore.rank: 16}, {galore.rank: 32}]'.",
-        )  # fmt: skip
+        )
     for name in data.get("metrics", ()):
         if name not in metric_names():
             close = difflib.get_close_matches(name, metric_names(), n=1)
@@ -220,8 +233,9 @@ def _check_keys(
     varied = {key for _, values in points for key in values}
     for key in (*common, *varied):
         if key in RESERVED:
-            raise OptionError(key, common[key].place if key in common else document.name, "no such setting in a study",
-                              RESERVED[key])  # fmt: skip
+            raise OptionError(
+                key, common[key].place if key in common else document.name, "no such setting in a study", RESERVED[key]
+            )
     for key, setting in common.items():
         if key in varied:
             way_out = "Leave it out, or change the study: 'galore-ft config show NAME' prints a packaged one."

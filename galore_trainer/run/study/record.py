@@ -71,9 +71,14 @@ class Record:
         """Write ``study.json``."""
         study = self.study
         content = {
-            "name": study.name, "title": study.title, "question": study.question, "base": study.base,
-            "metrics": study.metrics, "commands": self.commands, "cells": self._cells,
-        }  # fmt: skip
+            "name": study.name,
+            "title": study.title,
+            "question": study.question,
+            "base": study.base,
+            "metrics": study.metrics,
+            "commands": self.commands,
+            "cells": self._cells,
+        }
         write_json(self.output / STUDY_FILE, content)
 
     def to_time(self) -> list[Job]:
@@ -96,17 +101,22 @@ class Record:
         timing = self._job(cell, TIMING, first, dict(old["timing"]))
         self.timings.append(timing)
         return {
-            "name": cell.name, "slug": cell.slug, "values": cell.values,
-            "runs": [*entries, *_started(by_seed.values())], "timing": timing.entry,
-        }  # fmt: skip
+            "name": cell.name,
+            "slug": cell.slug,
+            "values": cell.values,
+            "runs": [*entries, *_started(by_seed.values())],
+            "timing": timing.entry,
+        }
 
     def _job(self, cell: Cell, leaf: str, config: RunConfig, entry: dict[str, Any]) -> Job:
         folder = f"{cell.slug}/{leaf}"
         entry = {"folder": folder, "status": WAITING, "exclusive": True, "wall_seconds": 0.0, "reason": None, **entry}
         job = Job(
-            name=f"{cell.name}, {leaf.replace('-', ' ')}", slug=cell.slug, entry=entry,
+            name=f"{cell.name}, {leaf.replace('-', ' ')}",
+            slug=cell.slug,
+            entry=entry,
             config=dataclasses.replace(config, output_dir=str(self.output / folder)),
-        )  # fmt: skip
+        )
         if leaf != TIMING:
             _check_settings(job)
         result = read_result(job.folder)
@@ -123,8 +133,11 @@ def timing_config(config: RunConfig, steps: int) -> RunConfig:
     gap = config.galore.update_proj_gap
     short = {
         "max_steps": min(steps, 2 * gap if 2 * gap <= TIMING_STEPS else gap),
-        "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False,
-    }  # fmt: skip
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+    }
     return dataclasses.replace(
         config,
         training={**config.training, **short},
@@ -159,10 +172,12 @@ def _check_settings(job: Job) -> None:
         key = differing[0]
         more = f" and {len(differing) - 1} more settings" if len(differing) > 1 else ""
         raise OptionError(
-            "--output-dir", str(job.folder.parents[1]), "a folder without runs of other settings",
+            "--output-dir",
+            str(job.folder.parents[1]),
+            "a folder without runs of other settings",
             f"{job.entry['folder']} was run with {key}={old.get(key)!r}, this study says {new.get(key)!r}{more}: "
             "give another --output-dir, or remove that folder.",
-        )  # fmt: skip
+        )
 
 
 def _started(entries: Any) -> list[dict[str, Any]]:

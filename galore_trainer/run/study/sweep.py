@@ -76,10 +76,17 @@ class _Child:
 
 
 def ablate(
-    study: Study, output: Path, *, jobs: int | Literal["auto"] = 1, only: str | None = None,
-    max_cells: int | None = None, keep_models: bool = False, timing: bool = True, command: str = "",
+    study: Study,
+    output: Path,
+    *,
+    jobs: int | Literal["auto"] = 1,
+    only: str | None = None,
+    max_cells: int | None = None,
+    keep_models: bool = False,
+    timing: bool = True,
+    command: str = "",
     say: Callable[[str], None] = print,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Run what is still to do of a study, and record what became of it in ``study.json``.
 
     Finished runs are left alone, others go on from their last checkpoint. With several jobs the runs' own times are not
@@ -283,9 +290,14 @@ def failure(code: int, lines: Sequence[str]) -> str:
 def start_process(command: list[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a run out of reach of the terminal's Ctrl-C, which this process passes on; it dies with this process."""
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-        start_new_session=True, preexec_fn=_prepare_child if os.name == "posix" else None,
-    )  # fmt: skip
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_prepare_child if os.name == "posix" else None,
+    )
 
 
 def _prepare_child() -> None:

@@ -41,9 +41,13 @@ def count_all_steps(study: Study) -> dict[str, int]:
 
 
 def describe_sweep(
-    study: Study, output: Path, *, jobs: int | Literal["auto"] = 1, only: str | None = None,
+    study: Study,
+    output: Path,
+    *,
+    jobs: int | Literal["auto"] = 1,
+    only: str | None = None,
     max_cells: int | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """The plan of ``ablate`` with the same arguments, in lines; changes nothing.
 
     Raises:
@@ -64,8 +68,12 @@ def describe_sweep(
         f"{'cell':<{width}}{'steps':>7}  " + "".join(f"{f'seed {seed}':<13}" for seed in study.seeds),
     ]
     for cell in study.cells:
-        states = [job.entry["status"] for seed in study.seeds for job in record.runs
-                  if job.slug == cell.slug and job.entry["seed"] == seed]  # fmt: skip
+        states = [
+            job.entry["status"]
+            for seed in study.seeds
+            for job in record.runs
+            if job.slug == cell.slug and job.entry["seed"] == seed
+        ]
         lines.append(f"{cell.name:<{width}}{steps[cell.slug]:>7}  " + "".join(f"{state:<13}" for state in states))
     counts = collections.Counter(job.entry["status"] for job in record.runs)
     lines += [
@@ -73,8 +81,9 @@ def describe_sweep(
         f"now to run: {len(todo)} of {len(record.runs)} ({_counted(counts)}), {reason or f'{jobs} at a time'}",
     ]
     if jobs > 1:
-        short = {timing_config(cell.configs[study.seeds[0]], steps[cell.slug]).training["max_steps"]
-                 for cell in study.cells}  # fmt: skip
+        short = {
+            timing_config(cell.configs[study.seeds[0]], steps[cell.slug]).training["max_steps"] for cell in study.cells
+        }
         lines.append(f"then a timing pass of each cell, alone on the device: {_span(short)} steps")
     lines.append(_estimate(record, todo, steps, jobs))
     return "\n".join(line.rstrip() for line in lines)

@@ -37,9 +37,11 @@ def torch_groups(model: torch.nn.Module, config: GaLoreConfig, *, lr: float, wei
         for name, p, matrices in zip(group["names"], group["params"], group["matrices"], strict=True):
             if p.dim() != 2:
                 raise OptionError(
-                    "method", f"galore_torch with {name} of {p.dim()} dimensions", "matrices to project",
+                    "method",
+                    f"galore_torch with {name} of {p.dim()} dimensions",
+                    "matrices to project",
                     "Leave it out by galore.target_modules, or use --method galore.",
-                )  # fmt: skip
+                )
             by_rank[matrices[0].rank].append(p)
         shared = {"update_proj_gap": config.update_proj_gap, "scale": config.scale, "proj_type": config.proj_type}
         groups += [{**common, **shared, "rank": rank, "params": params} for rank, params in by_rank.items()]

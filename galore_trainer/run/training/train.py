@@ -104,9 +104,14 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
                 say.counting("scoring the model before training") as progress,
             ):
                 before = evaluate_examples(
-                    scored, tokenizer, data.task, data.eval, config, progress=progress,
+                    scored,
+                    tokenizer,
+                    data.task,
+                    data.eval,
+                    config,
+                    progress=progress,
                     predictions_path=output / "predictions_before.jsonl",
-                )  # fmt: skip
+                )
             write_json(output / SCORE_BEFORE, before)
         evaluation_seconds += before["seconds"]
         say(f"before training: {in_words(before)}")
@@ -137,9 +142,14 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
             say.counting("scoring the trained model") as progress,
         ):
             after = evaluate_examples(
-                scored, tokenizer, data.task, data.eval, config, progress=progress,
+                scored,
+                tokenizer,
+                data.task,
+                data.eval,
+                config,
+                progress=progress,
                 predictions_path=output / "predictions.jsonl",
-            )  # fmt: skip
+            )
         if not math.isfinite(after["eval_loss"]):
             raise FloatingPointError(f"the loss of the trained model on held-out examples is {after['eval_loss']}")
         evaluation_seconds += after["seconds"]

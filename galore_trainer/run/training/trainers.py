@@ -73,7 +73,9 @@ def _data_set(rows: Rows | None) -> Any:
 
     if rows is None:
         return None
-    return Dataset.from_list([
-        {"input_ids": row["input_ids"], "completion_mask": [int(label != IGNORED) for label in row["labels"]]}
-        for row in rows
-    ])  # fmt: skip
+    return Dataset.from_list(
+        [
+            {"input_ids": row["input_ids"], "completion_mask": [int(label != IGNORED) for label in row["labels"]]}
+            for row in rows
+        ]
+    )
