@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from galore_trainer.run.artifacts import environment
 from galore_trainer.run.bench.measure import copy_bandwidth, take_turns
 from galore_trainer.run.bench.refresh import refresh_all
 from galore_trainer.run.bench.weights import SHAPES, Bench, galore_plus, least_bytes, linear_weights
+from galore_trainer.run.results.artifacts import environment
 
 IN_A_ROW = 4
 GAPS = (10, 20, 50, 100, 200, 500, 1000)

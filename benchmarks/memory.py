@@ -48,7 +48,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
 
 def settings_of(row: dict[str, Any], arguments: argparse.Namespace) -> Any:
     """The run's configuration: what ``estimate`` and the measurement have in common."""
-    from galore_trainer.run.config import RunConfig
+    from galore_trainer.run.settings.run_config import RunConfig
 
     galore = {"rank": arguments.rank, "residual_percent": 0.0, "residual_warmup_steps": 0}
     galore |= {key: value for key, value in row.items() if key != "method"}
@@ -68,8 +68,8 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
 
     from galore_trainer.hf.build import galore_groups
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
-    from galore_trainer.run.adapters import add_adapters
-    from galore_trainer.run.estimate import method_settings
+    from galore_trainer.run.memory.estimate import method_settings
+    from galore_trainer.run.models.adapters import add_adapters
 
     torch.manual_seed(0)
     with torch.device(device):
@@ -94,7 +94,7 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
         return model, torch.optim.AdamW(trained, lr=1e-5, fused=True)
     galore = method_settings(config.galore, method, config.galore.rank)
     if method == "galore_torch":
-        from galore_trainer.run.galore_torch import GaLoreTorchFactory
+        from galore_trainer.run.training.galore_torch import GaLoreTorchFactory
 
         adam: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
         return model, GaLoreTorchFactory()(model, config=galore, **adam)
@@ -147,7 +147,7 @@ def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any, tu
             torch.cuda.synchronize()
             found["peak"] = torch.cuda.max_memory_allocated()
             found["reserved"] = torch.cuda.max_memory_reserved()
-        from galore_trainer.run.figures import optimizer_figures
+        from galore_trainer.run.results.figures import optimizer_figures
 
         found["state"] = optimizer_figures(optimizer)["optimizer_state_bytes"]
     except Exception as error:  # out of memory, or whatever a library says: a row of the table
@@ -195,8 +195,8 @@ def main() -> None:
     import torch
     from transformers import LlamaConfig
 
-    from galore_trainer.run.artifacts import environment
-    from galore_trainer.run.estimate import estimate_one
+    from galore_trainer.run.memory.estimate import estimate_one
+    from galore_trainer.run.results.artifacts import environment
 
     arguments.folder = str(arguments.output.with_suffix(".model"))
     LlamaConfig(**SHAPES[arguments.shape]).save_pretrained(arguments.folder)

@@ -120,7 +120,7 @@ def main() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from galore_trainer.run.artifacts import environment
+    from galore_trainer.run.results.artifacts import environment
 
     torch.manual_seed(0)
     config = LlamaConfig(

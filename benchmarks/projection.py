@@ -34,8 +34,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 def gradients(config: Any, batch_size: int, device: str) -> Any:
     """The model with the gradient of one batch."""
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.model import load_model
-    from galore_trainer.run.prompts import Collator, encode
+    from galore_trainer.run.models.model import load_model
+    from galore_trainer.run.models.prompts import Collator, encode
 
     model, tokenizer = load_model(config.model_name_or_path)
     model.to(device).train()
@@ -127,8 +127,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("projection.json"))
     arguments = parser.parse_args()
 
-    from galore_trainer.run.artifacts import environment
-    from galore_trainer.run.config import load_run_config
+    from galore_trainer.run.results.artifacts import environment
+    from galore_trainer.run.settings.run_config import load_run_config
 
     model = gradients(load_run_config(arguments.config, arguments.overrides), arguments.batch_size, arguments.device)
     rows = []

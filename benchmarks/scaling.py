@@ -179,7 +179,7 @@ def main() -> None:
 
     import torch
 
-    from galore_trainer.run.artifacts import environment
+    from galore_trainer.run.results.artifacts import environment
 
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     told = {**vars(arguments), "output": None, "device": device, "environment": environment()}
