@@ -49,7 +49,8 @@ def test_imports_point_one_way(module: str):
 def test_no_modules_import_each_other_in_a_circle():
     graph = import_graph()
     ahead = {module: reachable(graph, module) for module in graph}
-    assert not {tuple(sorted(n for n in ahead[m] if m in ahead[n])) for m in graph if m in ahead[m]}
+    circles = {" <-> ".join(sorted(n for n in ahead[m] if m in ahead[n])) for m in graph if m in ahead[m]}
+    assert not circles, "\n".join(circles)
 
 
 def test_the_picture_of_the_rooms_is_the_one_that_the_imports_draw():
@@ -81,7 +82,7 @@ def test_no_module_uses_a_private_name_of_another():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in ours - defined.get(module, set()):
                 uses.append(f"{module}:{node.lineno} uses {ast.unparse(node)}")
-    assert not uses
+    assert not uses, "\n".join(uses)
 
 
 @pytest.mark.parametrize("top", FOLDERS)
