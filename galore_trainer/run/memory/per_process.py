@@ -1,7 +1,7 @@
 """What each of several processes holds: a step that was counted on one, shared out as DDP, FSDP2 and ZeRO do it.
 
 Buffers are those of the packaged launch configurations (``configs/launch``) at the defaults of torch 2.11 to 2.13,
-accelerate 1.15 and DeepSpeed 0.19.8. Against four GPUs: ``recipes/results/scaling``.
+accelerate 1.15 and DeepSpeed 0.19.8. Against four GPUs: ``results/scaling``.
 """
 
 from __future__ import annotations
