@@ -86,7 +86,7 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
 
     from galore_trainer.hf.build import galore_groups
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
-    from galore_trainer.run.adapters import add_adapters
+    from galore_trainer.run.models.adapters import add_adapters
     from galore_trainer.run.memory.estimate import method_settings
 
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
         return model, torch.optim.AdamW(trained, lr=1e-5, fused=True)
     galore = method_settings(config.galore, method, config.galore.rank)
     if method == "galore_torch":
-        from galore_trainer.run.galore_torch import GaLoreTorchFactory
+        from galore_trainer.run.training.galore_torch import GaLoreTorchFactory
 
         adam: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
         return model, GaLoreTorchFactory()(model, config=galore, **adam)
