@@ -3,10 +3,10 @@
     python benchmarks/growth.py --json growth.json              # on a GPU: bfloat16, Llama's shapes
     python benchmarks/growth.py --plot growth.png --from growth.json
 
-Each point is a fresh optimizer on the linear weights of some Llama layers with random gradients; one setting varies,
-the others are those of a 16-layer LLaMA-7B at rank 128, of a 4-layer one for widths. A step's milliseconds are a
-quarter of four in a row, as the host runs ahead in training; medians of five. The curve against the gap is
-step + refresh / gap. On a CPU everything is small, and shows that the script works.
+Each point is a fresh optimizer on the linear weights of some Llama layers with random gradients. One setting varies;
+the others are those of LLaMA-7B at rank 128, with 16 layers, or 4 where the width varies. A step's milliseconds are a
+quarter of four steps in a row, because the host runs ahead of the device in training; medians of five. The curve
+against the gap is step + refresh / gap. On a CPU everything is small and only shows that the script works.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from galore_trainer.run.artifacts import environment
 from galore_trainer.run.bench.measure import copy_bandwidth, take_turns
 from galore_trainer.run.bench.refresh import refresh_all
 from galore_trainer.run.bench.weights import SHAPES, Bench, galore_plus, least_bytes, linear_weights
+from galore_trainer.run.results.artifacts import environment
 
 IN_A_ROW = 4
 GAPS = (10, 20, 50, 100, 200, 500, 1000)
@@ -39,17 +39,20 @@ UNITS = {"rank": "rank", "width": "hidden size", "layers": "layers", "density": 
 
 
 def shape_of(width: int, head: int) -> str:
-    """A Llama of a hidden size, in proportion to LLaMA-7B; its name in ``SHAPES``."""
+    """Add a Llama with this hidden size and LLaMA-7B's proportions to ``SHAPES``; returns its name there."""
     name = f"width-{width}"
     SHAPES[name] = {
-        "hidden_size": width, "intermediate_size": width * 43 // 16, "num_attention_heads": width // head,
-        "num_key_value_heads": width // head, "vocab_size": 32,
-    }  # fmt: skip
+        "hidden_size": width,
+        "intermediate_size": width * 43 // 16,
+        "num_attention_heads": width // head,
+        "num_key_value_heads": width // head,
+        "vocab_size": 32,
+    }
     return name
 
 
 def measure(bench: Bench) -> dict[str, float]:
-    """Milliseconds of a step and of a refresh, and bytes that a step cannot avoid."""
+    """Milliseconds of a step and of a refresh, and the bytes that a step has to move at least."""
     model = linear_weights(bench)
     residual = {"residual_percent": bench.residual_percent, "residual_warmup_steps": 0}
     optimizer = galore_plus(bench, model, subspace_iterations=1, **residual)
@@ -60,18 +63,20 @@ def measure(bench: Bench) -> dict[str, float]:
             optimizer.step()
 
     step = take_turns({"steps": steps}, bench.rounds, bench.torch_device)["steps"]
-    refresh = take_turns(
-        {"refresh": functools.partial(refresh_all, optimizer)}, bench.rounds, bench.torch_device
-    )["refresh"]  # fmt: skip
+    refresh_everything = functools.partial(refresh_all, optimizer)
+    refresh = take_turns({"refresh": refresh_everything}, bench.rounds, bench.torch_device)["refresh"]
     low, high = step.quartiles
     return {
-        "step": step.median / IN_A_ROW, "low": low / IN_A_ROW, "high": high / IN_A_ROW, "refresh": refresh.median,
+        "step": step.median / IN_A_ROW,
+        "low": low / IN_A_ROW,
+        "high": high / IN_A_ROW,
+        "refresh": refresh.median,
         "bytes": least_bytes(optimizer),
-    }  # fmt: skip
+    }
 
 
 def points(device: str) -> Iterator[tuple[str, float, Bench]]:
-    """Axis, value and what to measure there."""
+    """Every point: the axis that varies, its value there, and the settings to measure with."""
     cuda = device == "cuda"
     usual: dict[str, Any] = {"rank": 128, "width": 4096, "layers": 16, "density": 0.0}
     if not cuda:
@@ -81,11 +86,16 @@ def points(device: str) -> Iterator[tuple[str, float, Bench]]:
             at = {**usual, axis: value}
             if axis == "width" and cuda:
                 at["layers"] = 4
-            yield axis, value, Bench(
-                shape=shape_of(int(at["width"]), 128 if cuda else 32), layers=int(at["layers"]), rank=int(at["rank"]),
-                residual_percent=float(at["density"]), dtype="bfloat16" if cuda else "float32", rounds=5,
+            bench = Bench(
+                shape=shape_of(int(at["width"]), 128 if cuda else 32),
+                layers=int(at["layers"]),
+                rank=int(at["rank"]),
+                residual_percent=float(at["density"]),
+                dtype="bfloat16" if cuda else "float32",
+                rounds=5,
                 device=device,
-            )  # fmt: skip
+            )
+            yield axis, value, bench
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
@@ -127,15 +137,17 @@ def main() -> None:
     else:
         cuda = args.device == "cuda"
         content = {
-            "device": torch.cuda.get_device_name() if cuda else "cpu", "environment": environment(),
-            "bandwidth": copy_bandwidth(torch.device(args.device)), "points": [],
-        }  # fmt: skip
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "environment": environment(),
+            "bandwidth": copy_bandwidth(torch.device(args.device)),
+            "points": [],
+        }
         print(f"{'axis':<10}{'value':>8}{'step, ms':>12}{'floor, ms':>12}{'refresh, ms':>14}")
         for axis, value, bench in points(args.device):
-            found = measure(bench)
-            content["points"].append({"axis": axis, "value": value, **found})
-            floor = 1e3 * found["bytes"] / content["bandwidth"]
-            print(f"{axis:<10}{value:>8g}{found['step']:>12.3f}{floor:>12.3f}{found['refresh']:>14.1f}", flush=True)
+            point = measure(bench)
+            content["points"].append({"axis": axis, "value": value, **point})
+            floor = 1e3 * point["bytes"] / content["bandwidth"]
+            print(f"{axis:<10}{value:>8g}{point['step']:>12.3f}{floor:>12.3f}{point['refresh']:>14.1f}", flush=True)
             gc.collect()
             if cuda:
                 torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
 """Peak memory of one training step, method by method, measured on a GPU beside what ``galore-ft estimate`` says.
 
-Random weights of a given shape, bfloat16, gradient checkpointing, plain PyTorch loop: forward, backward, clipping,
-step, as often as ``--steps`` says, the first with a refresh. A residual is born at a weight's second refresh: such rows
-train a whole gap on short texts first. galore-torch computes the SVDs of its first and its last layer, those between
-are copies. Every row is a process of its own; one that runs out of memory is a row, too.
+Random weights of a given shape, bfloat16, gradient checkpointing, plain PyTorch loop: forward, backward, clipping and
+step, ``--steps`` times. The first step refreshes. A residual begins at a weight's second refresh, so rows with one
+first train a whole gap on short texts. galore-torch computes the SVDs of its first and last layer; the layers between
+get copies. Every row has a process to itself, and stays in the table if it runs out of memory.
 
     python benchmarks/memory.py --shape llama-7b --length 512 --output memory.json
 """
@@ -22,11 +22,20 @@ from galore_trainer.run.bench.weights import SHAPES as WIDTHS
 GIB = 1 << 30
 SHORT = 16
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False},
-    **{name: {**WIDTHS[name], "num_hidden_layers": 32, "tie_word_embeddings": False}
-       for name in ("llama-7b", "llama3-8b")},
-}  # fmt: skip
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "tie_word_embeddings": False,
+    },
+    **{
+        name: {**WIDTHS[name], "num_hidden_layers": 32, "tie_word_embeddings": False}
+        for name in ("llama-7b", "llama3-8b")
+    },
+}
 LAYERWISE = {"method": "galore_plus, layer-wise"}
 EIGHT_BIT_ENDS = {"plain_state_bits": 8}
 ROWS: list[tuple[str, dict[str, Any]]] = [
@@ -39,26 +48,35 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("GaLore+ layer-wise", LAYERWISE),
     ("GaLore+ layer-wise, 8-bit embeddings", {**LAYERWISE, **EIGHT_BIT_ENDS}),
     ("GaLore+ layer-wise, frozen embeddings", {**LAYERWISE, "embeddings": "frozen"}),
-    ("GaLore+ layer-wise, frozen embeddings, residual 1.2 %",
-     {**LAYERWISE, "embeddings": "frozen", "residual_percent": 1.2}),
-    ("GaLore+ layer-wise, all state 8-bit, residual 1.2 %",
-     {**LAYERWISE, **EIGHT_BIT_ENDS, "state_bits": 8, "basis_bits": 8, "residual_percent": 1.2}),
-]  # fmt: skip
+    (
+        "GaLore+ layer-wise, frozen embeddings, residual 1.2 %",
+        {**LAYERWISE, "embeddings": "frozen", "residual_percent": 1.2},
+    ),
+    (
+        "GaLore+ layer-wise, all state 8-bit, residual 1.2 %",
+        {**LAYERWISE, **EIGHT_BIT_ENDS, "state_bits": 8, "basis_bits": 8, "residual_percent": 1.2},
+    ),
+]
 
 
 def settings_of(row: dict[str, Any], arguments: argparse.Namespace) -> Any:
-    """The run's configuration: what ``estimate`` and the measurement have in common."""
-    from galore_trainer.run.config import RunConfig
+    """The run's configuration, which ``estimate`` and the measurement share."""
+    from galore_trainer.run.settings.run_config import RunConfig
 
     galore = {"rank": arguments.rank, "residual_percent": 0.0, "residual_warmup_steps": 0}
     galore |= {key: value for key, value in row.items() if key != "method"}
     return RunConfig.from_dict(
         {
-            "model_name_or_path": arguments.folder, "dtype": "bfloat16", "max_length": arguments.length,
-            "per_device_train_batch_size": 1, "gradient_checkpointing": True, "galore": galore,
-            "lora": {"rank": arguments.rank, "alpha": 2 * arguments.rank}, "use_cpu": arguments.device == "cpu",
+            "model_name_or_path": arguments.folder,
+            "dtype": "bfloat16",
+            "max_length": arguments.length,
+            "per_device_train_batch_size": 1,
+            "gradient_checkpointing": True,
+            "galore": galore,
+            "lora": {"rank": arguments.rank, "alpha": 2 * arguments.rank},
+            "use_cpu": arguments.device == "cpu",
         }
-    )  # fmt: skip
+    )
 
 
 def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
@@ -68,8 +86,8 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
 
     from galore_trainer.hf.build import galore_groups
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
-    from galore_trainer.run.adapters import add_adapters
-    from galore_trainer.run.estimate import method_settings
+    from galore_trainer.run.models.adapters import add_adapters
+    from galore_trainer.run.memory.estimate import method_settings
 
     torch.manual_seed(0)
     with torch.device(device):
@@ -94,7 +112,7 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
         return model, torch.optim.AdamW(trained, lr=1e-5, fused=True)
     galore = method_settings(config.galore, method, config.galore.rank)
     if method == "galore_torch":
-        from galore_trainer.run.galore_torch import GaLoreTorchFactory
+        from galore_trainer.run.training.galore_torch import GaLoreTorchFactory
 
         adam: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
         return model, GaLoreTorchFactory()(model, config=galore, **adam)
@@ -113,20 +131,20 @@ def copy_most_svds(optimizer: Any, layers: int) -> None:
         number, known = next(calls), kept.get(matrix.shape)
         if known is not None and number < of_last:
             return tuple(part.to(matrix.device) for part in known)
-        found = svd(matrix, **options)
-        kept[matrix.shape] = [part.cpu() for part in found]
-        return found
+        factors = svd(matrix, **options)
+        kept[matrix.shape] = [part.cpu() for part in factors]
+        return factors
 
     torch.linalg.svd = copied
 
 
 def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any, turn: Any) -> None:
-    """Train some steps in this process, once it is its turn, and report the peak."""
+    """Wait for the turn, train some steps in this process, and report the peak."""
     import torch
     import transformers  # noqa: F401  imported while another row is measured
 
     config, method, device = settings_of(row, arguments), row["method"], arguments.device
-    found: dict[str, Any] = {"peak": None, "error": None}
+    figures: dict[str, Any] = {"peak": None, "error": None}
     turn.wait()
     try:
         model, optimizer = make(config, method, device)
@@ -145,26 +163,26 @@ def measure(row: dict[str, Any], arguments: argparse.Namespace, results: Any, tu
             optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-            found["peak"] = torch.cuda.max_memory_allocated()
-            found["reserved"] = torch.cuda.max_memory_reserved()
-        from galore_trainer.run.figures import optimizer_figures
+            figures["peak"] = torch.cuda.max_memory_allocated()
+            figures["reserved"] = torch.cuda.max_memory_reserved()
+        from galore_trainer.run.results.figures import optimizer_figures
 
-        found["state"] = optimizer_figures(optimizer)["optimizer_state_bytes"]
-    except Exception as error:  # out of memory, or whatever a library says: a row of the table
+        figures["state"] = optimizer_figures(optimizer)["optimizer_state_bytes"]
+    except Exception as error:  # running out of memory, or an error of a library, is a row of the table
         text = " ".join(str(error).split())[:200]
-        found["error"] = "out of memory" if "out of memory" in text.lower() else f"{type(error).__name__}: {text}"
-    results.put(found)
+        figures["error"] = "out of memory" if "out of memory" in text.lower() else f"{type(error).__name__}: {text}"
+    results.put(figures)
 
 
 class Waiting:
-    """A row's process, which imports its libraries before its turn comes."""
+    """A row's process. It imports its libraries while the row before it is measured."""
 
     def __init__(self, context: Any, row: dict[str, Any], arguments: argparse.Namespace) -> None:
         self.queue, self.turn = context.Queue(), context.Event()
         self.process = context.Process(target=measure, args=(row, arguments, self.queue, self.turn), daemon=True)
 
     def start(self) -> None:
-        """Start the process, if it has not been."""
+        """Start the process unless it runs already."""
         if self.process.pid is None:
             self.process.start()
 
@@ -174,10 +192,10 @@ class Waiting:
         self.turn.set()
 
     def result(self) -> dict[str, Any]:
-        """What it found; waits for its end."""
-        found: dict[str, Any] = self.queue.get()
+        """The row's figures; waits for the end of its process."""
+        figures: dict[str, Any] = self.queue.get()
         self.process.join()
-        return found
+        return figures
 
 
 def main() -> None:
@@ -195,8 +213,8 @@ def main() -> None:
     import torch
     from transformers import LlamaConfig
 
-    from galore_trainer.run.artifacts import environment
-    from galore_trainer.run.estimate import estimate_one
+    from galore_trainer.run.memory.estimate import estimate_one
+    from galore_trainer.run.results.artifacts import environment
 
     arguments.folder = str(arguments.output.with_suffix(".model"))
     LlamaConfig(**SHAPES[arguments.shape]).save_pretrained(arguments.folder)
@@ -209,13 +227,14 @@ def main() -> None:
         waiting[i].begin()
         if i + 1 < len(waiting):
             waiting[i + 1].start()
-        told = estimate_one(settings_of(row, arguments), row["method"], arguments.rank)  # while the other one measures
-        found = waiting[i].result()
-        rows.append({"name": name, **row, **found, "predicted": told.peak})
-        peak, predicted = found["peak"], told.peak
+        # The estimate runs here while the row's process measures.
+        predicted = estimate_one(settings_of(row, arguments), row["method"], arguments.rank).peak
+        figures = waiting[i].result()
+        rows.append({"name": name, **row, **figures, "predicted": predicted})
+        peak = figures["peak"]
         ratio = f"{predicted / peak:6.3f}" if peak and predicted else "     -"
-        shown = f"{peak / GIB:7.2f}" if peak else f"{found['error'] or '-':>7}"
-        state = sum(found.get("state", {}).values()) / GIB
+        shown = f"{peak / GIB:7.2f}" if peak else f"{figures['error'] or '-':>7}"
+        state = sum(figures.get("state", {}).values()) / GIB
         print(
             f"{name:<56}{shown}  predicted {(predicted or 0) / GIB:6.2f} ({ratio})  state {state:6.2f}",
             flush=True,

@@ -1,7 +1,7 @@
 """What sharing and randomizing cost: projection errors and refresh times on one real gradient.
 
-The gradient of a model's loss on a batch of a recipe's training data is decomposed once for each setting; errors are
-means over the projected matrices, times are of one refresh of all of them (the second of two; the first warms up).
+The gradient of a model's loss on a batch of a recipe's training data is decomposed once for each setting. Errors are
+means over the projected matrices. Times are of one refresh of all of them, the second of two: the first warms up.
 
     python benchmarks/projection.py mawps data.source=path/to/train.json --output projection.json
 """
@@ -34,8 +34,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 def gradients(config: Any, batch_size: int, device: str) -> Any:
     """The model with the gradient of one batch."""
     from galore_trainer.recipes import load_data
-    from galore_trainer.run.model import load_model
-    from galore_trainer.run.prompts import Collator, encode
+    from galore_trainer.run.models.model import load_model
+    from galore_trainer.run.models.prompts import Collator, encode
 
     model, tokenizer = load_model(config.model_name_or_path)
     model.to(device).train()
@@ -59,7 +59,7 @@ def stacks(model: Any, galore: Any) -> list[Any]:
     return list(make_stacks(jobs, together))
 
 
-def row(model: Any, rank: int, changes: dict[str, Any], device: str) -> dict[str, Any]:
+def figures_of(model: Any, rank: int, changes: dict[str, Any], device: str) -> dict[str, Any]:
     """Errors and time of one setting: of all matrices, and of q, k, v alone."""
     from galore_trainer.config import GaLoreConfig
     from galore_trainer.core.galore import lost_share
@@ -69,10 +69,10 @@ def row(model: Any, rank: int, changes: dict[str, Any], device: str) -> dict[str
     galore = GaLoreConfig(rank=rank, residual_percent=0.0, **changes)
     seconds = []
     for _ in range(2):
-        found = stacks(model, galore)
+        stacked = stacks(model, galore)
         _wait(device)
         start = time.perf_counter()
-        for stack in found:
+        for stack in stacked:
             if galore.sketches_first:
                 first_basis(stack, stack.each_gradient(), galore, 0)
             else:
@@ -80,7 +80,7 @@ def row(model: Any, rank: int, changes: dict[str, Any], device: str) -> dict[str
         _wait(device)
         seconds.append(time.perf_counter() - start)
     errors: dict[str, list[tuple[float, float, float]]] = {"all": [], "qkv": []}
-    for stack in found:
+    for stack in stacked:
         G, P, matrix, parts = stack.gradients(), stack.read().P, stack.matrix, len(stack.jobs)
         lent = torch.cat(list(lending_rows(stack, stack.each_gradient(), galore, 0)))
         whole = G.reshape(parts, matrix.rows, matrix.columns) if matrix.head_dim else G
@@ -95,8 +95,9 @@ def row(model: Any, rank: int, changes: dict[str, Any], device: str) -> dict[str
     names = ("error", "excess", "sharing_excess")
     means = {
         kind: {name: sum(v[i] for v in values) / len(values) for i, name in enumerate(names)}
-        for kind, values in errors.items() if values
-    }  # fmt: skip
+        for kind, values in errors.items()
+        if values
+    }
     return {**means, "seconds": seconds[-1], "matrices": len(errors["all"])}
 
 
@@ -108,11 +109,11 @@ def _wait(device: str) -> None:
 def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "| setting | error | error, q k v | excess over exact, % | sharing excess, q k v | refresh, s |"
     yield "|---|---:|---:|---:|---:|---:|"
-    for each in rows:
-        everything, qkv = each["all"], each.get("qkv", each["all"])
+    for row in rows:
+        everything, qkv = row["all"], row.get("qkv", row["all"])
         yield (
-            f"| {each['setting']} | {everything['error']:.4f} | {qkv['error']:.4f} | {100 * everything['excess']:.2f} "
-            f"| {qkv['sharing_excess']:.3f} | {each['seconds']:.2f} |"
+            f"| {row['setting']} | {everything['error']:.4f} | {qkv['error']:.4f} | {100 * everything['excess']:.2f} "
+            f"| {qkv['sharing_excess']:.3f} | {row['seconds']:.2f} |"
         )
 
 
@@ -127,13 +128,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("projection.json"))
     arguments = parser.parse_args()
 
-    from galore_trainer.run.artifacts import environment
-    from galore_trainer.run.config import load_run_config
+    from galore_trainer.run.results.artifacts import environment
+    from galore_trainer.run.settings.run_config import load_run_config
 
     model = gradients(load_run_config(arguments.config, arguments.overrides), arguments.batch_size, arguments.device)
     rows = []
     for setting, changes in SETTINGS:
-        rows.append({"setting": setting, **row(model, arguments.rank, changes, arguments.device)})
+        rows.append({"setting": setting, **figures_of(model, arguments.rank, changes, arguments.device)})
         print(list(_table(rows))[-1], flush=True)
     content = {"rank": arguments.rank, "batch_size": arguments.batch_size, "environment": environment(), "rows": rows}
     arguments.output.write_text(json.dumps(content, indent=1))

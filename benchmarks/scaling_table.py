@@ -9,16 +9,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 GIB = 1 << 30
-GAP = 200  # update_proj_gap that costs per step are told for; layer-wise mode, whose refreshes are staggered, has it
+# Costs a step are given for this update_proj_gap; layer-wise mode, whose refreshes are staggered, trains with it.
+GAP = 200
 ORDER = ("ddp", "ddp layer-wise", "fsdp2", "zero2", "zero3")
 COLUMNS = {  # title: digits after the point
-    "step ms": 1, "refresh ms": 0, "optimizer ms": 1, "tokens/s": 0, "efficiency": 3, "time / AdamW": 3, "peak GiB": 2,
-    "peak / AdamW": 3, "sent MB a step": 0, "loss": 3, "loss gap": 4, "moved": 6, "distance": 7, "distance / AdamW": 2,
-}  # fmt: skip
+    "step ms": 1,
+    "refresh ms": 0,
+    "optimizer ms": 1,
+    "tokens/s": 0,
+    "efficiency": 3,
+    "time / AdamW": 3,
+    "peak GiB": 2,
+    "peak / AdamW": 3,
+    "sent MB a step": 0,
+    "loss": 3,
+    "loss gap": 4,
+    "moved": 6,
+    "distance": 7,
+    "distance / AdamW": 2,
+}
 
 
 class Key(NamedTuple):
-    """Which cell a line belongs to."""
+    """The cell that a line belongs to."""
 
     shape: str
     residual: float
@@ -46,41 +59,41 @@ def read(output: Path) -> dict[Key, dict[str, Any]]:
 
 
 def weights_file(output: Path, key: Key) -> Path:
-    """Where a cell leaves the weights it ends with, some entries of each."""
+    """The file with some entries of each of a cell's final weights."""
     return output / "weights" / ("-".join(map(str, key)).replace(" ", "-") + ".pt")
 
 
 def step_seconds(row: dict[str, Any]) -> tuple[float, float | None]:
-    """An ordinary step (median), and what a refresh adds to one."""
+    """Seconds of an ordinary step (median), and those that a refresh adds; None without a timed refresh."""
     ordinary = statistics.median(s for i, s in enumerate(row["seconds"]) if i not in row["refresh_steps"])
     extra = [row["seconds"][i] - ordinary for i in row["refresh_steps"] if i < len(row["seconds"])]
     return ordinary, statistics.median(extra) if extra else None
 
 
 def amortised(row: dict[str, Any]) -> float:
-    """Seconds a step, a refresh every ``GAP`` steps counted in; layer-wise mode refreshes a little all the time."""
+    """Seconds of a step with its share of a refresh every ``GAP`` steps; staggered refreshes are in every step."""
     ordinary, extra = step_seconds(row)
     return statistics.mean(row["seconds"]) if row["staggered"] else ordinary + (extra or 0.0) / GAP
 
 
 def wire_bytes(collectives: dict[str, Any], world: int) -> float:
-    """Bytes that a process sends in ring algorithms, from what was handed to collectives."""
+    """Bytes that a process sends, from the sizes given to collectives; they are taken to be ring algorithms."""
     total = 0.0
-    for key, found in collectives.items():
+    for key, sizes in collectives.items():
         kind = key.split()[0].lower()
         if "allreduce" in kind:
-            total += 2 * found["in"] * (world - 1) / world
+            total += 2 * sizes["in"] * (world - 1) / world
         elif "gather" in kind:
-            total += found["in"] * (world - 1)
+            total += sizes["in"] * (world - 1)
         elif "reduce" in kind:  # reduce-scatter, and to one process
-            total += found["in"] * (world - 1) / world
+            total += sizes["in"] * (world - 1) / world
         elif "broadcast" in kind:
-            total += found["in"]
+            total += sizes["in"]
     return total
 
 
 def distance(one: Path, other: Path) -> float | None:
-    """Mean distance between the weights that two cells ended with; None where one has left none."""
+    """Mean distance between the final weights of two cells; None where a file is missing."""
     import torch
 
     if not (one.exists() and other.exists()):
@@ -97,12 +110,14 @@ def line_of(key: Key, rows: dict[Key, dict[str, Any]], output: Path) -> dict[str
         statistics.median(values) for name, values in row.get("optimizer_seconds", {}).items() if name != "refresh"
     ]
     line: dict[str, float | None] = {
-        "step ms": 1000 * ordinary, "refresh ms": None if extra is None else 1000 * extra,
+        "step ms": 1000 * ordinary,
+        "refresh ms": None if extra is None else 1000 * extra,
         "optimizer ms": 1000 * sum(parts) if parts else None,
-        "tokens/s": row["tokens"] / seconds, "peak GiB": row["peak"] / GIB if row["peak"] else None,
+        "tokens/s": row["tokens"] / seconds,
+        "peak GiB": row["peak"] / GIB if row["peak"] else None,
         "loss": statistics.mean(row["loss"][-5:]),
         "sent MB a step": wire_bytes(row["collectives"], key.world) / 1e6 if row["collectives"] else None,
-    }  # fmt: skip
+    }
     line["moved"] = row.get("moved")
     if adamw and "error" not in adamw:
         line["time / AdamW"] = seconds / amortised(adamw)
@@ -146,8 +161,8 @@ def wire_of_layerwise(rows: dict[Key, dict[str, Any]], shape: str) -> Iterator[s
         dense = 2 * row["parameters"]["projected"]
         ordinary = [step for step in row["kept"][1:] if "whole" not in step]  # in which no weight is refreshed
         kinds = {kind: 100 * size / dense for kind, size in (ordinary[-1] if ordinary else {}).items()}
-        told = ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items())
-        usual = f"a step without a refresh hands over {sum(kinds.values()):.3f} % ({told}), " if kinds else ""
+        shares = ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items())
+        usual = f"a step without a refresh hands over {sum(kinds.values()):.3f} % ({shares}), " if kinds else ""
         first = 100 * sum(row["kept"][0].values()) / dense
         mean = 100 * statistics.mean(sum(step.values()) for step in row["kept"][1:]) / dense
         yield (

@@ -1,7 +1,7 @@
 """One launch of ``scaling.py``: every process of it trains the same cells, one after the other.
 
-A cell is a method, a batch and a number of steps under the launch's backend. Backends are set up by hand, with the
-library's own calls: ``DistributedDataParallel``, ``fully_shard``, ``deepspeed.initialize``.
+A cell is a method, a batch and a number of steps under the launch's backend. Backends are set up without accelerate, by
+``DistributedDataParallel``, ``fully_shard`` and ``deepspeed.initialize``.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A model under a backend: what a step calls."""
+    """A model under a backend, and the calls of a step."""
 
     forward: Any
     backward: Callable[[torch.Tensor], None]
     step: Callable[[], None]
     optimizer: Any
     model: Any
-    close: Callable[[], None] = lambda: None  # gives back what the backend holds
+    close: Callable[[], None] = lambda: None  # frees the backend's memory
 
 
 def build(cell: dict[str, Any], backend: str, device: torch.device) -> Training:
@@ -92,18 +92,23 @@ def optimizer_for(cell: dict[str, Any], backend: str, model: Any) -> Any:
 
 
 def deepspeed_settings(cell: dict[str, Any], backend: str) -> dict[str, Any]:
-    """What the Trainer would hand over for bf16 and clipping at 1.0."""
+    """DeepSpeed's configuration as the Trainer makes it for bf16 and clipping at 1.0."""
     return {
-        "train_micro_batch_size_per_gpu": cell["batch"], "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-        "bf16": {"enabled": True}, "zero_optimization": {"stage": int(backend[-1])}, "steps_per_print": 10**9,
-        "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
-    }  # fmt: skip
+        "train_micro_batch_size_per_gpu": cell["batch"],
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": int(backend[-1])},
+        "steps_per_print": 10**9,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
 
 
 def batch_of(cell: dict[str, Any], step: int, device: torch.device) -> torch.Tensor:
-    """This process's sequences of a step: counting in steps of different widths, which a model can learn.
+    """This process's sequences of a step: each counts in steps of one width, which a model can learn.
 
-    With one global batch the sequences do not depend on how many processes there are.
+    With one global batch the sequences do not depend on the number of processes.
     """
     rows = torch.arange(cell["batch"]) + cell["batch"] * (RANK + WORLD * step)
     width, start = 1 + rows % 7, rows * 7919 % 997
@@ -112,7 +117,7 @@ def batch_of(cell: dict[str, Any], step: int, device: torch.device) -> torch.Ten
 
 
 def measure(cell: dict[str, Any], backend: str, device: torch.device) -> dict[str, Any]:
-    """Train a cell and say what it took; every process calls it, and gets the same figures but for times."""
+    """Train a cell; returns its figures. Every process calls it; the figures differ in times alone."""
     on_gpu = device.type == "cuda"
     held = torch.cuda.memory_allocated() if on_gpu else 0
     training = build(cell, backend, device)
@@ -123,12 +128,13 @@ def measure(cell: dict[str, Any], backend: str, device: torch.device) -> dict[st
     kept: list[dict[str, int]] = []  # bytes that layer-wise mode has handed to all-reduce, by kind, step by step
     before = sampled_weights(training.model) if "weights" in cell else {}
     for step in range(cell["steps"]):
-        if step == 1 and on_gpu:  # what building needed is not training
+        if step == 1 and on_gpu:  # building the model is not training: leave it out of the peak
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         ids = batch_of(cell, step, device)
         with contextlib.ExitStack() as stack:
-            found = stack.enter_context(counted(on_gpu)) if step == PROFILED and WORLD > 1 else None
+            if step == PROFILED and WORLD > 1:
+                collectives = stack.enter_context(counted(on_gpu))
             wait(device)
             start = time.perf_counter()
             loss = training.forward(input_ids=ids, labels=ids).loss
@@ -138,24 +144,28 @@ def measure(cell: dict[str, Any], backend: str, device: torch.device) -> dict[st
             seconds.append(time.perf_counter() - start)
         if isinstance(training.optimizer, GaLoreAdamW):
             for name, total in training.optimizer.stopwatch.seconds().items():
-                own = parts.setdefault(name, [0.0] * step)
-                own.append(total - sum(own))
+                of_steps = parts.setdefault(name, [0.0] * step)
+                of_steps.append(total - sum(of_steps))
             if training.optimizer.averager is not None:
                 kept.append(dict(training.optimizer.averager.sent))
                 training.optimizer.averager.sent.clear()
-        if found is not None:
-            collectives = found
         losses.append(loss.detach())
     mean = torch.stack(losses).float()
     if WORLD > 1:
         dist.all_reduce(mean)
         mean /= WORLD
     result: dict[str, Any] = {
-        "loss": mean.tolist(), "seconds": seconds[WARM_UP:], "refresh_steps": refresh_steps(cell, backend),
-        "collectives": collectives, "peak": max_over_processes(peak(on_gpu), device),
-        "parameters": parameters(cell["model"]), "tokens": cell["batch"] * cell["length"] * WORLD,
-        "held_before": held, "staggered": backend == "ddp layer-wise", "kept": kept,
-    }  # fmt: skip
+        "loss": mean.tolist(),
+        "seconds": seconds[WARM_UP:],
+        "refresh_steps": refresh_steps(cell, backend),
+        "collectives": collectives,
+        "peak": max_over_processes(peak(on_gpu), device),
+        "parameters": parameters(cell["model"]),
+        "tokens": cell["batch"] * cell["length"] * WORLD,
+        "held_before": held,
+        "staggered": backend == "ddp layer-wise",
+        "kept": kept,
+    }
     if before:
         after = sampled_weights(training.model)
         result["moved"] = torch.cat([(w - before[name]).abs() for name, w in after.items()]).mean().item()
@@ -172,26 +182,26 @@ def measure(cell: dict[str, Any], backend: str, device: torch.device) -> dict[st
 
 
 def sampled_weights(model: Any) -> dict[str, torch.Tensor]:
-    """Some entries of every weight, in float32 on the CPU, whatever processes hold them; all call it."""
-    found = {}
+    """Some entries of every weight, in float32 on the CPU. Every process calls it, as weights may be sharded."""
+    samples = {}
     for name, p in model.named_parameters():
         if hasattr(p, "ds_id"):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([p]):
-                found[name] = sample(p.data)
+                samples[name] = sample(p.data)
         else:
-            found[name] = sample(p.full_tensor() if hasattr(p, "full_tensor") else p.data)
-    return found
+            samples[name] = sample(p.full_tensor() if hasattr(p, "full_tensor") else p.data)
+    return samples
 
 
-def sample(whole: torch.Tensor) -> torch.Tensor:
-    """Entries at equal distances, a number of them that does not divide rows."""
-    return whole.detach().flatten()[:: max(1, whole.numel() // 20011)].float().cpu()
+def sample(weight: torch.Tensor) -> torch.Tensor:
+    """About 20,011 entries at equal distances; a prime, so that they do not fall into the same columns."""
+    return weight.detach().flatten()[:: max(1, weight.numel() // 20011)].float().cpu()
 
 
 def parameters(m: dict[str, Any]) -> dict[str, int]:
-    """Entries of projected (linear, in the layers) and of plain weights, from a Llama's shape."""
+    """Numbers of entries of projected (linear, in the layers) and of plain weights of a Llama."""
     head = m["hidden_size"] // m["num_attention_heads"]
     attention = m["hidden_size"] * head * 2 * (m["num_attention_heads"] + m["num_key_value_heads"])
     layer = attention + 3 * m["hidden_size"] * m["intermediate_size"]
@@ -200,7 +210,7 @@ def parameters(m: dict[str, Any]) -> dict[str, int]:
 
 
 def refresh_steps(cell: dict[str, Any], backend: str) -> list[int]:
-    """Steps, counted from the first timed one, in which all bases change at once; layer-wise mode has none."""
+    """Steps, counted from the first timed one, in which all bases are refreshed; layer-wise mode staggers them."""
     if cell["method"] == "adamw" or backend == "ddp layer-wise":
         return []
     gap = cell["galore"]["update_proj_gap"]
@@ -209,34 +219,34 @@ def refresh_steps(cell: dict[str, Any], backend: str) -> list[int]:
 
 @contextlib.contextmanager
 def counted(on_gpu: bool) -> Iterator[dict[str, Any]]:
-    """Count what is handed to collectives: by name and type of number, calls and bytes in and out of this process.
+    """Count calls of collectives and their bytes in and out of this process, by name and dtype.
 
-    NCCL alone tells the profiler.
+    Only NCCL reports them to the profiler.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    found: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=kinds, record_shapes=True) as profiler:
-        yield found
+        yield counts
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     sizes = {"BFloat16": 2, "Half": 2, "Float": 4, "Int": 4, "Long": 8, "Double": 8, "Byte": 1, "Bool": 1, "Char": 1}
     for event in events:
-        told = event.get("args", {})
-        if event.get("name") != "record_param_comms" or "In msg nelems" not in told:
+        call = event.get("args", {})
+        if event.get("name") != "record_param_comms" or "In msg nelems" not in call:
             continue
-        key = f"{told['Collective name'].lstrip('_')} {told['dtype']}"
-        each = found.setdefault(key, {"calls": 0, "in": 0, "out": 0})
-        each["calls"] += 1
-        each["in"] += told["In msg nelems"] * sizes.get(told["dtype"], 4)
-        each["out"] += told["Out msg nelems"] * sizes.get(told["dtype"], 4)
+        key = f"{call['Collective name'].lstrip('_')} {call['dtype']}"
+        count = counts.setdefault(key, {"calls": 0, "in": 0, "out": 0})
+        count["calls"] += 1
+        count["in"] += call["In msg nelems"] * sizes.get(call["dtype"], 4)
+        count["out"] += call["Out msg nelems"] * sizes.get(call["dtype"], 4)
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -278,15 +288,15 @@ def main() -> None:
         deepspeed.init_distributed()
     for cell in plan["cells"]:
         try:
-            found = measure(cell, backend, device)
-        except Exception as error:  # out of memory on one process ends the launch: the others wait in a collective
-            found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-        if not math.isfinite(found.get("loss", [math.nan])[-1]) and "error" not in found:
-            found["error"] = "the loss is not finite"
-        if RANK == 0 or "peak" not in found:
+            figures = measure(cell, backend, device)
+        except Exception as error:  # ends the launch, as the other processes wait in a collective
+            figures = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        if not math.isfinite(figures.get("loss", [math.nan])[-1]) and "error" not in figures:
+            figures["error"] = "the loss is not finite"
+        if RANK == 0 or "peak" not in figures:
             with Path(plan["results"]).open("a") as lines:
-                lines.write(json.dumps({"id": cell["id"], **found}) + "\n")
-        if "peak" not in found:
+                lines.write(json.dumps({"id": cell["id"], **figures}) + "\n")
+        if "peak" not in figures:
             os._exit(1)
         gc.collect()
         if on_gpu:

@@ -1,6 +1,6 @@
 """Does the host of a GPU stall? Gaps of a loop that does nothing, and of one that only launches tiny kernels.
 
-A host that stalls shows in the 99th percentile of any training step, whatever the step does.
+A host that stalls raises the 99th percentile of every training step, whatever the step does.
 
     python benchmarks/stalls.py    # 12 s; the exit status is 1 from four gaps on
 """
@@ -19,16 +19,16 @@ MANY = 4  # gaps in all
 
 
 def gaps(work: Callable[[], object], seconds: float) -> list[tuple[float, int]]:
-    """When (s) and for how long (ms) a call of ``work`` took longer than ``GAP``."""
-    found: list[tuple[float, int]] = []
+    """The calls of ``work`` that took longer than ``GAP``: when (s) and how long (ms)."""
+    long: list[tuple[float, int]] = []
     begin = last = time.perf_counter()
     while last < begin + seconds:
         work()
         now = time.perf_counter()
         if now - last > GAP:
-            found.append((round(now - begin, 2), round(1e3 * (now - last))))
+            long.append((round(now - begin, 2), round(1e3 * (now - last))))
         last = now
-    return found
+    return long
 
 
 def main() -> None:

@@ -23,10 +23,12 @@ Seeds = Annotated[str | None, typer.Option("--seeds", metavar="0,1,2", help="See
 Jobs = Annotated[
     str,
     typer.Option(
-        "--jobs", metavar="N|auto", help="Runs side by side, over all GPUs (auto: as many as their memory is estimated "
+        "--jobs",
+        metavar="N|auto",
+        help="Runs side by side, over all GPUs (auto: as many as their memory is estimated "
         "to hold); then a timing pass of each cell.",
     ),
-]  # fmt: skip
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; run nothing.")]
 Only = Annotated[str | None, typer.Option("--only", metavar="TEXT", help="Run cells with this in their name.")]
 MaxCells = Annotated[
@@ -59,25 +61,32 @@ def ablate(
     Finished runs are skipped and others go on from their last checkpoint, so that the same command resumes a sweep.
     base=CONFIG chooses what is varied, for example base=mawps data.source=path/to/train.json.
     """
-    from galore_trainer.run.study import load_study
+    from galore_trainer.run.study.grid import load_study
 
     number: int | Literal["auto"] = "auto" if jobs == "auto" else _count(jobs)
     loaded = load_study(study, overrides or (), None if seeds is None else integers("--seeds", seeds))
     output = Path(output_dir or f"runs/ablate-{loaded.name}").expanduser()
     if dry_run:
-        from galore_trainer.run.sweep_plan import describe_sweep
+        from galore_trainer.run.study.sweep_plan import describe_sweep
 
         typer.echo(describe_sweep(loaded, output, jobs=number, only=only, max_cells=max_cells))
         return
-    from galore_trainer.run.ablate import ablate as run_study
+    from galore_trainer.run.study.sweep import ablate as run_study
 
     flags = {"--output-dir": output, "--seeds": seeds, "--jobs": jobs, "--only": only, "--max-cells": max_cells}
     given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     given += [] if timing else ["--no-timing"]
     outcome = run_study(
-        loaded, output, jobs=number, only=only, max_cells=max_cells, keep_models=keep_models, timing=timing,
-        command=shlex.join(["galore-ft", "ablate", study, *(overrides or ()), *given]), say=_say,
-    )  # fmt: skip
+        loaded,
+        output,
+        jobs=number,
+        only=only,
+        max_cells=max_cells,
+        keep_models=keep_models,
+        timing=timing,
+        command=shlex.join(["galore-ft", "ablate", study, *(overrides or ()), *given]),
+        say=_say,
+    )
     for name, reason in outcome.failed.items():
         typer.echo(f"failed: {name}: {reason}", err=True)
     if outcome.interrupted:

@@ -28,9 +28,18 @@ Profile = Annotated[bool, typer.Option("--profile", help="Also list the kernels 
 Device = Annotated[str | None, typer.Option("--device", help="cuda, or cpu for a small trial; what there is.")]
 
 SMALL = {
-    "shape": "tiny", "layers": 2, "model_layers": 2, "rank": 8, "lora_rank": 4, "dtype": "float32", "batch_size": 2,
-    "length": 32, "gap": 10, "rounds": 5, "steps": 20,
-}  # fmt: skip
+    "shape": "tiny",
+    "layers": 2,
+    "model_layers": 2,
+    "rank": 8,
+    "lora_rank": 4,
+    "dtype": "float32",
+    "batch_size": 2,
+    "length": 32,
+    "gap": 10,
+    "rounds": 5,
+    "steps": 20,
+}
 
 
 def bench(
@@ -68,9 +77,14 @@ def bench(
     if shape is not None and shape not in SHAPES:
         raise OptionError("--shape", shape, f"one of {', '.join(SHAPES)}")
     given: dict[str, Any] = {
-        "shape": shape, "layers": layers, "model_layers": model_layers, "rank": rank, "rounds": rounds, "steps": steps,
+        "shape": shape,
+        "layers": layers,
+        "model_layers": model_layers,
+        "rank": rank,
+        "rounds": rounds,
+        "steps": steps,
         "kernels": kernels,
-    }  # fmt: skip
+    }
     settings = {**(SMALL if device == "cpu" else {}), **{k: v for k, v in given.items() if v is not None}}
     parts = list(CHOICES[:3]) if what == "all" else [what]
     run_bench(Bench(device=device, profile=profile, **settings), parts, json, details, say=typer.echo)

@@ -9,8 +9,8 @@ import typer
 from galore_trainer.cli.once import OptionsOnce
 from galore_trainer.cli.options import Debug, Overrides
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import load_run_config, packaged_configs, read_packaged
-from galore_trainer.run.methods import METHODS
+from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.run_config import load_run_config, packaged_configs, read_packaged
 
 app = typer.Typer(help="Packaged configurations, and a check of one's own.", no_args_is_help=True)
 

@@ -19,7 +19,7 @@ Count = Annotated[int, typer.Option("-n", "--examples", min=0, help="Examples sh
 def preview(config: Config = None, overrides: Overrides = None, examples: Count = 2, debug: Debug = False) -> None:
     """Show examples with the tokens that are trained on, counts, lengths, and what is too long."""
     run = load(config, overrides)
-    from galore_trainer.run.preview import preview as describe
+    from galore_trainer.run.models.preview import preview as describe
 
     typer.echo(describe(run, examples))
 

@@ -8,7 +8,7 @@ import typer
 
 from galore_trainer.cli.loading import load, require_reach
 from galore_trainer.cli.options import Config, Debug, Overrides, integers, with_flags
-from galore_trainer.run.config import load_own_settings, load_run_config
+from galore_trainer.run.settings.run_config import load_own_settings, load_run_config
 
 Methods = Annotated[
     str | None, typer.Option("--methods", metavar="A,B", help="Methods to compare; layerwise is galore_plus so.")
@@ -39,9 +39,9 @@ def estimate(
     max_length tokens in each of per_device_train_batch_size rows.
     """
     run = load(config, overrides, flags, reach=("model",))
-    from galore_trainer.run.estimate import LAYERWISE, as_table
-    from galore_trainer.run.estimate import estimate as count
-    from galore_trainer.run.per_process import layout_of
+    from galore_trainer.run.memory.estimate import LAYERWISE, as_table
+    from galore_trainer.run.memory.estimate import estimate as count
+    from galore_trainer.run.memory.per_process import layout_of
 
     layout = None
     if num_processes is not None or launch_config is not None:
@@ -60,6 +60,6 @@ def inspect(model: Model, overrides: Overrides = None, debug: Debug = False) -> 
     """
     settings = [f"model_name_or_path={model}", *(overrides or ())]
     require_reach(load_own_settings(None, settings).model_name_or_path)
-    from galore_trainer.run.estimate import inspect as describe
+    from galore_trainer.run.memory.estimate import inspect as describe
 
     typer.echo(describe(load_run_config(None, settings)))

@@ -12,8 +12,8 @@ import typer
 from galore_trainer.cli.loading import load, split_overrides
 from galore_trainer.cli.options import Config, Debug, Overrides
 from galore_trainer.cli.outcome import is_main_process
-from galore_trainer.run.config import RESOLVED_CONFIG
-from galore_trainer.run.scores import as_lines
+from galore_trainer.run.scoring.scores import as_lines
+from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
 
 Target = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run's folder, a model's folder, or a hub id.")]
 Limit = Annotated[str | None, typer.Option("--limit", metavar="INTEGER", help="Problems to score (eval.limit).")]
@@ -43,8 +43,8 @@ def evaluate(
         name = str(saved)
     run = load(name, rest, {} if limit is None else {"eval.limit": limit}, model=model_or_run)
 
-    from galore_trainer.run.evaluate import evaluate as evaluate_model
-    from galore_trainer.run.progress import counting
+    from galore_trainer.run.scoring.evaluate import evaluate as evaluate_model
+    from galore_trainer.run.training.progress import counting
 
     with counting("generated", file=sys.stderr, silent=not is_main_process()) as progress:
         scores = evaluate_model(model_or_run, run, predictions_path=predictions, progress=progress)

@@ -10,9 +10,9 @@ from galore_trainer.errors import OptionError
 from galore_trainer.hub import is_cached, require_dataset, require_model
 from galore_trainer.recipes import DataConfig
 from galore_trainer.recipes.sources import kind_of
-from galore_trainer.run.config import RunConfig, load_own_settings, load_run_config, packaged_configs
-from galore_trainer.run.model import EMBEDDED, is_hub_id
-from galore_trainer.run.model import OPTION as MODEL_OPTION
+from galore_trainer.run.models.model import EMBEDDED, is_hub_id
+from galore_trainer.run.models.model import OPTION as MODEL_OPTION
+from galore_trainer.run.settings.run_config import RunConfig, load_own_settings, load_run_config, packaged_configs
 
 
 def split_overrides(config: str | None, overrides: Sequence[str] | None) -> tuple[str | None, list[str]]:

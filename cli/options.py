@@ -12,10 +12,10 @@ import typer
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import LoraSettings, RunConfig
-from galore_trainer.run.knobs import field_help, show_default
-from galore_trainer.run.layers import flag_name
-from galore_trainer.run.methods import METHOD_DEFAULTS
+from galore_trainer.run.settings.knobs import field_help, show_default
+from galore_trainer.run.settings.methods import METHOD_DEFAULTS
+from galore_trainer.run.settings.run_config import LoraSettings, RunConfig
+from galore_trainer.run.settings.sources import flag_name
 
 TOP_LEVEL = ("method", "trainer", "model_name_or_path", "output_dir")
 # TrainingArguments fields that are typed most often; every other one is given as key=value.

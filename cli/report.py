@@ -20,7 +20,7 @@ Title = Annotated[str | None, typer.Option("--title", help="Title of the report.
 
 def report(runs: Runs, output: Output = None, title: Title = None, debug: Debug = False) -> None:
     """Write tables and plots of finished runs: report.html (one page), report.md and PNG files."""
-    from galore_trainer.run.report import report as write
+    from galore_trainer.run.report.write import report as write
 
     target = Path(output) if output else Path(runs[0]) / "report" if len(runs) == 1 else Path("report")
     command = shlex.join(["galore-ft", "report", *runs, *(["-o", output] if output else [])])

@@ -33,8 +33,8 @@ def score(
     task: Task, predictions: Predictions, references: References, as_json: AsJson = False, debug: Debug = False
 ) -> None:
     """Score any system's output file: galore-ft score --task e2e --predictions FILE --references FILE."""
-    from galore_trainer.run.score import score_files
-    from galore_trainer.run.scores import as_lines
+    from galore_trainer.run.scoring.score import score_files
+    from galore_trainer.run.scoring.scores import as_lines
 
     scores = score_files(task, predictions, references)
     typer.echo(json.dumps(scores, indent=2, ensure_ascii=False) if as_json else "\n".join(as_lines(scores)))

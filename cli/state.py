@@ -28,7 +28,7 @@ def export_(checkpoint: Checkpoint, output_dir: Output, debug: Debug = False) ->
 
     Weights are the float32 ones where DeepSpeed keeps such; the optimizer's state is put together by parameter name.
     """
-    from galore_trainer.run.elastic import export_checkpoint
+    from galore_trainer.run.training.elastic import export_checkpoint
 
     target = export_checkpoint(checkpoint, output_dir)
     typer.echo(f"{target}: one process and DDP resume from it, FSDP2 and ZeRO after galore-ft state import")
@@ -53,8 +53,8 @@ def import_(
     same arguments and --resume auto.
     """
     run = load(config, overrides, flags)
-    from galore_trainer.run.elastic import check_import, import_checkpoint
-    from galore_trainer.run.launch import plan_launch, run_launch
+    from galore_trainer.run.launching.launch import plan_launch, run_launch
+    from galore_trainer.run.training.elastic import check_import, import_checkpoint
 
     check_import(checkpoint)
 
@@ -63,7 +63,7 @@ def import_(
         way_out = f"Resume from {checkpoint} itself: --resume {checkpoint}."
         raise OptionError("--launch-config", launch.name, "fsdp2, zero1, zero2 or zero3", way_out)
     if launch is not None:
-        from galore_trainer.run.start import choose_start
+        from galore_trainer.run.launching.start import choose_start
 
         choose_start(run, None, False)
         words = [str(word) for word in context.obj]

@@ -59,13 +59,13 @@ def train(
         if is_main_process():
             typer.echo(run.to_yaml().rstrip())
         return
-    from galore_trainer.run.launch import plan_launch, run_launch
+    from galore_trainer.run.launching.launch import plan_launch, run_launch
 
     launch = plan_launch(run, num_processes=num_processes, launch_config=launch_config)
     if dry_run:
-        from galore_trainer.run.plan import describe_plan
-        from galore_trainer.run.preflight import check_all
-        from galore_trainer.run.start import choose_start
+        from galore_trainer.run.launching.plan import describe_plan
+        from galore_trainer.run.launching.preflight import check_all
+        from galore_trainer.run.launching.start import choose_start
 
         check_all(run, launch.processes if launch else None)
         if resume or overwrite:
@@ -75,7 +75,7 @@ def train(
             typer.echo(plan)
         return
     if launch is not None:
-        from galore_trainer.run.start import choose_start
+        from galore_trainer.run.launching.start import choose_start
 
         choose_start(run, resume, overwrite)
         words = [str(word) for word in context.obj]
@@ -83,7 +83,7 @@ def train(
         if code := run_launch(launch, words):
             raise typer.Exit(code)
         return
-    from galore_trainer.run.train import train as train_run
+    from galore_trainer.run.training.train import train as train_run
 
     result = train_run(run, resume=resume, overwrite=overwrite)
     if result.interrupted:

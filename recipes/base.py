@@ -1,4 +1,4 @@
-"""What every recipe speaks of: an example, the data settings of a run, and the data that came of them."""
+"""The types that every recipe uses: an example, the data settings of a run, and the loaded data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REASONING_GYM = "reasoning_gym:gsm_symbolic"
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One prompt and what the assistant shall answer.
+    """One prompt and the answer that the assistant is trained to give.
 
     Attributes:
         messages: prompt turns ``{"role", "content"}``; the last one is the user's.
@@ -36,7 +36,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The block ``data:`` of a configuration: what is trained and evaluated on; see ``OptionError`` for refusals."""
+    """The block ``data:`` of a configuration: where the training and evaluation data come from."""
 
     source: str = knob(
         EMBEDDED,
@@ -70,7 +70,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        """Check every field by itself; what does not fit together is refused when the data is loaded."""
+        """Check every field alone; ``load_data`` refuses fields that do not fit together."""
         check_fields("data.", self)
         if self.difficulty > 4:
             raise OptionError("data.difficulty", self.difficulty, "a number of steps from 1 to 4")
@@ -92,8 +92,8 @@ class TaskData:
 
     Attributes:
         task: the recipe, never ``auto``.
-        train: what is trained on.
-        eval: what is evaluated on; shares no prompt with ``train``.
+        train: the training data.
+        eval: the evaluation data; shares no prompt with ``train``.
         notes: sentences on what was cleaned, dropped, deduplicated and held out.
     """
 
@@ -105,14 +105,14 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a recipe makes of rows.
+    """The examples that a recipe makes of rows.
 
     Attributes:
         examples: one a row.
         notes: sentences on the cleaning.
-        eval_only: ids of examples not fit to be trained on.
-        evaluated_by: what a prompt stands for, as a noun, where the examples of a prompt are evaluated as one with all
-            their targets as references; None where each is evaluated by itself.
+        eval_only: ids of examples that must not be trained on.
+        evaluated_by: a noun for what a prompt describes, where all examples of a prompt are evaluated as one, with
+            their targets as references; None where every example is evaluated alone.
     """
 
     examples: list[Example]

@@ -1,8 +1,8 @@
 """``reasoning_gym:gsm_symbolic``: generated problems in GSM8K's form from the optional package reasoning-gym.
 
-Problem ``i`` of a seed is drawn from ``seed + i``, so near seeds repeat problems; training and evaluation use seeds far
-apart, and what they still share is removed like any other duplicate. Floating-point noise in a solution (``45.0``) is
-cleaned, and the request for a bare number at the end of each question is taken off.
+Problem ``i`` of a seed is drawn from ``seed + i``, so near seeds repeat problems. Training and evaluation use seeds far
+apart, and problems that they still share are removed like other duplicates. Floating-point noise in a solution
+(``45.0``) is cleaned, and the request for a bare number at the end of a question is cut off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POINT_ZERO = re.compile(r"(?<![\d.])(\d+)\.0+(?!\d)")
 
 
 def generate(split: Literal["train", "eval"], count: int, *, seed: int) -> Parsed:
-    """``count`` different problems and some spare ones, for those that deduplication against the other part takes."""
+    """``count`` different problems, and some to spare, as deduplication against the other part drops some."""
     try:
         import reasoning_gym
     except ImportError as error:

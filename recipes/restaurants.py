@@ -25,9 +25,26 @@ DRAWS = 500
 
 SLOTS: dict[str, tuple[str, ...]] = {
     "name": (
-        "Blue Lantern", "Copper Fox", "Fig and Thistle", "Harbour Lights", "Juniper House", "Larkspur", "Old Mill Yard",
-        "Paper Moon", "Quiet Corner", "Red Kettle", "Saffron Table", "Seven Steps", "Stone Bridge", "The Brass Bell",
-        "The Green Door", "The Night Heron", "The Tin Whistle", "Velvet Spoon", "White Rabbit", "Willow Court",
+        "Blue Lantern",
+        "Copper Fox",
+        "Fig and Thistle",
+        "Harbour Lights",
+        "Juniper House",
+        "Larkspur",
+        "Old Mill Yard",
+        "Paper Moon",
+        "Quiet Corner",
+        "Red Kettle",
+        "Saffron Table",
+        "Seven Steps",
+        "Stone Bridge",
+        "The Brass Bell",
+        "The Green Door",
+        "The Night Heron",
+        "The Tin Whistle",
+        "Velvet Spoon",
+        "White Rabbit",
+        "Willow Court",
     ),
     "eatType": ("bistro", "coffee shop", "pub", "restaurant", "tavern"),
     "food": ("Ethiopian", "Greek", "Korean", "Lebanese", "Mexican", "Spanish", "Turkish", "Vietnamese"),
@@ -36,7 +53,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "area": ("garden district", "harbour", "market quarter", "old town"),
     "familyFriendly": ("yes", "no"),
     "near": ("Castle Hill", "Foundry Lane", "Mason's Wharf", "Queen's Park", "Rose Theatre", "Union Station"),
-}  # fmt: skip
+}
 ADJECTIVES = {
     "priceRange": {"cheap": "cheap", "moderate": "moderately priced", "high": "expensive"},
     "familyFriendly": {"yes": "family-friendly"},
@@ -116,7 +133,7 @@ def _belongs(mr: str, split: Split, seen: set[str]) -> bool:
     return split_of(mr) == split and mr not in seen
 
 
-# Each opening takes the facts it states out of ``facts``; what is left follows in sentences of its own.
+# An opening removes the facts that it states from ``facts``; ``_rest`` states the others in further sentences.
 
 
 def _plain(rng: random.Random, facts: dict[str, str]) -> str:
@@ -179,7 +196,7 @@ def _clause(rng: random.Random, facts: dict[str, str], slot: str) -> str:
 
 
 def _rest(rng: random.Random, facts: dict[str, str], subject: bool = True) -> str:
-    """All facts left in random order, one to three in a sentence; the first one without its subject if that stands."""
+    """The remaining facts in random order, one to three a sentence; without ``subject`` the first has no subject."""
     clauses = [_clause(rng, facts, slot) for slot in rng.sample(list(facts), len(facts))]
     sentences = []
     while clauses:

@@ -1,4 +1,4 @@
-"""Rows from a local file or from the hub, each with the name of its place, so that a bad one can be pointed at."""
+"""Rows from a local file or from the hub, with the place of each, so that an error can name it."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Row:
         return value
 
     def refuse(self, field: str, wanted: str, way_out: str = "") -> OptionError:
-        """The error for this row: ``field`` is missing or holds something else than what is ``wanted``."""
+        """The error for this row, whose ``field`` is missing or does not hold what is ``wanted``."""
         if field in self.fields:
-            found = f"it has {_short(self.fields[field])}"
+            actual = f"it has {_short(self.fields[field])}"
         else:
-            found = f"its columns are {', '.join(map(str, self.fields)) or 'none'}"
+            actual = f"its columns are {', '.join(map(str, self.fields)) or 'none'}"
         way_out = way_out or "Mend the row, or name the column with data.columns."
-        return OptionError(self.option, self.source, f"{wanted} in field {field!r} of {self.place} ({found})", way_out)
+        return OptionError(self.option, self.source, f"{wanted} in field {field!r} of {self.place} ({actual})", way_out)
 
 
 def kind_of(option: str, source: str) -> Kind:
-    """What a source is, told from its name alone; ``OptionError`` where it is nothing we know."""
+    """The kind of a source, from its name alone; ``OptionError`` where the name fits none."""
     if source in (EMBEDDED, RESTAURANTS):
         return "embedded"
     if source == REASONING_GYM:
@@ -65,12 +65,12 @@ def kind_of(option: str, source: str) -> Kind:
 
 
 def read_file(option: str, source: str, form: str | None = None) -> list[Row]:
-    """All rows of a local file; ``OptionError`` names the file and the line of whatever is wrong with it.
+    """All rows of a local file; an ``OptionError`` names the file and the line.
 
     Args:
         option: the option that named the file, for errors.
         source: its path.
-        form: one of ``SUFFIXES``, as which it is read; None for its own.
+        form: the one of ``SUFFIXES`` to read it as; None for the file's suffix.
     """
     with _readable(option, source) as path:
         form = form or path.suffix
@@ -123,10 +123,10 @@ def _numbered(option: str, source: str, path: Path, form: str) -> Iterable[tuple
 
 
 class MalformedJson(ValueError):
-    """Text that is no JSON that can be used.
+    """Text that is no usable JSON.
 
     Attributes:
-        position: where in the text.
+        position: index in the text.
         reason: in words.
     """
 
@@ -241,13 +241,13 @@ def _short(value: Any) -> str:
 
 
 def rename_columns(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
-    """Give columns the recipe's own names, ``{recipe's name: column}``; a column that no row has is an error."""
+    """Rename columns as ``{recipe's name: column}`` says; a column that a row lacks is an error."""
     renamed = []
     for row in rows:
         for column in columns.values():
             if column not in row.fields:
-                found = ", ".join(map(str, row.fields))
-                raise OptionError("data.columns", column, f"a column of {row.source} ({row.place} has: {found})")
+                there = ", ".join(map(str, row.fields))
+                raise OptionError("data.columns", column, f"a column of {row.source} ({row.place} has: {there})")
         kept = {name: value for name, value in row.fields.items() if name not in columns.values()}
         fields = {**kept, **{name: row.fields[column] for name, column in columns.items()}}
         renamed.append(Row(fields, row.place, row.id, row.option, row.source))

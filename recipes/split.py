@@ -17,7 +17,7 @@ from galore_trainer.recipes.base import DataConfig, Example, Parsed, TaskData, c
 
 
 def prompt_key(example: Example) -> str:
-    """The prompt as compared between examples: all turns, without regard to case and white space."""
+    """The text by which prompts are compared: all turns, without regard to case and white space."""
     return "\n".join(f"{turn['role']}: {' '.join(turn['content'].casefold().split())}" for turn in example.messages)
 
 
@@ -30,7 +30,7 @@ def gather(examples: Iterable[Example]) -> list[Example]:
 
 
 def assemble(task: str, train: Parsed, evaluation: Parsed | None, config: DataConfig) -> TaskData:
-    """Deduplicate, hold out or take the evaluation source, and pick the samples asked for."""
+    """Deduplicate, hold out a part or read the evaluation source, and pick the requested numbers of samples."""
     notes = list(train.notes)
     pool = _unique(train.examples)
     if len(pool) < len(train.examples):

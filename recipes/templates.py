@@ -11,15 +11,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PEOPLE = (
-    ("Anna", "she"), ("Ben", "he"), ("Clara", "she"), ("David", "he"), ("Emma", "she"), ("Felix", "he"),
-    ("Grace", "she"), ("Henry", "he"), ("Ivy", "she"), ("Jack", "he"), ("Kate", "she"), ("Leo", "he"),
-    ("Maria", "she"), ("Noah", "he"), ("Olivia", "she"), ("Peter", "he"), ("Rosa", "she"), ("Sam", "he"),
-    ("Tina", "she"), ("Victor", "he"),
-)  # fmt: skip
+    ("Anna", "she"),
+    ("Ben", "he"),
+    ("Clara", "she"),
+    ("David", "he"),
+    ("Emma", "she"),
+    ("Felix", "he"),
+    ("Grace", "she"),
+    ("Henry", "he"),
+    ("Ivy", "she"),
+    ("Jack", "he"),
+    ("Kate", "she"),
+    ("Leo", "he"),
+    ("Maria", "she"),
+    ("Noah", "he"),
+    ("Olivia", "she"),
+    ("Peter", "he"),
+    ("Rosa", "she"),
+    ("Sam", "he"),
+    ("Tina", "she"),
+    ("Victor", "he"),
+)
 THINGS = (
-    "apples", "balloons", "books", "buttons", "cards", "coins", "cookies", "marbles", "oranges", "pencils", "shells",
-    "stamps", "stickers", "toys",
-)  # fmt: skip
+    "apples",
+    "balloons",
+    "books",
+    "buttons",
+    "cards",
+    "coins",
+    "cookies",
+    "marbles",
+    "oranges",
+    "pencils",
+    "shells",
+    "stamps",
+    "stickers",
+    "toys",
+)
 BOXES = (("bag", "bags"), ("basket", "baskets"), ("box", "boxes"), ("crate", "crates"))
 
 

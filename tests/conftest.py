@@ -115,7 +115,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embedded_model_dir() -> Path:
     """Folder of the converted SmolLM2-135M-Instruct, in the user's cache; the first conversion takes half a minute."""
-    from galore_trainer.run.model import embedded_model
+    from galore_trainer.run.models.model import embedded_model
 
     return embedded_model()
 

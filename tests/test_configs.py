@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from galore_trainer.run.arguments import training_arguments
-from galore_trainer.run.config import load_run_config, packaged_configs
-from galore_trainer.run.methods import METHODS
+from galore_trainer.run.settings.arguments import training_arguments
+from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.run_config import load_run_config, packaged_configs
 
 NAMES = sorted(packaged_configs())
 
@@ -45,7 +45,7 @@ def test_its_first_line_says_what_it_is(name: str) -> None:
 
 
 def test_the_quickstart_plan_counts_data_and_steps() -> None:
-    from galore_trainer.run.plan import describe_plan
+    from galore_trainer.run.launching.plan import describe_plan
 
     settings = ["data.train_samples=100", "max_steps=-1", "num_train_epochs=2", "per_device_train_batch_size=16"]
     config = load_run_config("quickstart", settings)

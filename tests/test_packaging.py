@@ -49,6 +49,13 @@ def test_every_yaml_and_the_type_marker_are_package_data():
     assert data_files("py.typed") == {ROOT / "galore_trainer" / "py.typed"}
 
 
+def test_a_package_folder_holds_nothing_that_is_not_installed():
+    ignored = {"__pycache__", "galore_trainer.egg-info"}
+    files = {path for folder in FOLDERS.values() for path in folder.rglob("*") if path.is_file()}
+    files = {path for path in files if not ignored & {*path.parts}}
+    assert files == {path for path in files if path.suffix == ".py"} | data_files("")
+
+
 def test_only_one_name_is_installed():
     assert {name.split(".")[0] for name in SETUPTOOLS["packages"]} == {"galore_trainer"}
     assert SETUPTOOLS["include-package-data"] is False

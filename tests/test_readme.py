@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.run.knobs import knob_table
+from galore_trainer.run.settings.knobs import knob_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +17,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_table_of_knobs_is_the_one_the_code_writes() -> None:
     table = README.split("checked by tests/test_readme.py -->\n")[1].split("<!-- end of knobs -->")[0]
-    assert table.strip() == knob_table(GaLoreConfig).strip(), "run `python -m galore_trainer.run.knobs README.md`"
+    assert table.strip() == knob_table(GaLoreConfig).strip(), (
+        "run `python -m galore_trainer.run.settings.knobs README.md`"
+    )
 
 
 def commands() -> list[list[str]]:
@@ -29,7 +31,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command parses, and each training configuration resolves with its overrides."""
-    from galore_trainer.run.config import load_run_config, packaged_configs
+    from galore_trainer.run.settings.run_config import load_run_config, packaged_configs
 
     name, rest = words[1], words[2:]
     if name not in ("train", "data", "estimate"):
@@ -43,7 +45,7 @@ def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypat
         if name == "inspect":
             load_run_config(None, [f"model_name_or_path={rest[0]}", *rest[1:]])
         if name == "ablate":
-            from galore_trainer.run.study import load_study
+            from galore_trainer.run.study.grid import load_study
 
             load_study(rest[0], [word for word in rest if "=" in word], None)
         return
@@ -63,7 +65,7 @@ def test_every_command_is_understood(words: list[str], tmp_path: Path, monkeypat
 
 def understood_state_command(name: str, checkpoint: str, *rest: str) -> None:
     """``export CHECKPOINT OUTPUT_DIR``, or ``import CHECKPOINT`` and what ``train`` takes."""
-    from galore_trainer.run.config import load_run_config, packaged_configs
+    from galore_trainer.run.settings.run_config import load_run_config, packaged_configs
 
     assert re.fullmatch(r"\S+/checkpoint-\d+", checkpoint)
     if name == "export":

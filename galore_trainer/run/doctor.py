@@ -13,9 +13,17 @@ from typing import Any
 from galore_trainer.errors import OptionError
 
 PACKAGES = (
-    "torch", "transformers", "accelerate", "datasets", "trl", "peft", "deepspeed", "bitsandbytes", "gguf",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "trl",
+    "peft",
+    "deepspeed",
+    "bitsandbytes",
+    "gguf",
     "galore-torch",
-)  # fmt: skip
+)
 DISTRIBUTION = "galore-trainer"
 
 
@@ -42,10 +50,9 @@ def version(package: str) -> str | None:
 
 def machine() -> dict[str, Any]:
     """Device, native bfloat16, cores this process may use, memory and free disk space in GiB."""
-    from galore_trainer.run.arguments import device_type
-    from galore_trainer.run.artifacts import environment
-    from galore_trainer.run.evaluate import uses_bf16
-    from galore_trainer.run.model import cache_dir
+    from galore_trainer.run.device import device_type, uses_bf16
+    from galore_trainer.run.models.model import cache_dir
+    from galore_trainer.run.results.artifacts import environment
 
     here = environment()
     count = here["accelerators"]
@@ -77,7 +84,7 @@ def missing_extras() -> dict[str, str]:
 
 def embedded_model() -> dict[str, Any]:
     """Whether the embedded model is at hand, and the way to get it where it is not."""
-    from galore_trainer.run.model import cache_dir, find_embedded_gguf
+    from galore_trainer.run.models.model import cache_dir, find_embedded_gguf
 
     converted = cache_dir() / "smollm2-135m"
     if (converted / "config.json").is_file():

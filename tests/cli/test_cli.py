@@ -33,15 +33,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
             raise outcome.error
         return outcome
 
-    fake = types.ModuleType("galore_trainer.run.train")
+    fake = types.ModuleType("galore_trainer.run.training.train")
     fake.train, fake.outcome = train, outcome
-    monkeypatch.setitem(sys.modules, "galore_trainer.run.train", fake)
+    monkeypatch.setitem(sys.modules, "galore_trainer.run.training.train", fake)
     monkeypatch.delenv("RANK", raising=False)
     return seen
 
 
 def outcome() -> types.SimpleNamespace:
-    return sys.modules["galore_trainer.run.train"].outcome
+    return sys.modules["galore_trainer.run.training.train"].outcome
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
@@ -204,7 +204,7 @@ def test_other_ranks_print_nothing_but_their_own_failures_after_rank_0_had_its_t
 def test_show_config_prints_yaml_that_loads_back(
     calls: list[tuple], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from galore_trainer.run.config import load_run_config
+    from galore_trainer.run.settings.run_config import load_run_config
 
     assert main(["train", "quickstart", "--show-config", "--method", "galore", "--seed", "7"]) == 0
     saved = tmp_path / "saved.yaml"
@@ -239,7 +239,7 @@ def test_configs_are_listed_shown_and_validated(capsys: pytest.CaptureFixture[st
 
 @pytest.fixture
 def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    from galore_trainer.run import evaluate
+    from galore_trainer.run.scoring import evaluate
 
     seen: list[tuple] = []
 
@@ -256,7 +256,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 def test_eval_scores_a_run_with_its_own_configuration(
     evaluations: list[tuple], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from galore_trainer.run.config import RESOLVED_CONFIG, load_run_config
+    from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, load_run_config
 
     saved = load_run_config("quickstart", ["data.split_seed=5", "eval.limit=50"])
     (tmp_path / RESOLVED_CONFIG).write_text(saved.to_yaml())
@@ -291,7 +291,7 @@ def test_data_preview_marks_what_is_trained_on(tiny_model_dir: Path, capsys: pyt
 
 
 def test_a_histogram_counts_every_length() -> None:
-    from galore_trainer.run.preview import histogram
+    from galore_trainer.run.models.preview import histogram
 
     lengths = [3, 3, 4, 10, 18, 40]
     lines = histogram(lengths, bins=4, width=10)

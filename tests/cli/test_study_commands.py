@@ -9,7 +9,8 @@ import pytest
 
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
-from galore_trainer.run import ablate, report
+from galore_trainer.run.report import write as report
+from galore_trainer.run.study import sweep as ablate
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_a_panic_of_rust_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch, caps
     def panic(*args: object, **kwargs: object) -> None:
         raise PanicException("index out of bounds")
 
-    monkeypatch.setattr("galore_trainer.run.score.score_files", panic)
+    monkeypatch.setattr("galore_trainer.run.scoring.score.score_files", panic)
     assert main(["score", "--task", "e2e", "--predictions", "a", "--references", "b"]) == 1
     text = capsys.readouterr().err
     assert "PanicException in test_words.py" in text
@@ -145,7 +145,7 @@ def test_every_command_takes_an_option_once(capsys: pytest.CaptureFixture[str]) 
     assert main(["train", "--warm-start", "--no-warm-start"]) == 2
 
 
-@pytest.mark.parametrize("where", ["typer", "galore_trainer.run.config", "transformers"])
+@pytest.mark.parametrize("where", ["typer", "galore_trainer.run.settings.run_config", "transformers"])
 def test_control_c_while_libraries_are_imported_is_one_word(where: str) -> None:
     """The import of a library raises what Ctrl-C raises in it."""
     code = (

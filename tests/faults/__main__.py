@@ -25,9 +25,9 @@ import psutil
 
 from damages import MANIFESTS, WAYS, falls_back, files_of, write_manifest
 from faults import FINAL, IN_SAVE, LAST, VARIANTS, Campaign, Kill, Outcome, Worker, equal, settings, state
-from galore_trainer.run.artifacts import environment
-from galore_trainer.run.checkpoints import MANIFEST, checkpoints, damage
-from galore_trainer.run.config import RunConfig
+from galore_trainer.run.launching.checkpoints import MANIFEST, checkpoints, damage, newest_whole
+from galore_trainer.run.results.artifacts import environment
+from galore_trainer.run.settings.run_config import RunConfig
 
 AT_ONCE = 2  # campaigns
 MANIFESTED = ("before the manifest", "half of the manifest", "before the rotation", "half of the rotation",
@@ -165,7 +165,10 @@ def signals(model: Path, folder: Path, say: Callable[[str], None]) -> list[tuple
             process.send_signal(number)
             code = process.wait(60)
             _, alive = psutil.wait_procs(workers, timeout=10)
-            left = ", ".join(f"{path.name} {damage(path) or 'whole'}" for path in checkpoints(folder / name)[:1])
+            newest = checkpoints(folder / name)[0]
+            left = f"{newest.name} {damage(newest) or 'whole'}"
+            if number == signal.SIGKILL and damage(newest) and (older := newest_whole(folder / name)):
+                left = f"{newest.name} unfinished, {older.name} whole"  # it was killed while it wrote
             rows.append((f"{number.name} to {who}", f"exit code {code}, {len(alive)} processes left", left))
             say(str(rows[-1]))
     return rows
@@ -238,10 +241,17 @@ def report(
 
 
 def main(path: Path) -> int:
-    multiprocessing.get_context("forkserver").set_forkserver_preload([
-        "transformers.trainer", "transformers.models.llama.modeling_llama", "galore_trainer.run.train", "peft", "trl",
-        "galore_trainer.run.callbacks", "galore_trainer.hf.build",
-    ])  # fmt: skip
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        [
+            "transformers.trainer",
+            "transformers.models.llama.modeling_llama",
+            "galore_trainer.run.training.train",
+            "peft",
+            "trl",
+            "galore_trainer.run.training.callbacks",
+            "galore_trainer.hf.build",
+        ]
+    )
     started = time.monotonic()
 
     def say(text: str) -> None:

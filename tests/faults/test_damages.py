@@ -11,7 +11,15 @@ import pytest
 from damages import MANIFESTS, WAYS, falls_back, files_of, write_manifest
 from faults import Worker, equal, settings, state
 from galore_trainer.errors import OptionError
-from galore_trainer.run.checkpoints import ASIDE, MANIFEST, checkpoints, choose_checkpoint, make_way, newest_whole, seal
+from galore_trainer.run.launching.checkpoints import (
+    ASIDE,
+    MANIFEST,
+    checkpoints,
+    choose_checkpoint,
+    make_way,
+    newest_whole,
+    seal,
+)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from faults import Worker, equal, settings, state
-from galore_trainer.run.checkpoints import checkpoints, damage, step_of
-from galore_trainer.run.failures import disk_limit, explained
-from galore_trainer.run.train import MODEL
+from galore_trainer.run.launching.checkpoints import checkpoints, damage, step_of
+from galore_trainer.run.training.failures import disk_limit, explained
+from galore_trainer.run.training.train import MODEL
 
 
 def caused(by: BaseException) -> RuntimeError:

@@ -15,8 +15,8 @@ import pytest
 
 from faults import Worker, settings
 from galore_trainer.errors import OptionError
-from galore_trainer.run.checkpoints import newest_whole
-from galore_trainer.run.start import LOCK, own_folder
+from galore_trainer.run.launching.checkpoints import newest_whole
+from galore_trainer.run.launching.start import LOCK, own_folder
 
 
 def wait_for(done: Callable[[], object], seconds: float = 120.0) -> None:
@@ -85,7 +85,7 @@ def test_a_folder_in_which_nothing_was_written_is_removed(tmp_path: Path) -> Non
 
 
 CHILD = """import sys, time
-from galore_trainer.run.distributed import end_with_launcher
+from galore_trainer.run.launching.distributed import end_with_launcher
 end_with_launcher()
 print("up", flush=True)
 time.sleep(600)

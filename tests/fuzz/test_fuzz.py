@@ -25,14 +25,14 @@ from galore_trainer.metrics.answers import exact_match
 from galore_trainer.metrics.nlg import nlg_scores
 from galore_trainer.recipes import load_data
 from galore_trainer.recipes.base import DataConfig
-from galore_trainer.run.arguments import training_arguments
-from galore_trainer.run.checkpoints import choose_checkpoint, damage
-from galore_trainer.run.config import RunConfig, known_keys, load_run_config
-from galore_trainer.run.elastic import export_checkpoint
-from galore_trainer.run.estimate import inspect
-from galore_trainer.run.report import report
-from galore_trainer.run.score import score_files
-from galore_trainer.run.study import load_study
+from galore_trainer.run.launching.checkpoints import choose_checkpoint, damage
+from galore_trainer.run.memory.estimate import inspect
+from galore_trainer.run.report.write import report
+from galore_trainer.run.scoring.score import score_files
+from galore_trainer.run.settings.arguments import training_arguments
+from galore_trainer.run.settings.run_config import RunConfig, known_keys, load_run_config
+from galore_trainer.run.study.grid import load_study
+from galore_trainer.run.training.elastic import export_checkpoint
 from odd_files import RESULT, SETTINGS, STUDY
 
 NUMBERS = st.one_of(
@@ -302,6 +302,7 @@ def test_any_result_log_and_study_of_a_report(place: Path) -> None:
     @given(mutated(RESULT), st.lists(mutated(log[0]), max_size=2), mutated(STUDY))
     @example({**RESULT, "config": {"max_steps": 10**400}}, [], STUDY)
     @example({**RESULT, "config": {"run_name": "a$b$_"}}, [], STUDY)
+    @example({key: value for key, value in RESULT.items() if key != "score_after"}, [], STUDY)
     @example({**RESULT, "seconds": {**RESULT["seconds"], "training": 1e308}}, [{"step": 3, "loss": 1e308}], STUDY)
     def check(result: Any, rows: list[Any], record: Any) -> None:
         (run / "result.json").write_text(json.dumps(result))

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from galore_trainer.run.checkpoints import ASIDE, MANIFEST, checkpoints, choose_checkpoint, damage
+from galore_trainer.run.launching.checkpoints import ASIDE, MANIFEST, checkpoints, choose_checkpoint, damage
 
 
 def _cut(path: Path, size: int) -> None:

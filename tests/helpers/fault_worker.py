@@ -25,8 +25,11 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run import callbacks, checkpoints, estimate, results, train
-from galore_trainer.run.config import RunConfig
+from galore_trainer.run.launching import checkpoints
+from galore_trainer.run.memory import estimate
+from galore_trainer.run.results import result as results
+from galore_trainer.run.settings.run_config import RunConfig
+from galore_trainer.run.training import callbacks, train
 
 
 def die() -> NoReturn:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from forked import meeting, start_python
-from galore_trainer.run.checkpoints import newest_whole, step_of
+from galore_trainer.run.launching.checkpoints import newest_whole, step_of
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 SAVE_STEPS, LAST = 2, 5  # the last step ends neither an epoch (of three steps) nor a gap between two saves

@@ -28,7 +28,7 @@ FORKS = not Path("/dev/nvidiactl").exists()
 NO_COMPILER = Path(__file__).with_name("no_compiler")
 LIBRARIES = [
     "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "galore_trainer.hf.elastic",
-    "galore_trainer.run.train", "galore_trainer.cli.main",
+    "galore_trainer.run.training.train", "galore_trainer.cli.main",
 ]  # fmt: skip
 
 _context = multiprocessing.get_context("forkserver")

@@ -10,7 +10,7 @@ import torch
 
 from galore_trainer import GaLoreCallback, GaLoreConfig, build_optimizer, galore_plugin
 from galore_trainer.recipes import DataConfig, load_data
-from galore_trainer.run.prompts import Collator, encode_all
+from galore_trainer.run.models.prompts import Collator, encode_all
 
 STEPS, LAYERS = 3, 2
 CONFIG = GaLoreConfig(rank=16, update_proj_gap=2, residual_warmup_steps=1)

@@ -12,7 +12,7 @@ from typing import IO, Any
 import pytest
 import yaml
 
-from galore_trainer.run.config import RunConfig
+from galore_trainer.run.settings.run_config import RunConfig
 
 
 @pytest.fixture(autouse=True)
@@ -21,16 +21,18 @@ def brief_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     A module that looks at either has a fixture of this name of its own, or a run of the module's scope.
     """
-    monkeypatch.setattr("galore_trainer.run.estimate.predict", lambda *_: {"peak_bytes": None, "note": "not counted"})
-    monkeypatch.setattr("galore_trainer.run.results.plot_losses", lambda path, *_, **__: path.touch())
+    monkeypatch.setattr(
+        "galore_trainer.run.memory.estimate.predict", lambda *_: {"peak_bytes": None, "note": "not counted"}
+    )
+    monkeypatch.setattr("galore_trainer.run.results.result.plot_losses", lambda path, *_, **__: path.touch())
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports whose text alone is looked at: nothing is drawn into their plots' files."""
-    from galore_trainer.run.report_plots import Plot
+    from galore_trainer.run.report.plots import Plot
 
-    export = "galore_trainer.run.report_plots._export"
+    export = "galore_trainer.run.report.plots._export"
     monkeypatch.setattr(export, lambda name, figure, alt: Plot(name=name, alt=alt, svg="", png=b""))
 
 
@@ -53,7 +55,7 @@ def tiny_base(tiny_model_dir: Path, tmp_path: Path) -> Path:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs of a sweep happen in this process, one after the other; returns their command lines."""
     from galore_trainer.cli.main import main
-    from galore_trainer.run import ablate
+    from galore_trainer.run.study import sweep as ablate
 
     commands: list[list[str]] = []
 
@@ -73,7 +75,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 @pytest.fixture
 def make_study(tiny_base: Path, tmp_path: Path) -> Callable[..., Any]:
     """Write and load a study over the tiny base: grid, further keys, overrides."""
-    from galore_trainer.run.study import load_study
+    from galore_trainer.run.study.grid import load_study
 
     def make(grid: dict[str, list[Any]], *overrides: str, **keys: Any) -> Any:
         path = tmp_path / "small.yaml"
@@ -104,5 +106,5 @@ def short_run(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 @pytest.fixture
 def short_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process neither count their memory nor draw a plot at the end."""
-    monkeypatch.setattr("galore_trainer.run.estimate.predict", lambda *args: {"peak_bytes": None})
-    monkeypatch.setattr("galore_trainer.run.results.plot_losses", lambda *args, **more: None)
+    monkeypatch.setattr("galore_trainer.run.memory.estimate.predict", lambda *args: {"peak_bytes": None})
+    monkeypatch.setattr("galore_trainer.run.results.result.plot_losses", lambda *args, **more: None)

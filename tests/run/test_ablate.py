@@ -17,13 +17,13 @@ import pytest
 
 from forked import python
 from galore_trainer.errors import OptionError
-from galore_trainer.run import ablate as module
-from galore_trainer.run.ablate import ablate, failure
-from galore_trainer.run.cells import read_result, timing_config
-from galore_trainer.run.config import load_run_config
-from galore_trainer.run.report import report
-from galore_trainer.run.study import load_study, packaged_studies
-from galore_trainer.run.sweep_plan import describe_sweep
+from galore_trainer.run.report.write import report
+from galore_trainer.run.settings.run_config import load_run_config
+from galore_trainer.run.study import sweep as module
+from galore_trainer.run.study.grid import load_study, packaged_studies
+from galore_trainer.run.study.record import read_result, timing_config
+from galore_trainer.run.study.sweep import ablate, failure
+from galore_trainer.run.study.sweep_plan import describe_sweep
 
 MakeStudy = Callable[..., Any]
 

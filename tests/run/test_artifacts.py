@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from galore_trainer.run import artifacts
-from galore_trainer.run.artifacts import environment, plot_losses, write_file, write_json
-from galore_trainer.run.card import model_card
-from galore_trainer.run.config import DataConfig, RunConfig
-from galore_trainer.run.scores import in_words
+from galore_trainer.run.files import write_file, write_json
+from galore_trainer.run.results import artifacts
+from galore_trainer.run.results.artifacts import environment, plot_losses
+from galore_trainer.run.results.card import model_card
+from galore_trainer.run.scoring.scores import in_words
+from galore_trainer.run.settings.run_config import DataConfig, RunConfig
 
 
 def test_json_is_standard_and_numbers_it_lacks_are_null(tmp_path: Path):

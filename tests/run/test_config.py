@@ -11,10 +11,10 @@ import pytest
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import EvalConfig, LoraSettings, RunConfig, known_keys, load_run_config
-from galore_trainer.run.keys import GONE, NOT_OURS, ONLY_TRL, OUR_NAMES, training_hints
-from galore_trainer.run.knobs import knob_table
-from galore_trainer.run.methods import METHODS
+from galore_trainer.run.settings.keys import GONE, NOT_OURS, ONLY_TRL, OUR_NAMES, training_hints
+from galore_trainer.run.settings.knobs import knob_table
+from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.run_config import EvalConfig, LoraSettings, RunConfig, known_keys, load_run_config
 
 YAML = """\
 learning_rate: "2e-4"
@@ -234,7 +234,7 @@ def test_files_that_cannot_be_read_and_names_that_do_not_exist_are_refused(tmp_p
     + [(text, text) for text in ("on", "off", "yes", "no", "1_000", "2026-01-01", "1:30", "1e", "none")],
 )
 def test_scalars_are_those_of_yaml_1_2_in_files_and_on_the_command_line(text: str, value: object) -> None:
-    from galore_trainer.run.yaml_io import dump, parse_value, read_mapping
+    from galore_trainer.run.settings.yaml_io import dump, parse_value, read_mapping
 
     assert read_mapping(f"a: {text}", "x").data == {"a": value}
     assert parse_value(text) == value
@@ -248,7 +248,7 @@ def test_a_run_refuses_training_arguments_that_transformers_does_not_know() -> N
 
 
 def test_training_arguments_decide_auto_and_pass_the_trainers_own_refusals_on(tmp_path: Path) -> None:
-    from galore_trainer.run.arguments import training_arguments
+    from galore_trainer.run.settings.arguments import training_arguments
 
     config = RunConfig(output_dir=str(tmp_path), training={"bf16": "auto", "use_cpu": True, "warmup_steps": 3})
     arguments = training_arguments(config, logging_steps=7, warmup_steps=9)

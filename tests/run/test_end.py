@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from galore_trainer.run.checkpoints import checkpoints
-from galore_trainer.run.config import RunConfig
-from galore_trainer.run.train import train
+from galore_trainer.run.launching.checkpoints import checkpoints
+from galore_trainer.run.settings.run_config import RunConfig
+from galore_trainer.run.training.train import train
 
 pytestmark = pytest.mark.usefixtures("short_end")
 

@@ -12,10 +12,10 @@ from transformers import LlamaConfig
 
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
-from galore_trainer.run.config import load_run_config
-from galore_trainer.run.estimate import CHOICES, LAYERWISE, as_table, estimate, estimate_one
-from galore_trainer.run.per_process import BUCKET, Layout, layout_of, sizes_of
-from galore_trainer.run.simulate import LiveBytes
+from galore_trainer.run.memory.estimate import CHOICES, LAYERWISE, as_table, estimate, estimate_one
+from galore_trainer.run.memory.per_process import BUCKET, Layout, layout_of, sizes_of
+from galore_trainer.run.memory.simulate import LiveBytes
+from galore_trainer.run.settings.run_config import load_run_config
 
 HIDDEN, LAYERS, VOCABULARY = 128, 2, 512
 SIZES: dict[str, Any] = {
@@ -78,7 +78,7 @@ def test_what_is_counted_on_fake_tensors_is_what_real_ones_take(
 
     from galore_trainer.hf.build import galore_groups
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
-    from galore_trainer.run.estimate import method_settings
+    from galore_trainer.run.memory.estimate import method_settings
 
     config = configure(folder, *more, "galore.residual_warmup_steps=1", "galore.update_proj_gap=1000")
     method = LAYERWISE if layerwise else "galore_plus"

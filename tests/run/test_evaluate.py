@@ -14,10 +14,11 @@ from transformers import GenerationConfig
 
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig, Example
-from galore_trainer.run.config import EvalConfig, RunConfig
-from galore_trainer.run.evaluate import eval_loss, evaluate, evaluate_examples, generate, uses_bf16
-from galore_trainer.run.model import load_model
-from galore_trainer.run.prompts import Collator, encode, encode_all, render_prompt
+from galore_trainer.run.device import uses_bf16
+from galore_trainer.run.models.model import load_model
+from galore_trainer.run.models.prompts import Collator, encode, encode_all, render_prompt
+from galore_trainer.run.scoring.evaluate import eval_loss, evaluate, evaluate_examples, generate
+from galore_trainer.run.settings.run_config import EvalConfig, RunConfig
 
 
 def example(length: int) -> Example:

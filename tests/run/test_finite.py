@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.callbacks import TimingCallback
-from galore_trainer.run.checkpoints import checkpoints, newest_whole
-from galore_trainer.run.config import RunConfig
-from galore_trainer.run.train import train
+from galore_trainer.run.launching.checkpoints import checkpoints, newest_whole
+from galore_trainer.run.settings.run_config import RunConfig
+from galore_trainer.run.training.callbacks import TimingCallback
+from galore_trainer.run.training.train import train
 
 pytestmark = pytest.mark.usefixtures("short_end")
 Run = Callable[..., RunConfig]

@@ -21,12 +21,12 @@ from forked import start_python
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.checkpoints import written_by
-from galore_trainer.run import arguments, launch
-from galore_trainer.run.checkpoints import damage
-from galore_trainer.run.config import RunConfig, packaged_configs
-from galore_trainer.run.distributed import check_sharding, check_trainer
-from galore_trainer.run.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
-from galore_trainer.run.train import train
+from galore_trainer.run.launching import launch
+from galore_trainer.run.launching.checkpoints import damage
+from galore_trainer.run.launching.distributed import check_sharding, check_trainer
+from galore_trainer.run.launching.launch import CONFIG, PROCESSES, Launch, plan_launch, without_launch_options
+from galore_trainer.run.settings.run_config import RunConfig, packaged_configs
+from galore_trainer.run.training.train import train
 
 Run = Callable[..., RunConfig]
 NAMES = sorted(packaged_configs("launch"))
@@ -38,7 +38,7 @@ def plan(config: RunConfig, processes: int | None = None, name: str | None = Non
 
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "device_type", lambda use_cpu=False: "cpu" if use_cpu else "cuda")
+    monkeypatch.setattr(launch, "device_type", lambda use_cpu=False: "cpu" if use_cpu else "cuda")
     monkeypatch.setattr(launch, "_device_count", lambda: 4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -14,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.arguments import training_arguments
-from galore_trainer.run.card import model_card
-from galore_trainer.run.config import RunConfig, known_keys
-from galore_trainer.run.methods import METHODS, Method, check_method
-from galore_trainer.run.plan import describe_plan
-from galore_trainer.run.train import train
+from galore_trainer.run.launching.plan import describe_plan
+from galore_trainer.run.results.card import model_card
+from galore_trainer.run.settings.arguments import check_method, training_arguments
+from galore_trainer.run.settings.methods import METHODS, Method, resolve
+from galore_trainer.run.settings.run_config import RunConfig, known_keys
+from galore_trainer.run.training.train import train
 
 Run = Callable[..., RunConfig]
 IDS = torch.arange(3, 40)[None]
@@ -38,6 +39,14 @@ def load(folder: str | Path) -> Any:
 def test_the_registry_has_every_method_and_sets_known_keys_alone() -> None:
     assert tuple(METHODS) == get_args(Method)
     assert {key for spec in METHODS.values() for key in spec.defaults} <= set(known_keys())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_functions_that_a_method_names_are_there_and_take_what_they_are_given(method: str) -> None:
+    spec = METHODS[method]
+    assert list(inspect.signature(resolve(spec.prepare)).parameters) == ["model", "config", "arguments"]
+    if spec.finish is not None:
+        assert list(inspect.signature(resolve(spec.finish)).parameters) == ["trainer", "config", "output"]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -13,8 +13,15 @@ import pytest
 import torch
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run import model as models
-from galore_trainer.run.model import EMBEDDED, embedded_model, load_model, load_tokenizer, public_name, resolve_model
+from galore_trainer.run.models import model as models
+from galore_trainer.run.models.model import (
+    EMBEDDED,
+    embedded_model,
+    load_model,
+    load_tokenizer,
+    public_name,
+    resolve_model,
+)
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -165,7 +172,7 @@ def test_of_two_processes_one_converts_and_both_get_a_whole_folder(tmp_path: Pat
     script = f"""
 import os, time
 from pathlib import Path
-from galore_trainer.run import model
+from galore_trainer.run.models import model
 def save(gguf, folder):
     with open({str(tmp_path / "conversions")!r}, "a") as log: log.write("x")
     for name in {FILES!r}:

@@ -14,11 +14,11 @@ import pytest
 
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
-from galore_trainer.run import preflight
-from galore_trainer.run.arguments import run_arguments
-from galore_trainer.run.config import RunConfig
-from galore_trainer.run.preflight import check_all, check_room, check_trackers, checkpoint_bytes
-from galore_trainer.run.train import prepare
+from galore_trainer.run.launching import preflight
+from galore_trainer.run.launching.preflight import check_all, check_room, check_trackers, checkpoint_bytes
+from galore_trainer.run.settings.arguments import run_arguments
+from galore_trainer.run.settings.run_config import RunConfig
+from galore_trainer.run.training.train import prepare
 
 Run = Callable[..., RunConfig]
 
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 
 @pytest.mark.parametrize("method", ["galore_plus", "adamw", "lora"])
 def test_a_checkpoint_takes_about_what_was_counted(method: str, short_run: Run, tmp_path: Path) -> None:
-    from galore_trainer.run.train import train
+    from galore_trainer.run.training.train import train
 
     if method == "lora":
         pytest.importorskip("peft")

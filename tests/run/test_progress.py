@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
-from galore_trainer.run import progress
-from galore_trainer.run.config import RunConfig
-from galore_trainer.run.progress import Pace, counting
-from galore_trainer.run.train import train
+from galore_trainer.run.settings.run_config import RunConfig
+from galore_trainer.run.training import progress
+from galore_trainer.run.training.progress import Pace, counting
+from galore_trainer.run.training.train import train
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 

@@ -7,8 +7,8 @@ import torch
 
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import Example
-from galore_trainer.run.model import load_tokenizer
-from galore_trainer.run.prompts import IGNORED, Collator, encode, encode_all, pad, render_prompt
+from galore_trainer.run.models.model import load_tokenizer
+from galore_trainer.run.models.prompts import IGNORED, Collator, encode, encode_all, pad, render_prompt
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from huggingface_hub.utils import filter_repo_objects
 
 from galore_trainer import OptionError
 from galore_trainer.cli.main import main
-from galore_trainer.run.arguments import training_arguments
-from galore_trainer.run.config import RunConfig
-from galore_trainer.run.publish import Destination, check_publish, publish
+from galore_trainer.run.results.publish import Destination, check_publish, publish
+from galore_trainer.run.settings.arguments import training_arguments
+from galore_trainer.run.settings.run_config import RunConfig
 
 USER = {"name": "ann", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}}
 

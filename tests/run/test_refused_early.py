@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.arguments import training_arguments
-from galore_trainer.run.artifacts import check_writable, write_file
-from galore_trainer.run.config import RunConfig, load_run_config, trainer_hints
-from galore_trainer.run.ranges import BEST_METRICS, RANGES, check_range
-from galore_trainer.run.train import train
+from galore_trainer.run.files import check_writable, write_file
+from galore_trainer.run.settings.arguments import training_arguments
+from galore_trainer.run.settings.ranges import BEST_METRICS, RANGES, check_range
+from galore_trainer.run.settings.run_config import RunConfig, load_run_config, trainer_hints
+from galore_trainer.run.training.train import train
 
 
 def test_every_range_is_of_a_setting_and_allows_what_transformers_begins_with() -> None:

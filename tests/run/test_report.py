@@ -14,9 +14,9 @@ import pytest
 
 from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import wilson_interval
-from galore_trainer.run.config import RunConfig
-from galore_trainer.run.report import report, without_places
-from galore_trainer.run.report_runs import gather, score_interval
+from galore_trainer.run.report.runs import gather, score_interval
+from galore_trainer.run.report.write import report, without_places
+from galore_trainer.run.settings.run_config import RunConfig
 from page import Page
 
 RANKS, SEEDS, STEPS, GAP = (16, 32, 64), (0, 1, 2), 100, 20

@@ -10,7 +10,7 @@ import pytest
 
 from galore_trainer.errors import OptionError
 from galore_trainer.metrics.nlg import METRICS, nlg_scores
-from galore_trainer.run.score import score_files
+from galore_trainer.run.scoring.score import score_files
 
 PREDICTIONS = ["Larkspur is a cheap pub in the old town.", "", "Paper Moon is Greek."]
 GROUPS = [

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from galore_trainer.cli.main import main
-from galore_trainer.run import sweep_memory
-from galore_trainer.run.config import RunConfig
-from galore_trainer.run.sweep_memory import PROCESS, choose_jobs, run_bytes, scoring_bytes
+from galore_trainer.run.settings.run_config import RunConfig
+from galore_trainer.run.study import sweep_memory
+from galore_trainer.run.study.sweep_memory import PROCESS, choose_jobs, run_bytes, scoring_bytes
 
 Run = Callable[..., RunConfig]
 MIB = 1 << 20
@@ -65,7 +65,7 @@ def test_a_sweep_takes_auto(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     make_study({"galore.rank": [2, 4]})
-    monkeypatch.setattr("galore_trainer.run.ablate.choose_jobs", lambda *args: (2, "2 at a time: so it is"))
+    monkeypatch.setattr("galore_trainer.run.study.sweep.choose_jobs", lambda *args: (2, "2 at a time: so it is"))
     words = ["ablate", str(tmp_path / "small.yaml"), "--output-dir", str(tmp_path / "out"), "--jobs"]
     assert main([*words, "auto", "--no-timing"]) == 0
     assert "2 at a time: so it is" in capsys.readouterr().out

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from forked import python
 from galore_trainer.errors import OptionError
-from galore_trainer.run.checkpoints import choose_checkpoint, damage, seal
-from galore_trainer.run.config import RunConfig, load_run_config
-from galore_trainer.run.train import train
+from galore_trainer.run.launching.checkpoints import choose_checkpoint, damage, seal
+from galore_trainer.run.settings.run_config import RunConfig, load_run_config
+from galore_trainer.run.training.train import train
 
 
 def make_config(model: Path, output: Path, **more: Any) -> RunConfig:

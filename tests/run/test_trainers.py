@@ -13,10 +13,11 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.arguments import training_arguments, use_one_device
-from galore_trainer.run.config import RunConfig
-from galore_trainer.run.plan import describe_plan
-from galore_trainer.run.train import train
+from galore_trainer.run.device import use_one_device
+from galore_trainer.run.launching.plan import describe_plan
+from galore_trainer.run.settings.arguments import training_arguments
+from galore_trainer.run.settings.run_config import RunConfig
+from galore_trainer.run.training.train import train
 
 trl = pytest.importorskip("trl")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
-from galore_trainer.run.yaml_io import MOST_VALUES, dump, parse_value, read_mapping
+from galore_trainer.run.settings.yaml_io import MOST_VALUES, dump, parse_value, read_mapping
 
 TEN = ",".join(["x"] * 10)
 SEVEN = [", ".join([f"*a{i}"] * 10) for i in range(12)]

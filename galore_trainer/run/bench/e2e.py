@@ -73,9 +73,13 @@ def bench_e2e(bench: Bench) -> dict[str, Any]:
         counts.append(_refreshes(staggered))
     refreshed = [after > before for before, after in itertools.pairwise(counts)]
     return {
-        "timings": timings, "refresh": refresh, "svd": svd, "staggered": times, "refreshed": refreshed,
+        "timings": timings,
+        "refresh": refresh,
+        "svd": svd,
+        "staggered": times,
+        "refreshed": refreshed,
         "missing": missing,
-    }  # fmt: skip
+    }
 
 
 def _refreshes(optimizer: torch.optim.Optimizer) -> int:

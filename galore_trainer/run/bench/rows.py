@@ -25,9 +25,11 @@ def _e2e(found: Found, other: str, gap: int, *, svd: bool = False) -> dict[str, 
     """GaLore+ with its share of a refresh, over another method with its share of SVDs."""
     own = found["e2e"]
     return ratio(
-        own["timings"]["GaLore+"], own["timings"][other],
-        plus=spread(own["refresh"], gap), other_plus=own["svd"] / gap if svd else 0.0,
-    )  # fmt: skip
+        own["timings"]["GaLore+"],
+        own["timings"][other],
+        plus=spread(own["refresh"], gap),
+        other_plus=own["svd"] / gap if svd else 0.0,
+    )
 
 
 def _refresh(found: Found) -> dict[str, float]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from galore_trainer.run.artifacts import check_writable, environment, write_file
 from galore_trainer.run.bench.measure import Timing
 from galore_trainer.run.bench.rows import PARTS, rows_of, told_of_tails
 from galore_trainer.run.bench.step import line_of, lines
 from galore_trainer.run.bench.weights import Bench
+from galore_trainer.run.files import check_writable, write_file
+from galore_trainer.run.results.artifacts import environment
 
 
 def run_bench(

@@ -55,9 +55,11 @@ def bench_step(bench: Bench) -> dict[str, Any]:
     profiles = {name: _profile(methods[name]) for name in ("GaLore+", "GaLore+, residual")} if bench.profile else {}
     return {
         "profiles": profiles,
-        "timings": timings, "bandwidth": bandwidth, "missing": missing,
+        "timings": timings,
+        "bandwidth": bandwidth,
+        "missing": missing,
         "floor": 1e3 * least_bytes(ours) / bandwidth,
-    }  # fmt: skip
+    }
 
 
 def _adapters(bench: Bench, *, dora: bool) -> Step:

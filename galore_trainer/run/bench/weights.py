@@ -129,7 +129,7 @@ def peer(bench: Bench, method: str, model: nn.Module) -> torch.optim.Optimizer:
 
         return AdamW(params, lr=LR, optim_bits=8)
     if method == "galore_torch":
-        from galore_trainer.run.galore_torch import GaLoreTorchFactory
+        from galore_trainer.run.training.galore_torch import GaLoreTorchFactory
 
         config = bench.config(head_sharing="joint", svd="exact", momentum_transfer="keep", kernels="torch")
         settings: dict[str, Any] = {"lr": LR, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -139,8 +139,8 @@ def peer(bench: Bench, method: str, model: nn.Module) -> torch.optim.Optimizer:
 
 def with_adapters(bench: Bench, model: Any, *, dora: bool) -> Any:
     """The model with LoRA or DoRA on all linear layers, as peft makes them."""
-    from galore_trainer.run.adapters import add_adapters
-    from galore_trainer.run.config import LoraSettings
+    from galore_trainer.run.models.adapters import add_adapters
+    from galore_trainer.run.settings.run_config import LoraSettings
 
     model.enable_input_require_grads()
     return add_adapters(model, LoraSettings(rank=bench.lora_rank, alpha=2 * bench.lora_rank), seed=0, dora=dora)

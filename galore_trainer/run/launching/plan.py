@@ -1,0 +1,107 @@
+"""What a run would do, in a few lines, without loading weights: the answer of ``galore-ft train --dry-run``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from galore_trainer.run.launching.start import is_taken
+from galore_trainer.run.results.publish import check_publish
+from galore_trainer.run.settings.arguments import check_method, training_arguments
+from galore_trainer.run.settings.methods import METHODS
+from galore_trainer.run.settings.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from galore_trainer.run.launching.launch import Launch
+
+
+def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
+    """Load the data, check the Trainer's arguments, and say what would be trained on what, how long and how fast.
+
+    Args:
+        config: of the run.
+        launch: how it would be started, if not in this process.
+
+    Raises:
+        OptionError: data that cannot be read, arguments that transformers refuses, a method that cannot run here, a hub
+            that cannot be uploaded to.
+    """
+    from galore_trainer.recipes import load_data
+
+    arguments = training_arguments(config)
+    check_method(config, arguments)
+    destination = check_publish(config)
+    data = load_data(config.data)
+    world = launch.processes if launch else arguments.world_size
+    lines = [
+        ("model", f"{config.model_name_or_path}, weights in {config.dtype}, bf16 autocast {_on(arguments.bf16)}"),
+        ("method", _method(config)),
+        ("data", f"{data.task} from {config.data.source}: {len(data.train)} to train on, {len(data.eval)} held out"),
+        *(("", f"- {note}") for note in data.notes),
+        ("learning rate", learning_rates(config, arguments.learning_rate)),
+        ("steps", _steps(arguments, len(data.train), world)),
+        *([("launch", f"{world} processes, {launch.name}")] if launch else ()),
+        ("output", config.output_dir + _taken(config.output_dir)),
+        *([("upload", f"model, tokenizer and card to {destination.repo_id}")] if destination else ()),
+    ]
+    return "\n".join(f"{name:<14}{text}" for name, text in lines)
+
+
+def learning_rates(config: RunConfig, lr: float) -> str:
+    """The rates that weights move with: lr x scale for projected ones, lr x plain_lr_ratio for the others."""
+    block = METHODS[config.method].block
+    if block != "galore":
+        return f"{lr:g}, {'adapters alone' if block == 'lora' else 'all weights'}"
+    galore = config.galore
+    return (
+        f"projected weights {lr:g} x {galore.scale:g} = {lr * galore.scale:g}, "
+        f"others {lr:g} x {galore.plain_lr_ratio:g} = {lr * galore.plain_lr_ratio:g}"
+    )
+
+
+def count_steps(arguments: TrainingArguments, examples: int, world: int = 1) -> tuple[int, int]:
+    """Optimizer steps in all and in one epoch, counted as the Trainer counts them on ``world`` processes."""
+    size = arguments.train_batch_size * world
+    batches = examples // size if arguments.dataloader_drop_last else math.ceil(examples / size)
+    per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    if arguments.max_steps > 0:
+        return arguments.max_steps, per_epoch
+    return math.ceil(arguments.num_train_epochs * per_epoch), per_epoch
+
+
+def _method(config: RunConfig) -> str:
+    galore, lora = config.galore, config.lora
+    trainer = ", by TRL's SFTTrainer" if config.trainer == "trl" else ""
+    block = METHODS[config.method].block
+    if block is None:
+        return config.method + trainer
+    if block == "lora":
+        return f"{config.method}: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{trainer}"
+    return (
+        f"{config.method}: rank {galore.rank}, a new projection every {galore.update_proj_gap} steps, "
+        f"heads {galore.head_sharing}, svd {galore.svd}, moments {galore.momentum_transfer}{trainer}"
+    )
+
+
+def _steps(arguments: TrainingArguments, examples: int, world: int) -> str:
+    from transformers import SchedulerType
+
+    total, per_epoch = count_steps(arguments, examples, world)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
+    packed = ", fewer once they are packed" if getattr(arguments, "packing", False) else ""
+    return (
+        f"{total} of {batch} examples ({total / per_epoch:.2g} epochs of {per_epoch} steps{packed}), "
+        f"warm-up {arguments.get_warmup_steps(total)}, schedule {SchedulerType(arguments.lr_scheduler_type).value}"
+    )
+
+
+def _taken(folder: str) -> str:
+    taken = is_taken(Path(folder).expanduser())
+    return " (not empty: --resume auto goes on there, --overwrite starts anew)" if taken else ""
+
+
+def _on(value: object) -> str:
+    return "on" if value else "off"

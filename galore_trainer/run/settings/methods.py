@@ -1,0 +1,167 @@
+"""The methods of training as data: what each one means, which settings it reads, and what it needs.
+
+A new method is one entry of ``METHODS``, one name in ``Method`` and, in ``training/methods.py``, what it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from typing import Any, Literal
+
+from galore_trainer.errors import OptionError
+
+Method = Literal["galore_plus", "galore", "adamw", "adamw_8bit", "lora", "dora", "galore_torch"]
+
+SHARDED = ("fsdp", "deepspeed")
+"""Backends under which each process keeps only a part of the optimizer's state."""
+ADAPTER = "adapter"
+"""The folder, inside a run's, of the adapter that lora and dora trained, beside the merged model."""
+GALORE: dict[str, Any] = {
+    "galore.head_sharing": "joint",
+    "galore.svd": "exact",
+    "galore.momentum_transfer": "keep",
+    "galore.residual_percent": 0.0,
+    "galore.stagger_refresh": False,
+    "galore.first_basis": "gradient",
+    "galore.layerwise": False,
+    "galore.share_output_heads": False,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """One method.
+
+    Attributes:
+        title: for model cards: its name, and in brackets what it trains.
+        defaults: what the method means, by dotted key: below YAML, and not to be contradicted by it.
+        block: the block of settings that this method reads (``galore``, ``lora``); others leave it alone.
+        package, extra: what must be installed, by import name, and the extra of this project that brings it.
+        cuda: runs on NVIDIA GPUs alone.
+        resumable: its optimizer state can be loaded again.
+        sharded: runs under FSDP and DeepSpeed.
+        prepare: dotted name of the function that puts the method into a Trainer: (model, config, arguments) to
+            ``training.methods.Prepared``; it raises ``OptionError`` for what does not fit.
+        finish: dotted name of the function that is called with (trainer, config, output folder) after training, before
+            the model is saved.
+    """
+
+    title: str
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    block: Literal["galore", "lora"] | None = None
+    package: str | None = None
+    extra: str = ""
+    cuda: bool = False
+    resumable: bool = True
+    sharded: bool = False
+    prepare: str
+    finish: str | None = None
+
+
+METHODS: dict[str, MethodSpec] = {
+    "galore_plus": MethodSpec(
+        title="GaLore+ (full-parameter training with projected gradients, one basis for all attention heads)",
+        block="galore",
+        sharded=True,
+        prepare="galore_trainer.run.training.methods.prepare_galore",
+    ),
+    "galore": MethodSpec(
+        title="GaLore (full-parameter training with projected gradients)",
+        defaults=GALORE,
+        block="galore",
+        sharded=True,
+        prepare="galore_trainer.run.training.methods.prepare_galore",
+    ),
+    "adamw": MethodSpec(
+        title="AdamW (full-parameter training)",
+        sharded=True,
+        prepare="galore_trainer.run.training.methods.prepare_adamw",
+    ),
+    "adamw_8bit": MethodSpec(
+        title="8-bit AdamW (full-parameter training, optimizer of bitsandbytes)",
+        package="bitsandbytes",
+        extra="bnb",
+        cuda=True,
+        prepare="galore_trainer.run.training.methods.prepare_adamw_8bit",
+    ),
+    "lora": MethodSpec(
+        title="LoRA (low-rank adapters of peft, merged)",
+        block="lora",
+        package="peft",
+        extra="peft",
+        prepare="galore_trainer.run.training.methods.prepare_lora",
+        finish="galore_trainer.run.training.methods.merge_lora",
+    ),
+    "dora": MethodSpec(
+        title="DoRA (low-rank adapters of peft with magnitudes of their own, merged)",
+        block="lora",
+        package="peft",
+        extra="peft",
+        prepare="galore_trainer.run.training.methods.prepare_lora",
+        finish="galore_trainer.run.training.methods.merge_lora",
+    ),
+    "galore_torch": MethodSpec(
+        title="GaLore (full-parameter training with projected gradients, optimizer of galore-torch)",
+        defaults={
+            **GALORE,
+            "galore.stochastic_rounding": False,
+            "galore.diagnose_refreshes": 0,
+            "galore.state_bits": 32,
+            "galore.basis_bits": 32,
+            "galore.plain_state_bits": 32,
+        },
+        block="galore",
+        package="galore_torch",
+        extra="parity",
+        resumable=False,
+        prepare="galore_trainer.run.training.methods.prepare_galore_torch",
+    ),
+}
+METHOD_DEFAULTS = {name: spec.defaults for name, spec in METHODS.items()}
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """Import the function that ``prepare`` or ``finish`` of a method names: settings alone need no torch."""
+    function: Callable[..., Any] = pkgutil.resolve_name(name)
+    return function
+
+
+def methods_reading(key: str) -> list[str]:
+    """The methods that read the block of a dotted key; empty for a key that every method reads."""
+    block = key.partition(".")[0]
+    return [name for name, spec in METHODS.items() if spec.block == block]
+
+
+def require_package(option: str, value: str, package: str, extra: str) -> None:
+    """Raise ``OptionError`` with the command that installs a missing package."""
+    if importlib.util.find_spec(package) is None:
+        name = package.replace("_", "-")
+        wanted = f"the package {name} installed"
+        raise OptionError(option, value, wanted, f"Run: pip install 'galore-trainer[{extra}]'")
+
+
+def check_backend(method: str, backend: str) -> None:
+    """Refuse FSDP and DeepSpeed under a method that needs whole weights on every process."""
+    if backend in SHARDED and not METHODS[method].sharded:
+        raise OptionError(
+            "backend",
+            backend,
+            f"one process or DDP under method {method!r}",
+            "Its parameters must be whole on every process: use `--launch-config ddp`, `torchrun --nproc-per-node N` "
+            "or `accelerate launch --multi_gpu`.",
+        )
+
+
+def check_resumable(method: str, resume: str) -> None:
+    """Refuse ``--resume`` under a method whose saved optimizer state cannot be loaded."""
+    if not METHODS[method].resumable:
+        raise OptionError(
+            "resume",
+            resume,
+            f"a new run under method {method!r}",
+            "That package keeps Python objects in its optimizer state, which the Trainer does not load. Start anew "
+            "with --overwrite, or use --method galore, which takes the same steps and resumes.",
+        )

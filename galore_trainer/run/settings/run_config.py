@@ -1,0 +1,276 @@
+"""``RunConfig``: everything one run is told, from defaults, a YAML file and the command line, in that order."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib.resources
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, knob
+from galore_trainer.errors import OptionError
+from galore_trainer.recipes.base import DataConfig
+from galore_trainer.run.settings.keys import TRL_HINTS, coerce, refuse_key, training_hints
+from galore_trainer.run.settings.methods import METHOD_DEFAULTS, METHODS, Method, methods_reading
+from galore_trainer.run.settings.ranges import check_best_metric, check_range
+from galore_trainer.run.settings.sources import Setting, collect, command_line_settings, file_settings
+from galore_trainer.run.settings.yaml_io import Document, dump, read_mapping
+
+Extract = Literal["flexible", "strict", "last_number"]
+
+RESOLVED_CONFIG = "config.resolved.yaml"
+"""The file in a run's folder that holds its resolved configuration."""
+_LEAF = re.compile(r"methods\.[^.]+\.")
+_ARGUMENT = {"train": "CONFIG", "studies": "STUDY", "launch": "--launch-config"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How a model is scored: greedy generation on held-out problems."""
+
+    limit: int | None = knob(None, "Problems to score; unset means all that are held out.", minimum=1)
+    batch_size: int = knob(32, "Prompts generated at a time.", minimum=1)
+    max_new_tokens: int = knob(256, "Longest answer, in tokens.", minimum=1)
+    extract: Extract = knob(
+        "flexible",
+        "The number that counts: flexible (the last, as lm-evaluation-harness reads it), strict (the one after ####), "
+        "last_number (the last once commas are removed).",
+    )
+    before: bool = knob(True, "Score the model before training too.")
+
+    def __post_init__(self) -> None:
+        """Check every field; see ``OptionError``."""
+        check_fields("eval.", self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two."""
+
+    rank: int = knob(32, "Rank of the adapters of lora and dora.", trajectory=True, minimum=1)
+    alpha: int = knob(64, "Adapters are scaled by alpha / rank.", trajectory=True, minimum=1)
+    dropout: float = knob(0.0, "Share of an adapter's inputs that is dropped in training.", minimum=0.0)
+    target_modules: str | list[str] = knob(
+        ALL_LINEAR,
+        "What gets adapters: all-linear (all but the output layer), one regex, or name endings, as in peft.",
+        trajectory=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field; see ``OptionError``."""
+        check_fields("lora.", self)
+        if self.dropout >= 1.0:
+            raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
+        if not self.target_modules:
+            raise OptionError("lora.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: model, method, data, evaluation, and the fields of ``transformers.TrainingArguments`` as given.
+
+    Args:
+        training: TrainingArguments fields the user set, verbatim; ``bf16`` may be ``auto``. Under ``trainer: trl``
+            those that ``trl.SFTConfig`` adds, too.
+        methods: {method: {dotted key: value}} for the methods not chosen; the chosen one's are merged already.
+
+    Raises:
+        OptionError: naming the dotted key, what was got, what is wanted and the way out.
+    """
+
+    model_name_or_path: str = knob(
+        "embedded:smollm2-135m", "Model to fine-tune: embedded:smollm2-135m, a local folder, or a hub id."
+    )
+    dtype: Literal["float32", "bfloat16", "auto"] = knob(
+        "float32", "Type of the weights; auto keeps what the model's files hold."
+    )
+    method: Method = knob(
+        "galore_plus",
+        "galore_plus, or a baseline: galore (joint basis, exact SVD, moments kept), adamw, adamw_8bit (bitsandbytes), "
+        "lora and dora (peft), galore_torch (that package).",
+    )
+    trainer: Literal["hf", "trl"] = knob("hf", "Whose loop runs: transformers' Trainer (hf) or TRL's SFTTrainer (trl).")
+    max_length: int = knob(512, "Longest example, prompt and answer together, in tokens.", minimum=2)
+    output_dir: str = dataclasses.field(
+        default="runs/run", metadata={"help": "Folder of the run.", "shown_default": "runs/CONFIG-METHOD"}
+    )
+    galore: GaLoreConfig = dataclasses.field(default_factory=GaLoreConfig)
+    lora: LoraSettings = dataclasses.field(default_factory=LoraSettings)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    methods: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every field, the training arguments' names and types, and that the method is what it says."""
+        check_fields("", self)
+        for key in ("model_name_or_path", "output_dir"):
+            if not getattr(self, key).strip():
+                raise OptionError(key, getattr(self, key), "a name or a path")
+        for key, value in METHOD_DEFAULTS[self.method].items():
+            got = getattr(self.galore, key.removeprefix("galore."))
+            if got != value:
+                raise OptionError(
+                    key,
+                    got,
+                    f"{value!r}, which is what method {self.method!r} means",
+                    "Use method: galore_plus to choose, or set it under 'methods: {galore_plus: ...}' alone.",
+                )
+        training, hints = {}, trainer_hints() if self.training else {}
+        for key, value in self.training.items():
+            if key not in hints:
+                raise refuse_key(key, value, hints)
+            if key in TRL_HINTS and self.trainer != "trl":
+                raise OptionError(
+                    key,
+                    value,
+                    f"no such setting under trainer {self.trainer!r}",
+                    "It is one of TRL's SFTTrainer: add 'trainer: trl' (--trainer trl), or remove it.",
+                )
+            training[key] = coerce(key, value, hints[key])
+            check_range(key, training[key])
+        check_best_metric(training.get("metric_for_best_model"), self.trainer)
+        object.__setattr__(self, "training", training)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested as in YAML: own keys and training arguments at the top, then the blocks; ``from_dict`` undoes it."""
+        own = {name: getattr(self, name) for name in OWN}
+        blocks = {name: dataclasses.asdict(getattr(self, name)) for name in BLOCKS}
+        return {**own, **self.training, **blocks, **({"methods": self.methods} if self.methods else {})}
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, which ``load_run_config`` reads back to an equal one."""
+        return dump(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
+        """Resolve settings nested as in YAML, the method's own defaults included."""
+        return _resolve(Document("settings", dict(data), {}), (), {})
+
+
+BLOCKS: dict[str, type] = {"galore": GaLoreConfig, "lora": LoraSettings, "data": DataConfig, "eval": EvalConfig}
+OWN = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name not in (*BLOCKS, "methods", "training"))
+
+
+def load_run_config(
+    config: str | Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Resolve one run: defaults < the method's defaults < YAML < its ``methods:`` block < overrides and flags.
+
+    Args:
+        config: packaged name or YAML file; None means the defaults.
+        overrides: ``key=value`` texts, the key dotted, the value read as a YAML 1.2 scalar.
+        flags: values by dotted key, from the command line's flags.
+
+    Raises:
+        OptionError: a file that cannot be read; a key that is unknown, set twice, or of another type; a value that
+            is not possible; a setting that the method would ignore or that contradicts it.
+    """
+    document = Document("run", {}, {}) if config is None else read_config(config)
+    return _resolve(document, overrides, flags or {})
+
+
+def load_own_settings(
+    config: str | Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """As ``load_run_config`` without the trainers' own keys: it needs no transformers, whose import takes seconds."""
+    document = Document("run", {}, {}) if config is None else read_config(config)
+    return _resolve(document, overrides, flags or {}, own_only=True)
+
+
+def packaged_configs(kind: str = "train") -> dict[str, str]:
+    """The packaged configurations (``train``), ``studies`` or launch configurations (``launch``): name to YAML text."""
+    folder = importlib.resources.files("galore_trainer.configs") / kind
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
+
+
+def read_packaged(name: str, wanted: str = "a packaged name", kind: str = "train") -> str:
+    """The YAML text of a packaged file; ``OptionError`` with the nearest name for an unknown one."""
+    packaged = packaged_configs(kind)
+    if name not in packaged:
+        close = difflib.get_close_matches(name, packaged, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Packaged: {', '.join(packaged)}."
+        raise OptionError(_ARGUMENT[kind], name, wanted, hint)
+    return packaged[name]
+
+
+def read_config(config: str | Path, kind: str = "train") -> Document:
+    """Read a packaged file by name, or a YAML file by path, without resolving it."""
+    path = Path(config).expanduser()
+    if str(config) in packaged_configs(kind) or not path.is_file():
+        text = read_packaged(str(config), "a packaged name or the path of a YAML file", kind)
+        return read_mapping(text, f"{config}.yaml")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(_ARGUMENT[kind], str(config), "a readable UTF-8 file", f"{error}.") from None
+    return read_mapping(text, str(config))
+
+
+def trainer_hints() -> dict[str, Any]:
+    """The fields of TrainingArguments, and those of TRL's that are passed on, with their types."""
+    return {**training_hints(), **TRL_HINTS}
+
+
+@functools.cache
+def own_keys() -> dict[str, Any]:
+    """The dotted keys that this project declares, with their types."""
+    own = get_type_hints(RunConfig)
+    blocks = {f"{name}.{key}": hint for name, cls in BLOCKS.items() for key, hint in get_type_hints(cls).items()}
+    return {**{key: own[key] for key in OWN}, **blocks}
+
+
+@functools.cache
+def known_keys() -> dict[str, Any]:
+    """Every dotted key a configuration may hold, with its type."""
+    return {**own_keys(), **trainer_hints()}
+
+
+def _resolve(
+    document: Document, overrides: Sequence[str], flags: Mapping[str, Any], own_only: bool = False
+) -> RunConfig:
+    sources: list[Iterable[Setting]] = [file_settings(document), command_line_settings(overrides, flags)]
+    if own_only:
+        hints = own_keys()
+        sources = [[s for s in source if _LEAF.sub("", s.key) in hints] for source in sources]
+    else:
+        hints = known_keys()
+    file, given = (collect(source, hints, _check_method) for source in sources)
+    method = given.own.get("method", file.own.get("method", RunConfig.method))
+    for key in given.own:
+        readers = methods_reading(key)
+        if readers and method not in readers:
+            block = key.partition(".")[0]
+            raise OptionError(
+                key,
+                given.places[key],
+                f"no {block} setting under method {method!r}, which would ignore it",
+                f"Remove it, or use --method {' or '.join(readers)}.",
+            )
+    methods = {m: {**file.methods.get(m, {}), **given.methods.get(m, {})} for m in (*file.methods, *given.methods)}
+    output_dir = {"output_dir": f"runs/{Path(document.name).stem}-{method}"}
+    values = {**output_dir, **METHOD_DEFAULTS[method], **file.own, **methods.pop(method, {}), **given.own}
+
+    blocks: dict[str, dict[str, Any]] = {"": {}, **{name: {} for name in BLOCKS}}
+    for key, value in values.items():
+        block, _, name = key.rpartition(".")
+        blocks[block][name] = value
+    top = blocks.pop("")
+    return RunConfig(
+        **{key: value for key, value in top.items() if key in OWN},
+        **{name: BLOCKS[name](**fields) for name, fields in blocks.items()},
+        methods=methods,
+        training={key: value for key, value in top.items() if key not in OWN},
+    )
+
+
+def _check_method(name: str) -> None:
+    if name not in METHOD_DEFAULTS:
+        close = difflib.get_close_matches(name, METHOD_DEFAULTS, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else ""
+        raise OptionError(f"methods.{name}", name, f"one of {', '.join(METHODS)}", hint)

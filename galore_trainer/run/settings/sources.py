@@ -1,0 +1,125 @@
+"""What a YAML file or a command line sets: dotted keys, values of the right type, and where each one was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from galore_trainer.errors import OptionError
+from galore_trainer.run.settings.keys import coerce, refuse_key
+from galore_trainer.run.settings.ranges import check_range
+from galore_trainer.run.settings.yaml_io import Document, parse_value
+
+_BLOCK = re.compile(r"(methods\.[^.]+\.)?(galore|lora|data|eval)|methods(\.[^.]+)?")
+_METHOD = re.compile(r"methods\.[^.]+")
+_FLAGS = {"model_name_or_path": "--model"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One value as somebody wrote it.
+
+    Args:
+        key: dotted, for example ``galore.rank`` or ``methods.adamw.learning_rate``.
+        value: what YAML made of it.
+        place: where it was written: ``quickstart.yaml, line 7``, ``--rank 8``, ``galore.rank=8``.
+        written: its characters where they came from a command line.
+    """
+
+    key: str
+    value: Any
+    place: str
+    written: str | None = None
+
+
+@dataclasses.dataclass
+class Layer:
+    """Values of one source: for every method, and for one method alone, by dotted key."""
+
+    own: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+    places: dict[str, str]
+
+
+def file_settings(document: Document) -> Iterator[Setting]:
+    """The settings of a YAML file."""
+    for path, value in _flatten(document.data):
+        yield Setting(".".join(path), value, document.place(path))
+
+
+def command_line_settings(overrides: Sequence[str], flags: Mapping[str, Any]) -> Iterator[Setting]:
+    """The settings of ``key=value`` arguments, and of flags by dotted key.
+
+    Raises:
+        OptionError: an argument that is not ``key=value``.
+    """
+    for text in overrides:
+        key, equals, written = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            way_out = f"Write {key or 'key'}={written or '...'}, or remove it."
+            raise OptionError("argument", text, "key=value", way_out)
+        for path, value in _flatten({key: parse_value(written)}):
+            yield Setting(".".join(path), value, text, written if len(path) == 1 else None)
+    for key, value in flags.items():
+        written = str(value)
+        parsed = parse_value(value) if isinstance(value, str) else value
+        place = flag_name(key, negated=value is False)
+        yield Setting(key, parsed, place if isinstance(value, bool) else f"{place} {written}", written)
+
+
+def flag_name(key: str, *, negated: bool = False) -> str:
+    """The flag that stands for a dotted key: ``galore.rank`` is ``--rank``, ``lora.rank`` is ``--lora-rank``."""
+    block, _, leaf = key.rpartition(".")
+    leaf = f"{block}-{leaf}" if block == "lora" else leaf
+    leaf = leaf.replace("_", "-")
+    return _FLAGS.get(key, f"--no-{leaf}" if negated else f"--{leaf}")
+
+
+def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method: Callable[[str], Any]) -> Layer:
+    """Check and sort the settings of one source.
+
+    Args:
+        settings: of one file or one command line.
+        hints: the type of every key that is known.
+        check_method: raises for a name under ``methods:`` that is no method.
+
+    Raises:
+        OptionError: a key that is unknown, that is set twice, or whose value is of another type.
+    """
+    layer = Layer({}, {}, {})
+    for setting in settings:
+        if setting.key in layer.places:
+            both = f"{layer.places[setting.key]} and {setting.place}"
+            raise OptionError(setting.key, both, "one value", "Remove one of the two.")
+        layer.places[setting.key] = setting.place
+        head, _, rest = setting.key.partition(".")
+        if head == "methods":
+            method, dot, key = rest.partition(".")
+            check_method(method)
+            if not dot:  # a method without settings of its own
+                continue
+            target = layer.methods.setdefault(method, {})
+        else:
+            key, target = setting.key, layer.own
+        if key not in hints or (head == "methods" and key == "method"):
+            known = [k for k in hints if not (head == "methods" and k == "method")]
+            raise refuse_key(key, setting.value, known, option=setting.key, place=setting.place)
+        target[key] = coerce(setting.key, setting.value, hints[key], written=setting.written, place=setting.place)
+        check_range(key, target[key], option=setting.key, place=setting.place)
+    return layer
+
+
+def _flatten(data: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in data.items():
+        path = (*above, name)
+        key = ".".join(path)
+        empty = value is None or value == {}
+        if not _BLOCK.fullmatch(key) or (empty and _METHOD.fullmatch(key)):  # of an empty one the name is checked
+            yield path, value
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, path)
+        elif value is not None:
+            raise OptionError(key, value, "a mapping", f"Write '{key}.name={value}', or a block of names and values.")

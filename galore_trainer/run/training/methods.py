@@ -1,0 +1,86 @@
+"""How each method is put into a Trainer before training, and what it does to the model after training.
+
+``METHODS`` in ``settings/methods.py`` names these functions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from galore_trainer.run.settings.methods import ADAPTER
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+    from galore_trainer.run.settings.run_config import RunConfig
+
+
+class Prepared(NamedTuple):
+    """A model as it goes into the Trainer, and the Trainer's further keyword arguments."""
+
+    model: Any
+    plugin: dict[str, Any]
+
+
+def prepare_adamw(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+    """Leave the model as it is: AdamW is the Trainer's own optimizer."""
+    return Prepared(model, {})
+
+
+def prepare_galore(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+    """Give the Trainer ``GaLoreAdamW``.
+
+    Raises:
+        OptionError: as ``plan_weights``.
+    """
+    from galore_trainer.hf.build import galore_plugin
+    from galore_trainer.targets.groups import plan_weights
+
+    plan_weights(model, config.galore)  # refuses now what the Trainer would meet after the first scoring
+    return Prepared(model, galore_plugin(config.galore, arguments))
+
+
+def prepare_adamw_8bit(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+    """Give the Trainer the 8-bit AdamW of bitsandbytes."""
+    from bitsandbytes.optim import AdamW
+
+    # optim_bits rather than AdamW8bit: the Trainer then keeps 32 bits for embeddings, as bitsandbytes asks for
+    return Prepared(model, {"optimizer_cls_and_kwargs": (AdamW, {**_adam(arguments), "optim_bits": 8})})
+
+
+def prepare_galore_torch(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+    """Give the Trainer the optimizer of galore-torch.
+
+    Raises:
+        OptionError: as ``torch_groups``.
+    """
+    from galore_trainer.run.training.galore_torch import GaLoreTorchFactory, torch_groups
+
+    settings = {"config": config.galore, "weight_decay": arguments.weight_decay, **_adam(arguments)}
+    torch_groups(model, config.galore, lr=arguments.learning_rate, weight_decay=0.0)  # refuses now, as above
+    return Prepared(model, {"optimizer_cls_and_kwargs": (GaLoreTorchFactory, settings)})
+
+
+def prepare_lora(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+    """Put the adapters of ``lora`` or ``dora`` into the model.
+
+    Raises:
+        OptionError: as ``add_adapters``.
+    """
+    from galore_trainer.run.models.adapters import add_adapters
+
+    return Prepared(add_adapters(model, config.lora, seed=arguments.seed, dora=config.method == "dora"), {})
+
+
+def merge_lora(trainer: Trainer, config: RunConfig, output: Path) -> None:
+    """Save the adapter into the run's folder and merge it into the trainer's model."""
+    from galore_trainer.run.models.adapters import merge_adapters
+    from galore_trainer.run.models.model import public_name
+
+    merge_adapters(trainer, output / ADAPTER, base_model=public_name(config.model_name_or_path))
+
+
+def _adam(arguments: TrainingArguments) -> dict[str, Any]:
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}

@@ -1,0 +1,81 @@
+"""The two loops a run can be trained by: transformers' ``Trainer`` and TRL's ``SFTTrainer``, on the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from galore_trainer.errors import OptionError
+from galore_trainer.run.models.prompts import IGNORED, Collator
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from galore_trainer.run.settings.run_config import RunConfig
+
+Rows = Sequence[dict[str, list[int]]]
+
+
+def build_trainer(
+    config: RunConfig, arguments: Any, model: Any, tokenizer: Any, rows: Rows, held_out: Rows | None, **plugin: Any
+) -> Trainer:
+    """Build the loop that ``config.trainer`` names.
+
+    Args:
+        config: the run.
+        arguments: from ``training_arguments``.
+        model: on its device.
+        tokenizer: of the model.
+        rows: ``input_ids`` and ``labels`` to train on, as ``encode_all`` makes them.
+        held_out: the same, for the loop's own evaluation.
+        plugin: further keyword arguments of the Trainer.
+
+    Raises:
+        OptionError: TRL refuses the settings; its own words are passed on.
+    """
+    common = {"model": model, "args": arguments, "processing_class": tokenizer, **plugin}
+    if config.trainer == "trl":
+        return _sft_trainer(train_dataset=_data_set(rows), eval_dataset=_data_set(held_out), **common)
+    from transformers import Trainer
+
+    multiple = 1 if arguments.device.type == "cpu" else 8
+    collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=multiple)
+    return Trainer(train_dataset=rows, eval_dataset=held_out, data_collator=collator, **common)
+
+
+def _sft_trainer(**settings: Any) -> Trainer:
+    from datasets.utils.logging import disable_progress_bar
+    from trl import SFTTrainer
+
+    class Quiet(SFTTrainer):
+        """Writes no model card of its own beside ours, and reports to nobody."""
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def _send_telemetry(self) -> None:
+            pass
+
+    arguments = settings["args"]
+    if arguments.activation_offloading and arguments.device.type == "cpu":
+        raise OptionError("activation_offloading", True, "a GPU whose memory it would spare", "Remove it here.")
+    if arguments.disable_tqdm:
+        disable_progress_bar()
+    try:
+        return Quiet(**settings)
+    except ValueError as error:
+        raise OptionError("trainer", "trl", "settings that TRL accepts", f"It says: {error}") from error
+
+
+def _data_set(rows: Rows | None) -> Any:
+    """Our rows as TRL reads them: it makes labels of a mask that is 1 where the loss is."""
+    from datasets import Dataset
+
+    if rows is None:
+        return None
+    return Dataset.from_list(
+        [
+            {"input_ids": row["input_ids"], "completion_mask": [int(label != IGNORED) for label in row["labels"]]}
+            for row in rows
+        ]
+    )
