@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from galore_trainer.run.bench.measure import copy_bandwidth, take_turns
-from galore_trainer.run.bench.refresh import refresh_all
 from galore_trainer.run.bench.weights import SHAPES, Bench, galore_plus, least_bytes, linear_weights
 from galore_trainer.run.results.artifacts import environment
 
@@ -63,7 +62,7 @@ def measure(bench: Bench) -> dict[str, float]:
             optimizer.step()
 
     step = take_turns({"steps": steps}, bench.rounds, bench.torch_device)["steps"]
-    refresh_everything = functools.partial(refresh_all, optimizer)
+    refresh_everything = optimizer.refresh_now
     refresh = take_turns({"refresh": refresh_everything}, bench.rounds, bench.torch_device)["refresh"]
     low, high = step.quartiles
     return {

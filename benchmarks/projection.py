@@ -51,7 +51,7 @@ def stacks(model: Any, galore: Any) -> list[Any]:
     from galore_trainer.hf.build import galore_groups
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
     from galore_trainer.optim.stack import make_stacks
-    from galore_trainer.optim.update import REFRESH_ELEMENTS
+    from galore_trainer.optim.bucket import REFRESH_ELEMENTS
 
     optimizer = GaLoreAdamW(galore_groups(model, galore, lr=0.0, weight_decay=0.0), galore, lr=0.0, seed=0)
     jobs = list(optimizer.every_job())

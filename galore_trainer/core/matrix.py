@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,3 +156,70 @@ class LogicalMatrix:
         """Squared norm of each head's gradient, [blocks, heads]."""
         by_head = blocks.unflatten(1, (self.heads_per_block, self.head_dim))
         return widen(by_head).square().sum(dim=(-2, -1))
+
+
+# ---------------------------------------------------------------------- rows that one process holds
+
+
+class Rows(NamedTuple):
+    """The local rows of some blocks of a logical matrix, equally many of each block.
+
+    Attributes:
+        matrix: these rows as a logical matrix, [blocks, rows of each, n].
+        at: where they are among the local rows of the weight, block by block: a slice, or indices.
+        bases: which bases of the logical matrix are theirs: a slice, or indices.
+        name: seeds random streams; no two pieces of any process have equal names.
+        prefix: of their keys in the weight's state.
+    """
+
+    matrix: LogicalMatrix
+    at: Any
+    bases: Any
+    name: str
+    prefix: str
+
+    def of(self, rows: Tensor) -> Tensor:
+        """These rows of [local rows, ...]: a view where they follow one another, else a copy."""
+        if isinstance(self.at, slice) and len(rows) == self.matrix.length:
+            return rows
+        return rows[self.at]
+
+
+def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
+    """Row of the stored weight of every logical row, [blocks, block rows]."""
+    outer = torch.arange(matrix.outer, dtype=torch.int64, device="cpu")[:, None] * (total_rows // matrix.outer)
+    inner = matrix.start + torch.arange(matrix.length, dtype=torch.int64, device="cpu")
+    return (outer + inner).reshape(matrix.blocks, matrix.block_rows)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def local_rows(matrix: LogicalMatrix, name: str, total_rows: int, first: int, count: int) -> list[Rows]:
+    """The local rows of a logical matrix, by how many of each block are here.
+
+    Args:
+        matrix: projected on the right, stored as it is.
+        name: of its weight.
+        total_rows: of the stored weight.
+        first, count: the rows of the stored weight that this process holds.
+    """
+    local = stored_rows(matrix, total_rows) - first
+    here = (local >= 0) & (local < count)  # [blocks, block rows]
+    counts = here.sum(dim=1)
+    parts: list[Rows] = []
+    for rows_of_each in sorted({int(c) for c in counts if c}):
+        blocks = (counts == rows_of_each).nonzero().flatten()
+        at = torch.cat([local[b][here[b]] for b in blocks])
+        piece = LogicalMatrix(
+            label=matrix.label, length=len(at), columns=matrix.columns, rank=matrix.rank, blocks=len(blocks)
+        )
+        logical = f"{matrix.logical(name)}@{first + int(at[0])}"
+        prefix = f"{matrix.prefix}@{len(parts)}."
+        parts.append(Rows(piece, _as_slice(at), _as_slice(blocks), logical, prefix))
+    return parts
+
+
+def _as_slice(index: Tensor) -> Any:
+    """A slice where indices follow one another, since it makes views."""
+    start, length = int(index[0]), len(index)
+    follows = torch.equal(index, torch.arange(start, start + length, dtype=torch.int64, device="cpu"))
+    return slice(start, start + length) if follows else index

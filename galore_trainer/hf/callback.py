@@ -14,12 +14,12 @@ from galore_trainer.errors import OptionError
 from galore_trainer.hf.arguments import check_kept, overruled
 from galore_trainer.hf.backend import check_averaged, training_backend
 from galore_trainer.hf.checkpoints import lacks_state
-from galore_trainer.hf.membership import Membership, without_gradient
+from galore_trainer.hf.membership import Membership
 from galore_trainer.hf.table import weight_table
 from galore_trainer.layouts.shard import checksum
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.group_settings import scale_of
-from galore_trainer.optim.skips import some_of
+from galore_trainer.optim.guards import some_of
+from galore_trainer.optim.param_groups import scale_of
 
 logger = logging.getLogger(__name__)
 STEPS_TO_MOVE = 3
@@ -148,7 +148,7 @@ class GaLoreCallback(TrainerCallback):
         self._tell_skipped()
         if self._optimizer is None or not self._optimizer.state or state.global_step <= self._first_step:
             return
-        if (idle := without_gradient(self._optimizer)) and state.is_world_process_zero:
+        if (idle := self._optimizer.without_gradient()) and state.is_world_process_zero:
             logger.warning("these weights had no gradient in any step, and stay as they were: %s", some_of(idle))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

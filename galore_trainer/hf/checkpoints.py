@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
 from galore_trainer.hf.unpickling import OPTION, STORED_BY_DEEPSPEED, TRAINER, WHOLE, check_checkpoint, trainer_state
-from galore_trainer.optim.state import OTHER_LAYOUT, SLICES
-from galore_trainer.optim.whole import whole_of_names, whole_of_slices
+from galore_trainer.optim.param_groups import OTHER_LAYOUT, SLICES
+from galore_trainer.optim.reshard import whole_of_names, whole_of_slices
 from galore_trainer.targets.names import logical_name
 
 OPTIMIZER, SCHEDULER, WEIGHTS = "optimizer.pt", "scheduler.pt", "model.safetensors"

@@ -17,7 +17,6 @@ from galore_trainer.hf.callback import unwrap_optimizer
 from galore_trainer.hf.checkpoints import OPTIMIZER, SCHEDULER, WHOLE_WEIGHTS, check_importable, check_state
 from galore_trainer.hf.unpickling import OPTION, TRAINER
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
-from galore_trainer.optim.whole import put_whole
 from galore_trainer.targets.names import logical_name
 
 
@@ -76,7 +75,7 @@ class _Import(TrainerCallback):
         check_state(source, saved)
         weights, model = Weights(source), trainer.accelerator.unwrap_model(trainer.model)
         check_shapes(model, weights)
-        put_whole(unwrap_optimizer(trainer.optimizer), saved, weights)  # before the weights, which it is checked by
+        unwrap_optimizer(trainer.optimizer).load_whole(saved, weights)  # before the weights, which it is checked by
         put_weights(model, weights)
         assert trainer.lr_scheduler is not None
         trainer.lr_scheduler.load_state_dict(torch.load(source / SCHEDULER, weights_only=True))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.skips import some_of
+from galore_trainer.optim.guards import some_of
 
 logger = logging.getLogger(__name__)
 EMPTY_STEPS = 2
@@ -46,7 +46,7 @@ class Membership:
         """
         if self._seen and not self._changed():
             return
-        held = held_weights(self.optimizer, self.backend)
+        held = held_weights(self.optimizer)
         named: list[tuple[str, nn.Parameter]] = list(self.model.named_parameters())
         if self.backend == "fsdp" and not all(is_dtensor(p) for _, p in named):
             return  # between a forward and its backward pass whole weights stand in the place of the shards
@@ -71,28 +71,9 @@ class Membership:
         return any(len(now) != len(seen) or not all(map(operator.is_, now, seen)) for now, seen in pairs)
 
 
-def held_weights(optimizer: GaLoreAdamW, backend: str = "single") -> dict[int, tuple[str, Tensor]]:
-    """Name and tensor of every weight of the model that an optimizer moves, by ``id``.
-
-    Under DeepSpeed the groups hold other tensors by now; what counts is the parameters that they were made of.
-    """
-    held = {}
-    for group in optimizer.param_groups:
-        tensors = optimizer._locator.originals(group) if backend == "deepspeed" else group["params"]
-        for name, p in zip(group["names"], tensors, strict=True):
-            if p is not None:
-                held[id(p)] = (name, p)
-    return held
-
-
-def without_gradient(optimizer: GaLoreAdamW) -> list[str]:
-    """Names of weights that train and have had no gradient in any step; none under DeepSpeed, which fills in zeros."""
-    found = []
-    for group in optimizer.param_groups:
-        if not optimizer._locator.is_flat(group):
-            pairs = zip(group["names"], group["params"], strict=True)
-            found += [name for name, p in pairs if p.requires_grad and not optimizer.state.get(p)]
-    return found
+def held_weights(optimizer: GaLoreAdamW) -> dict[int, tuple[str, Tensor]]:
+    """Name and tensor of every weight of the model that an optimizer moves, by ``id``."""
+    return {id(p): (name, p) for name, p in optimizer.model_weights()}
 
 
 def watch_first_steps(optimizer: GaLoreAdamW, model: nn.Module) -> None:

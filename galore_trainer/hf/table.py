@@ -13,7 +13,7 @@ from torch import nn
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.group_settings import scale_of
+from galore_trainer.optim.param_groups import scale_of
 from galore_trainer.targets.groups import Weight
 from galore_trainer.targets.names import logical_name
 

@@ -122,7 +122,7 @@ class Shard:
         return bool(self.start % self.columns or self.stop % self.columns)
 
     def rows_of(self, flat: Tensor) -> Tensor:
-        """[local rows, N] of ``flat`` [stop - start]: a view, or, where a row is cut, a copy with zeros for the rest."""
+        """[local rows, N] of ``flat`` [stop - start]: a view, or a copy with zeros beside cut rows."""
         if not self.is_ragged:
             return flat.view(self.local_rows, self.columns)
         whole = flat.new_zeros(self.local_rows * self.columns)

@@ -15,9 +15,9 @@ from torch import Tensor
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import NOISE, Stored, decode, decode_basis, encode, encode_basis
+from galore_trainer.core.streams import stream
 from galore_trainer.optim.kept import KeptGradient
 from galore_trainer.optim.local import AGE, Piece
-from galore_trainer.optim.streams import stream
 
 Item = TypeVar("Item")
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from galore_trainer.config import GaLoreConfig, check_settings
-from galore_trainer.core.galore import compute_dtype
+from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.layouts.dtensor import is_dtensor, local
-from galore_trainer.layouts.find import PLAIN_TYPES, Placement
-from galore_trainer.layouts.shard import Ranks, Shard
+from galore_trainer.layouts.find import Placement
+from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim import param_groups, refresh
 from galore_trainer.optim.guards import Retries, check_bases, total_skips, usable_flags
 from galore_trainer.optim.kept import Directions, KeptGradient, KeptWhole, sketch_matrices
@@ -24,12 +22,13 @@ from galore_trainer.optim.local import LocalWeight, Moved, exchange, moved_toget
 from galore_trainer.optim.ops_triton import check_wanted
 from galore_trainer.optim.plain import make_plain_state, move_plain
 from galore_trainer.optim.reshard import put_whole
+from galore_trainer.optim.residual import make_support
 from galore_trainer.optim.state_dict import pack, unpack
-from galore_trainer.optim.state_forms import StateInFlat, bare, bytes_by_kind, prepare_state
+from galore_trainer.optim.state_forms import bare, bytes_by_kind, prepare_state
 from galore_trainer.optim.step import count, update
-from galore_trainer.optim.timing import Stopwatch
 from galore_trainer.optim.watch import Watch
-from galore_trainer.targets.matrices import check_shardable
+from galore_trainer.optim.weights import local_weights, model_weights, named_states, states_of, weights_with_gradients
+from galore_trainer.timing import Stopwatch
 
 
 class GaLoreAdamW(torch.optim.Optimizer):
@@ -124,13 +123,17 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self.averager is not None:
             self.averager.settle()
-        weights = list(self._weights_with_gradients())
+        weights = self.weights_with_gradients()
         moved = self.move(weights)
         self._steps += 1
         skips = any(some.ok.device.type == "cpu" and not some.ok.all() for some in moved if type(some.ok) is Tensor)
         smallest = functools.partial(_smallest_gradient, weights)
         self._watch.look(self._steps, self._counters, self.model_weights, smallest, skips)
         return loss
+
+    def weights_with_gradients(self) -> list[LocalWeight]:
+        """The weights that a step would move now."""
+        return list(weights_with_gradients(self.param_groups, self.state, self.placement, self.config))
 
     def move(self, weights: Sequence[LocalWeight]) -> list[Moved]:
         """One step of weights, in its order: what crosses processes, plain weights, projected ones, the count.
@@ -161,7 +164,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             w.ages, w.ok = (), _usable_at_first(w)
         moved += moved_together(without_basis)
         count(moved, self.config)
-        drop_projected(w.parameter for w in projected)  # their gradients have had their step, and fit nothing any more
+        drop_projected(w.weight for w in projected)  # their gradients have had their step, and fit nothing any more
         return moved
 
     def _update(self, weights: Sequence[LocalWeight]) -> list[Moved]:
@@ -191,7 +194,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _compare_bases(self, refreshed: Sequence[LocalWeight]) -> None:
         """See to it that every process that holds a weight, or a part of it, found the same bases."""
-        by_ranks: dict[Ranks, list[tuple[str, str, Mapping[str, Any]]]] = {}
+        by_ranks: dict[Ranks, list[Any]] = {}
         for w in refreshed:
             ranks = w.shard.ranks or self.ranks
             if ranks is not None:
@@ -217,78 +220,34 @@ class GaLoreAdamW(torch.optim.Optimizer):
         places = len(self._places)
         return self._places[name] * param_groups.gap_of(group) // places if self.config.staggers else 0
 
-    # ------------------------------------------------------------------ weights with gradients
+    @torch.no_grad()
+    def refresh_now(self) -> None:
+        """Give every whole projected weight that has a gradient a new basis now, as if it were due on its grid."""
+        weights = [w for w in self.weights_with_gradients() if w.matrices and self._prepare(w)]
+        for w in weights:
+            w.state["due"] = w.state["calls"]
+            w.state["phase"] = w.state["calls"] % param_groups.gap_of(w.group)
+        async_due, checked_due = refresh.part_due(weights, self.config)
+        self._refresh(async_due, self._retries)
+        self._refresh(checked_due)
+        self._retries.settle()
 
-    def _weights_with_gradients(self) -> Iterator[LocalWeight]:
-        """The weights that this step moves, wherever they lie.
+    def make_state(self) -> None:
+        """Make the state that whole weights have after their first refreshes and warm-ups, of zeros.
 
-        Whole projected weights of one shape come one after the other, large ones first: a device has most to do when
-        it begins.
-
-        Raises:
-            OptionError: a gradient is sparse, or a parameter is no longer what its state was made for.
+        Use: to measure its memory without a step. The next refresh is due at the first step.
         """
-        param_groups.check_groups(self.placement, self.param_groups)
         for group in self.param_groups:
-            flat, noted = self.placement.is_flat(group), param_groups.noted_of(self.placement, group)
-            params, names, projected = group["params"], group["names"], group["projected"] and not flat
-            for i in noted.by_size if projected else range(len(params)):
-                p = params[i]
-                if (grad := p.grad) is None:
+            noted = param_groups.noted_of(self.placement, group)
+            for i, (name, p) in enumerate(zip(group["names"], group["params"], strict=True)):
+                matrices = group["matrices"][i] if group["projected"] else ()
+                w = LocalWeight(name, group, self.state[p], noted.shards[i], p, p, matrices)
+                if not matrices:
+                    make_plain_state(p, w.state, self.config)
                     continue
-                if grad.layout is not torch.strided:
-                    raise OptionError(names[i], "a sparse gradient", "a dense one", "Use sparse=False.")
-                if grad.is_neg() or (grad.dtype != p.dtype and compute_dtype(grad.dtype) != compute_dtype(p.dtype)):
-                    grad = grad.resolve_neg().to(compute_dtype(p.dtype))
-                moved = type(p) in PLAIN_TYPES and p.data_ptr() != noted.addresses[i]
-                if not flat and (moved or p.shape != noted.shapes[i]):
-                    param_groups.check_parameter(noted, group, i, self.state.get(p))
-                matrices = group["matrices"][i] if projected else ()
-                if flat or is_dtensor(p):
-                    self._check_cuttable(group)
-                    yield from self._in_flat(group, p) if flat else [self._dtensor(group, i, p, grad)]
-                else:
-                    kept = None
-                    if isinstance(grad, ProjectedGradient):
-                        grad, kept = (grad, grad.parts) if grad.whole is None else (grad.whole, None)
-                    yield LocalWeight(names[i], group, self.state[p], noted.shards[i], p, grad, matrices, kept)
-
-    def _check_cuttable(self, group: dict[str, Any]) -> None:
-        if not self.placement.is_cut:
-            check_settings(self.config, "shards")
-        if group["projected"] and not group.get("cuttable"):
-            for name, matrices in zip(group["names"], group["matrices"], strict=True):
-                for matrix in matrices:
-                    check_shardable(matrix, name)
-
-    def _dtensor(self, group: dict[str, Any], i: int, p: Tensor, grad: Tensor) -> LocalWeight:
-        shard = param_groups.checked_shard(self.placement, p, group["names"][i])
-        matrices = group["matrices"][i] if group["projected"] else ()
-        weight, local_grad = local(p).detach().view(-1), local(grad).reshape(-1)
-        return LocalWeight(group["names"][i], group, self.state[p], shard, weight, local_grad, matrices)
-
-    def _in_flat(self, group: dict[str, Any], flat: Tensor) -> Iterator[LocalWeight]:
-        """The weights inside a flat tensor of DeepSpeed; plain ones are moved entry by entry, all at once."""
-        slices, names, state = self.placement.slices(group, flat), group["names"], self.state[flat]
-        weight, grad, low = flat.detach(), flat.grad, torch.bfloat16
-        assert grad is not None
-        if not group["projected"]:
-            shard = Shard(rows=flat.numel(), columns=1, start=0, stop=flat.numel(), ranks=slices[0].shard.ranks)
-            yield LocalWeight(names[0], group, state, shard, weight, grad)
-            return
-        for part in slices:
-            name, matrices = names[part.index], group["matrices"][part.index]
-            made_in = low if part.dtype == low else None  # in which gradients are made, whatever adds them up
-            yield LocalWeight(
-                name,
-                group,
-                StateInFlat(state, name),
-                part.shard,
-                part.of(weight),
-                part.of(grad),
-                matrices,
-                factors=made_in,
-            )
+                prepare_state(w, self.config, self._phase(name, group))
+                w.state.update(refreshes=1 + self.config.sketches_first)
+                make_support(w, self.config)
 
     # ------------------------------------------------------------------ layer-wise mode and DDP
 
@@ -358,39 +317,18 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return list(self._watch.culprits.found)
 
     def _counters(self) -> dict[str, Tensor]:
-        states = [pair for group in self.param_groups for pair in self._named_states(group)]
-        return {name: state["skipped"] for name, state in states if "skipped" in state}
+        return {name: state["skipped"] for name, state in self._named_states() if "skipped" in state}
 
-    def _named_states(self, group: dict[str, Any]) -> list[tuple[str, Any]]:
-        """Name and state of every weight of a group that has one."""
-        if not self.placement.is_flat(group):
-            pairs = zip(group["names"], group["params"], strict=True)
-            return [(name, self.state[p]) for name, p in pairs if p in self.state]
-        states = [self.state[flat] for flat in self.placement.stepped_flats(group) if self.state.get(flat)]
-        if not group["projected"]:
-            return [(group["names"][0], state) for state in states]
-        return [(name, one) for state in states for name in group["names"] if (one := StateInFlat(state, name))]
+    def _named_states(self) -> list[tuple[str, Any]]:
+        return [pair for group in self.param_groups for pair in named_states(group, self.state, self.placement)]
 
     def model_weights(self) -> list[tuple[str, Tensor]]:
         """Name and tensor of every weight as the model holds it: under ZeRO not the flat tensors."""
-        weights: list[tuple[str, Tensor]] = []
-        for group in self.param_groups:
-            flat = self.placement.is_flat(group)
-            params = self.placement.originals(group) if flat else group["params"]
-            weights += [(name, p) for name, p in zip(group["names"], params, strict=True) if p is not None]
-        return weights
+        return model_weights(self.param_groups, self.placement)
 
     def projected_weights(self) -> list[tuple[str, Tensor]]:
         """Name and tensor of every projected weight; of a sharded one this process's entries, perhaps none."""
-        weights: list[tuple[str, Tensor]] = []
-        for group in self.param_groups:
-            if group["projected"] and self.placement.is_flat(group):
-                flats = self.placement.stepped_flats(group) or group["params"]
-                pairs = [(flat, part) for flat in flats for part in self.placement.slices(group, flat)]
-                weights += [(group["names"][part.index], part.of(flat)) for flat, part in pairs]
-            elif group["projected"]:
-                weights += [(name, local(p)) for name, p in zip(group["names"], group["params"], strict=True)]
-        return weights
+        return [pair for g in self.param_groups if g["projected"] for pair in local_weights(g, self.placement)]
 
     def without_gradient(self) -> list[str]:
         """Names of weights that train and have had no gradient; none under DeepSpeed, which fills in zeros."""
@@ -404,7 +342,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def state_of(self, name: str) -> Mapping[str, Any]:
         """The state of a weight by its name; empty before its first step."""
-        return next((state for g in self.param_groups for n, state in self._named_states(g) if n == name), {})
+        return next((state for weight, state in self._named_states() if weight == name), {})
 
     def projection_report(self) -> dict[str, Any] | None:
         """Projection errors of the newest refreshes: ``mean``, ``by_matrix``, and the means of what was diagnosed.
@@ -416,12 +354,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind: basis, moments, residual, plain (AdamW of what is not projected)."""
-        states = []
-        for group in self.param_groups:
-            flat = self.placement.is_flat(group)
-            tensors = self.placement.stepped_flats(group) if flat else group["params"]
-            states += [(group["projected"], self.state[p]) for p in tensors if p in self.state]
-        return bytes_by_kind(states)
+        pairs = [
+            (g["projected"], state) for g in self.param_groups for state in states_of(g, self.state, self.placement)
+        ]
+        return bytes_by_kind(pairs)
 
     # ------------------------------------------------------------------ state
 

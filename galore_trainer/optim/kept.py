@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from galore_trainer.core.galore import compute_dtype, project, usable_parts, wid
 from galore_trainer.core.matrix import LogicalMatrix, Side
 from galore_trainer.core.precision import Stored, decode_basis
 from galore_trainer.core.sparse import Support, read_at
+from galore_trainer.core.streams import stream
 from galore_trainer.optim.guards import usable_flags
-from galore_trainer.optim.streams import stream
 
 SUPPORTS = ("residual_index", "candidate_index")
 """Keys of the positions at which the residual wants the gradient, the newer first."""
@@ -84,7 +84,7 @@ class KeptGradient:
     """
 
     def __init__(
-        self, matrix: LogicalMatrix, state: dict[str, Any], sketches: Callable[[], Tensor], direction: Tensor | None
+        self, matrix: LogicalMatrix, state: Mapping[str, Any], sketches: Callable[[], Tensor], direction: Tensor | None
     ) -> None:
         prefix = matrix.prefix
         self.matrix = matrix

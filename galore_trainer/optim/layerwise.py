@@ -23,6 +23,7 @@ from galore_trainer.optim.guards import usable_flags
 from galore_trainer.optim.kept import KeptGradient, KeptWhole, energies, norms_of_tensors
 
 BUCKET = 1 << 25  # entries that travel together
+Kept = KeptGradient | KeptWhole
 aten = torch.ops.aten
 ADDITIONS = (aten.add_.Tensor, aten.add.Tensor)
 PRODUCTS, QUOTIENTS = (aten.mul_.Tensor, aten.mul_.Scalar), (aten.div_.Tensor, aten.div_.Scalar)
@@ -41,14 +42,14 @@ class ProjectedGradient(torch.Tensor):
         averaged: whether it is the mean over processes already.
     """
 
-    parts: Sequence[KeptGradient | KeptWhole]
+    parts: Sequence[Kept]
 
     @staticmethod
-    def __new__(cls, grad: Tensor, name: str, parts: Sequence[KeptGradient | KeptWhole], averager: Any = None) -> ProjectedGradient:
+    def __new__(cls, grad: Tensor, name: str, parts: Sequence[Kept], averager: Any = None) -> ProjectedGradient:
         """A wrapper like ``grad``."""
         return torch.Tensor._make_wrapper_subclass(cls, grad.shape, dtype=grad.dtype, device=grad.device)
 
-    def __init__(self, grad: Tensor, name: str, parts: Sequence[KeptGradient | KeptWhole], averager: Any = None) -> None:
+    def __init__(self, grad: Tensor, name: str, parts: Sequence[Kept], averager: Any = None) -> None:
         self.parts, self._name = parts, name
         self.averaged, self._average = False, averager
         self._batches = 0

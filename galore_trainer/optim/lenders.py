@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.galore import widen
-from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.linalg import Reduce
+from galore_trainer.core.matrix import LogicalMatrix, stored_rows
+from galore_trainer.core.streams import stream
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.kept import norms_of_tensors, width_of_sketch
-from galore_trainer.optim.local import LocalWeight, Piece, stored_rows
-from galore_trainer.optim.streams import stream
+from galore_trainer.optim.local import LocalWeight, Piece
 
 
 def lending_rows(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Sequence[Tensor], Reduce | None]:
@@ -29,8 +28,8 @@ def lending_rows(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Seque
         seed: of the run.
 
     Returns:
-        [blocks, lending rows, n] of every matrix in the dtype in which its gradient was made. Without a ``Reduce`` these
-        are all rows, else those of this process.
+        [blocks, lending rows, n] of every matrix, in the dtype in which its gradient was made. Without a ``Reduce``
+        these are all rows, else those of this process.
     """
     if bucket.pieces[0].owner.shard.is_whole:
         return rows_of_whole(bucket, bucket.each_gradient(), config, seed), None
@@ -69,9 +68,7 @@ def draw_heads(bucket: Bucket, config: GaLoreConfig, seed: int, energy: Callable
     if config.head_choice == "random":
         heads = torch.cat([_random_heads(piece, seed) for piece in bucket.pieces])
         return heads.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else heads.to(device)
-    return torch.arange(matrix.lenders, dtype=torch.int64, device=device).expand(
-        len(bucket.pieces) * matrix.blocks, -1
-    )
+    return torch.arange(matrix.lenders, dtype=torch.int64, device=device).expand(len(bucket.pieces) * matrix.blocks, -1)
 
 
 def _random_heads(piece: Piece, seed: int) -> Tensor:

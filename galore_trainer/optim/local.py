@@ -8,44 +8,19 @@ exist only where state is saved or loaded (``state_dict.py``).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from galore_trainer.core.matrix import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix, Rows, local_rows
 from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
 from galore_trainer.optim.guards import usable_flags
 from galore_trainer.optim.kept import KeptGradient, norms_of_tensors
 
 AGE, RESIDUAL_AGE = "step", "residual_step"
 """Keys of the steps that a weight's moments, and those of its residual, have taken in: one number a weight."""
-
-
-class Rows(NamedTuple):
-    """The local rows of some blocks of a logical matrix, equally many of each block.
-
-    Attributes:
-        matrix: these rows as a logical matrix, [blocks, rows of each, n].
-        at: where they are among the local rows of the weight, block by block: a slice, or indices.
-        bases: which bases of the logical matrix are theirs: a slice, or indices.
-        name: seeds random streams; no two pieces of any process have equal names.
-        prefix: of their keys in the weight's state.
-    """
-
-    matrix: LogicalMatrix
-    at: Any
-    bases: Any
-    name: str
-    prefix: str
-
-    def of(self, rows: Tensor) -> Tensor:
-        """These rows of [local rows, ...]: a view where they follow one another, else a copy."""
-        if isinstance(self.at, slice) and len(rows) == self.matrix.length:
-            return rows
-        return rows[self.at]
 
 
 class Piece(NamedTuple):
@@ -177,7 +152,7 @@ class LocalWeight:
 
     def whole_matrices(self) -> list[Piece]:
         """Every logical matrix of the weight, for what its bases are kept and found with; rows may lie elsewhere."""
-        kept = self.kept or [None] * len(self.matrices)
+        kept: Sequence[KeptGradient | None] = self.kept or [None] * len(self.matrices)
         return [
             Piece(self.weight, self.grad, m.logical(self.name), m, m.prefix, self, part)
             for m, part in zip(self.matrices, kept, strict=True)
@@ -295,49 +270,6 @@ def _sum_over(ranks: Ranks, weights: Sequence[LocalWeight], flags: Sequence[Tens
             w.cut_rows = cut_rows
 
 
-# ---------------------------------------------------------------------- rows of a matrix
-
-
-def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
-    """Row of the stored weight of every logical row, [blocks, block rows]."""
-    outer = torch.arange(matrix.outer, dtype=torch.int64, device="cpu")[:, None] * (total_rows // matrix.outer)
-    inner = matrix.start + torch.arange(matrix.length, dtype=torch.int64, device="cpu")
-    return (outer + inner).reshape(matrix.blocks, matrix.block_rows)
-
-
 def rows_of_shard(matrices: Iterable[LogicalMatrix], name: str, shard: Shard) -> list[Rows]:
     """The rows of a weight's logical matrices that a shard holds."""
     return [r for m in matrices for r in local_rows(m, name, shard.rows, shard.first, shard.local_rows)]
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def local_rows(matrix: LogicalMatrix, name: str, total_rows: int, first: int, count: int) -> list[Rows]:
-    """The local rows of a logical matrix, by how many of each block are here.
-
-    Args:
-        matrix: projected on the right, stored as it is.
-        name: of its weight.
-        total_rows: of the stored weight.
-        first, count: the rows of the stored weight that this process holds.
-    """
-    local = stored_rows(matrix, total_rows) - first
-    here = (local >= 0) & (local < count)  # [blocks, block rows]
-    counts = here.sum(dim=1)
-    parts = []
-    for rows_of_each in sorted({int(c) for c in counts if c}):
-        blocks = (counts == rows_of_each).nonzero().flatten()
-        at = torch.cat([local[b][here[b]] for b in blocks])
-        piece = LogicalMatrix(
-            label=matrix.label, length=len(at), columns=matrix.columns, rank=matrix.rank, blocks=len(blocks)
-        )
-        logical = f"{matrix.logical(name)}@{first + int(at[0])}"
-        prefix = f"{matrix.prefix}@{len(parts)}."
-        parts.append(Rows(piece, _as_slice(at), _as_slice(blocks), logical, prefix))
-    return parts
-
-
-def _as_slice(index: Tensor) -> Any:
-    """A slice where indices follow one another, since it makes views."""
-    start, length = int(index[0]), len(index)
-    follows = torch.equal(index, torch.arange(start, start + length, dtype=torch.int64, device="cpu"))
-    return slice(start, start + length) if follows else index

@@ -14,9 +14,9 @@ from galore_trainer.core import galore
 from galore_trainer.core.galore import usable_parts, widen
 from galore_trainer.core.residual import lost_at
 from galore_trainer.core.sparse import Support, part_of, read_at
+from galore_trainer.core.streams import stream
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.param_groups import scale_of
-from galore_trainer.optim.streams import stream
 
 
 class Incoming(NamedTuple):
@@ -79,7 +79,7 @@ class TorchOps:
             if type(R) is Tensor and _is_simple(bucket):
                 N = torch.zeros_like(R, memory_format=torch.contiguous_format)
                 if ok.item() > 0.0:
-                    joined[(*betas, eps)].append((bucket, R.contiguous(), N))
+                    joined[tuple(betas), eps].append((bucket, R.contiguous(), N))
             else:
                 M, V = (bucket.get_moment(key, signed=signed) for key, signed in moments)
                 spread = bucket.spread(ok)
@@ -87,8 +87,8 @@ class TorchOps:
                 for (key, signed), value in zip(moments, (M, V), strict=True):
                     bucket.put_moment(key, value, signed=signed, ok=spread)
             updates.append(N)
-        for (b1, b2, eps), members in joined.items():
-            _joined_adam_(members, [key for key, _ in moments], age, (b1, b2), eps)
+        for (betas, eps), members in joined.items():
+            _joined_adam_(members, [key for key, _ in moments], age, betas, eps)
         return updates
 
     def apply_(self, bucket: Bucket, N: Tensor, ok: Tensor, sparse: tuple[str, Tensor] | None = None) -> None:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import largest_usable, usable_parts
+from galore_trainer.core.streams import rounding_key
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import BASIS, MOMENTS, Bucket, entries
-from galore_trainer.optim.param_groups import scale_of
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, Piece
 from galore_trainer.optim.ops_torch import Incoming, TorchOps, rounds
-from galore_trainer.optim.streams import rounding_key
+from galore_trainer.optim.param_groups import scale_of
 from galore_trainer.targets.matrices import has_residual
 
 FIRST_ELEMENTS = 1 << 29  # ``bucket.entries`` that move in one go at first, then twice as many each time,

@@ -28,7 +28,7 @@ OTHER_LAYOUT = (
     "It was written under another launch. Make it whole: galore-ft state export CHECKPOINT NEW_OUTPUT_DIR; one process "
     "and DDP resume from that, FSDP2 and ZeRO after galore-ft state import."
 )
-CHANGED_WAY_OUT = "Change a model before its optimizer is built, or build a new one."
+CHANGED = "Change a model before its optimizer is built, or build a new one."
 SLICES = "slices"  # in a state dict: of each flat tensor, by its number, name, shape, start, stop and offset of weights
 
 OVERRIDES = ("rank", "update_proj_gap", "scale", "proj_type")
@@ -262,13 +262,13 @@ def check_groups(placement: Placement, groups: Sequence[dict[str, Any]]) -> None
 
 
 def check_if_changed(noted: Noted, group: Mapping[str, Any], i: int, state: Mapping[str, Any] | None) -> None:
-    """``check_parameter`` ``i`` of a group if its shape or its place in memory is no longer what was noted."""
+    """``check_noted`` ``i`` of a group if its shape or its place in memory is no longer what was noted."""
     p = group["params"][i]
     if p.shape != noted.shapes[i] or address_of(p) != noted.addresses[i]:
-        check_parameter(noted, group, i, state)
+        check_noted(noted, group, i, state)
 
 
-def check_parameter(noted: Noted, group: Mapping[str, Any], i: int, state: Mapping[str, Any] | None) -> None:
+def check_noted(noted: Noted, group: Mapping[str, Any], i: int, state: Mapping[str, Any] | None) -> None:
     """Compare a parameter with what was noted of it, and note it anew where it still fits.
 
     Args:
@@ -283,7 +283,7 @@ def check_parameter(noted: Noted, group: Mapping[str, Any], i: int, state: Mappi
     p, name = group["params"][i], group["names"][i]
     if p.shape != noted.shapes[i] and (state or group["projected"]):
         now, before = list(p.shape), list(noted.shapes[i])
-        raise OptionError("parameters", f"{name} of shape {now}", f"shape {before}, as when it was added", CHANGED_WAY_OUT)
+        raise OptionError("parameters", f"{name} of shape {now}", f"shape {before}, as when it was added", CHANGED)
     if p.grad is not None and p.grad.shape != p.shape:
         got = f"{name} of shape {list(p.shape)} with a gradient of shape {list(p.grad.shape)}"
         raise OptionError("parameters", got, "a gradient of its own shape", "Call zero_grad and backward again.")
@@ -291,10 +291,10 @@ def check_parameter(noted: Noted, group: Mapping[str, Any], i: int, state: Mappi
         device = state["skipped"].device
         if device != p.device:
             wanted = f"{device}, where its state lies"
-            raise OptionError("parameters", f"{name} on {p.device}", wanted, CHANGED_WAY_OUT)
+            raise OptionError("parameters", f"{name} on {p.device}", wanted, CHANGED)
         if compute_dtype(p.dtype) != compute_dtype(noted.dtypes[i]):
             wanted = f"{noted.dtypes[i]}, which its state was made for"
-            raise OptionError("parameters", f"{name} in {p.dtype}", wanted, CHANGED_WAY_OUT)
+            raise OptionError("parameters", f"{name} in {p.dtype}", wanted, CHANGED)
     noted.note(i, p)
 
 
@@ -305,7 +305,7 @@ def _by_hand(got: str) -> OptionError:
 # ---------------------------------------------------------------------- saved by another optimizer
 
 
-def check_same_method(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+def check_same_method(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> None:
     """Raise ``OptionError`` where saved groups belong to another method, other settings or other parameters."""
     if not any(isinstance(g, Mapping) and "projected" in g for g in saved):
         raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
@@ -342,7 +342,7 @@ def _in_words(fields: Mapping[str, Any]) -> str:
     return f"{fields['label']} {rows} x {fields['columns']}, {heads}, {bases}".strip()
 
 
-def check_same_layout(saved: Mapping[str, Any], own: list[dict[str, Any]], flat: bool) -> None:
+def check_same_layout(saved: Mapping[str, Any], own: Sequence[dict[str, Any]], flat: bool) -> None:
     """Raise ``OptionError`` where a state was saved under another layout.
 
     Args:

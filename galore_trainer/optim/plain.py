@@ -1,4 +1,4 @@
-"""AdamW for weights that are not projected: by torch's fused function, or by a kernel that takes equal weights together.
+"""AdamW for weights that are not projected: by torch's fused function, or by a kernel for equal weights together.
 
 Moments have 32, 16 or 8 bits. bfloat16 weights are rounded as projected ones are.
 """
@@ -15,13 +15,13 @@ from torch.optim.adamw import adamw
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import compute_dtype, stochastic_round
 from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, zero_code
+from galore_trainer.core.streams import rounding_key, stream
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim.bucket import MOMENTS
 from galore_trainer.optim.guards import no_skips, usable_flags
 from galore_trainer.optim.local import AGE, LocalWeight, Moved, moved_together
 from galore_trainer.optim.ops_torch import rounds, weight_noise
 from galore_trainer.optim.ops_triton import wanted
-from galore_trainer.optim.streams import rounding_key, stream
 
 CHUNK = 1 << 22  # entries that are widened at a time, where weight, gradient or moments are stored otherwise
 

@@ -21,17 +21,17 @@ from galore_trainer.core import galore
 from galore_trainer.core.basis import BASES, decomposes, from_sketch
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, by_cholesky, by_eigh, by_householder, least_error
+from galore_trainer.core.streams import stream
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim.bucket import MOMENTS, REFRESH_ELEMENTS, STACK_ELEMENTS, Bucket, bucket_elements, entries
-from galore_trainer.optim.param_groups import gap_of
 from galore_trainer.optim.guards import Later, Retries
 from galore_trainer.optim.kept import sketch, sketch_matrices, width_of_sketch
 from galore_trainer.optim.layerwise import norms_of
 from galore_trainer.optim.lenders import lending_rows, norms_of_projection, rows_of_whole, stays
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
 from galore_trainer.optim.ops_triton import wanted
+from galore_trainer.optim.param_groups import gap_of
 from galore_trainer.optim.residual import reset_residual
-from galore_trainer.optim.streams import stream
 
 LIBRARY = 3_000_000  # k^3 / this: so many k x k matrices the library decomposes while the kernel does them all
 
@@ -164,11 +164,10 @@ def refresh_bucket(bucket: Bucket, config: GaLoreConfig, seed: int, retries: Ret
         return bucket.put_basis(P)
     if mode == "align":
         P = galore.with_signs_of(P, old)
-    stored = bucket.put_basis(P)
     if mode in ("rotate", "reset"):
         for part, bases in _with_moments(bucket):
             _carry_over(part, old[bases], P[bases], mode, ok)
-    return stored
+    return bucket.put_basis(P)  # in place, so ``old`` is gone
 
 
 def _with_moments(bucket: Bucket) -> Iterator[tuple[Bucket, Any]]:
@@ -297,7 +296,7 @@ def tools_for(config: GaLoreConfig, device: torch.device, dtype: torch.dtype = t
     """What to try first at a refresh on a device, for state of a dtype; ``CERTAIN`` where nothing is faster."""
     cuda = device.type == "cuda"
     by_kernel = wanted(config, device) and obstacle(device, dtype) is None
-    find = _eigenvectors if by_kernel else _by_library if cuda else by_eigh
+    find = _eigenvectors if by_kernel else by_library if cuda else by_eigh
     return Tools(by_cholesky if cuda else by_householder, find)
 
 
@@ -307,12 +306,12 @@ def _eigenvectors(C: Tensor) -> Tensor:
 
     count, k, _ = C.shape
     if k == 1 or count * LIBRARY < k**3:
-        return _by_library(C)
+        return by_library(C)
     with torch.cuda.device_of(C):
         return eigenvectors(C)
 
 
-def _by_library(C: Tensor) -> Tensor:
+def by_library(C: Tensor) -> Tensor:
     """``by_eigh``, which raises an error at NaN; what these vectors multiply is NaN then, too."""
     return by_eigh(C.nan_to_num())
 

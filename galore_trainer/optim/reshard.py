@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.matrix import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix, stored_rows
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor
 from galore_trainer.layouts.find import Placement
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.bucket import MOMENTS
-from galore_trainer.optim.local import stored_rows
 from galore_trainer.optim.param_groups import SLICES, check_same_method, checked_shard
 from galore_trainer.optim.plain import plain_state
 from galore_trainer.optim.state_forms import BAR, ROW_KEYS, StateInFlat, living, restored

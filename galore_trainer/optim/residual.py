@@ -1,8 +1,8 @@
 """The sparse residual inside the optimizer's state: first candidates, then a support with moments of its own.
 
 Keys (after the piece's prefix): ``candidate_index`` and ``candidate_mean`` while warming up; ``residual_index``,
-``residual_exp_avg`` and ``residual_exp_avg_sq`` afterwards. The age of these moments is one number a weight. The residual
-begins with the first basis that comes from a whole gradient.
+``residual_exp_avg`` and ``residual_exp_avg_sq`` afterwards. The age of these moments is one number a weight. The
+residual begins with the first basis that comes from a whole gradient.
 """
 
 from __future__ import annotations
@@ -75,6 +75,15 @@ def lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLore
     return D
 
 
+def make_support(w: LocalWeight, config: GaLoreConfig) -> None:
+    """The state of a residual whose support was chosen, of zeros."""
+    for piece in w.pieces_of_state():
+        if has_residual(piece.matrix, config):
+            index = torch.zeros(support_shape(piece.matrix, config), dtype=torch.int32, device=piece.weight.device)
+            _make_moments(Bucket([piece]), index)
+            w.state[RESIDUAL_AGE] = torch.zeros_like(w.state[AGE])
+
+
 def reset_residual(bucket: Bucket) -> None:
     """Start the sparse moments anew, on the same support (``momentum_transfer: reset``)."""
     if bucket.has(INDEX):
@@ -106,7 +115,11 @@ def _warm_up(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLoreConf
     share = ok.to(D.dtype) * (1.0 - bucket.group["betas"][0])
     bucket.put(MEAN, torch.lerp(bucket.get(MEAN), D, share))
     if _is_last_of_warm_up(bucket.pieces[0].owner.state, config):
-        index = residual.best_candidates(bucket.pop(CANDIDATES), bucket.pop(MEAN), entries)
-        bucket.put(INDEX, index)
-        for key, signed in MOMENTS:
-            bucket.put_moment(key, torch.zeros(index.shape, dtype=R.dtype, device=R.device), signed=signed)
+        _make_moments(bucket, residual.best_candidates(bucket.pop(CANDIDATES), bucket.pop(MEAN), entries))
+
+
+def _make_moments(bucket: Bucket, index: Tensor) -> None:
+    """Store a support, with moments of zeros."""
+    bucket.put(INDEX, index)
+    for key, signed in MOMENTS:
+        bucket.put_moment(key, torch.zeros(index.shape, dtype=bucket.dtype, device=index.device), signed=signed)

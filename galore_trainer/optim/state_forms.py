@@ -1,10 +1,10 @@
 """The forms of a weight's state: as a step uses it, and as it is saved.
 
-A step keeps moments by piece, and one age for all moments of a weight. Saved, a whole weight has the moments and the age
-of each logical matrix under its prefix; a cut weight has them row by row in the order of the stored weight ([local rows,
-width], whatever the heads), so that they shard and gather like the weight itself. Counters (``calls``, ``refreshes``,
-``due``, ``born``, ``phase``) are integers in a step and tensors without dimensions on the CPU in a state dict, since
-``torch.distributed.checkpoint`` loads nothing else in place.
+A step keeps moments by piece, and one age for all moments of a weight. Saved, a whole weight has the moments and the
+age of each logical matrix under its prefix; a cut weight has them row by row in the order of the stored weight
+([local rows, width], whatever the heads), so that they shard and gather like the weight itself. Counters (``calls``,
+``refreshes``, ``due``, ``born``, ``phase``) are integers in a step and tensors without dimensions on the CPU in a state
+dict, since ``torch.distributed.checkpoint`` loads nothing else in place.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
-from galore_trainer.core.matrix import LogicalMatrix
+from galore_trainer.core.matrix import LogicalMatrix, Rows
 from galore_trainer.core.residual import CANDIDATES
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor, like
 from galore_trainer.optim.bucket import MOMENTS, Bucket
 from galore_trainer.optim.guards import no_skips
-from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Rows
+from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight
 from galore_trainer.optim.param_groups import WAY_OUT
 from galore_trainer.targets.matrices import has_residual, support_shape
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from galore_trainer import GaLoreAdamW, GaLoreConfig, OptionError, export_state, galore_plugin, import_state
 from galore_trainer.hf.checkpoints import check_layout
 from galore_trainer.hf.elastic import Weights, check_shapes
-from galore_trainer.optim.whole import put_whole
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed not installed")
 SCRIPT = Path(__file__).with_name("script.py")
@@ -171,7 +170,7 @@ def test_what_only_whole_weights_can_go_on_with_is_told(settings: dict[str, Any]
     if "layerwise" in settings:
         whole.param_groups[0]["galore"]["proj_type"] = "right"
     with pytest.raises(OptionError, match=says):
-        put_whole(cut, whole.state_dict(), {})
+        cut.load_whole(whole.state_dict(), {})
 
 
 def damaged(checkpoint: Path, tmp_path: Path, *patterns: str) -> Path:

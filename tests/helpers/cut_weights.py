@@ -13,10 +13,8 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.hf.build import build_optimizer
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.held import Held
-from galore_trainer.optim.pieces import pieces_of
-from galore_trainer.optim.sharded import step_sharded
-from galore_trainer.optim.skips import count_skips
+from galore_trainer.optim.local import LocalWeight
+from galore_trainer.optim.state_forms import saved_form
 from threads import Meeting, Thread
 
 WORLD = 3
@@ -77,15 +75,19 @@ class Run:
             whole.copy_(torch.cat([part[name] for part in parts]).view(whole.shape))
 
     def _step(self, rank: int, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        optimizer, held = self.optimizers[rank], []
+        optimizer, weights = self.optimizers[rank], []
         for group in optimizer.param_groups:
             for i, name in enumerate(group["names"]):
-                held.append(self._held(rank, group, i, name, grads[name]))
+                weights.append(self.local(rank, group, i, name, grads[name]))
         with torch.no_grad():
-            count_skips(step_sharded(optimizer, held))
-        return {w.name: w.weight for w in held}
+            optimizer.move(weights)
+        return {w.name: w.weight for w in weights}
 
-    def _held(self, rank: int, group: dict[str, Any], i: int, name: str, grad: Tensor) -> Held:
+    def saved(self, w: LocalWeight) -> dict[str, Any]:
+        """The state of a weight as it is saved."""
+        return saved_form(w.state, w.matrices, self.config, w.rows(), w.shard.local_rows, w.weight.dtype)
+
+    def local(self, rank: int, group: dict[str, Any], i: int, name: str, grad: Tensor) -> LocalWeight:
         whole = self.weights[name]
         columns = whole.shape[-1] if whole.dim() > 1 else 1
         boundaries = (0, *cuts_of(whole.numel(), columns, self.kind, len(name) + i), whole.numel())
@@ -94,14 +96,11 @@ class Run:
             boundaries=boundaries[1:-1], ranks=Thread(self.meeting, rank),
         )  # fmt: skip
         matrices = group["matrices"][i] if group["projected"] else []
-        pieces = [
-            pieces_of(m, f"{name}.{m.label}", shard.rows, shard.first, shard.local_rows) for m in matrices
-        ]  # fmt: skip
         here = slice(shard.start, shard.stop)
         state = self.states[rank].setdefault(name, {})
         weight = whole.reshape(-1)[here].clone()
         mine = grad.reshape(-1)[here].clone()
-        return Held(name, group, state, shard, weight, mine, matrices, pieces, self.factors)
+        return LocalWeight(name, group, state, shard, weight, mine, matrices, factors=self.factors)
 
 
 def decaying(rows: int, columns: int, seed: int) -> Tensor:

@@ -11,8 +11,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.basis import exact
 from galore_trainer.core.linalg import CERTAIN, thin_singular_vectors
 from galore_trainer.kernels.jacobi import eigenvectors
-from galore_trainer.optim import fused
-from galore_trainer.optim.refresh import certain
+from galore_trainer.optim.refresh import certain, tools_for
 
 
 def factors(k: int, n: int, smallest: float, device: torch.device, count: int = 3) -> torch.Tensor:
@@ -54,7 +53,7 @@ def test_a_singular_matrix_is_left_to_the_library(device: torch.device) -> None:
     B[2, 5] = 0.0
     C = (B @ B.mT).double()
     assert torch.isnan(eigenvectors(C)).all(dim=(1, 2)).tolist() == [False, False, True, False]
-    tools = fused.tools_for(GaLoreConfig(kernels="triton", rank=4), device)
+    tools = tools_for(GaLoreConfig(kernels="triton", rank=4), device)
     assert tools != CERTAIN
     found = certain(functools.partial(exact, [B], 4, "right"), tools)
     assert torch.equal(found, exact([B], 4, "right"))
@@ -69,8 +68,8 @@ def test_few_matrices_are_left_to_the_library(device: torch.device, monkeypatch:
         return eigenvectors(C)
 
     monkeypatch.setattr("galore_trainer.kernels.jacobi.eigenvectors", counted)
-    monkeypatch.setattr(fused, "LIBRARY", 60)
-    tools = fused.tools_for(GaLoreConfig(kernels="triton", rank=4), device)
+    monkeypatch.setattr("galore_trainer.optim.refresh.LIBRARY", 60)
+    tools = tools_for(GaLoreConfig(kernels="triton", rank=4), device)
     for count in (1, 3, 4):
         B = factors(6, 20, 0.05, device, count).float()
         (U, V), (U_right, V_right) = thin_singular_vectors(B, 6, tools), thin_singular_vectors(B, 6)

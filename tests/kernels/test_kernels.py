@@ -13,15 +13,13 @@ from torch import Tensor
 from galore_trainer.core import galore
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.sparse import Support, add_at_, read_at
-from galore_trainer.kernels.adam import adam_
-from galore_trainer.kernels.count import count_
-from galore_trainer.kernels.plain import adamw_
+from galore_trainer.kernels.adam import adam_, adamw_, count_
 from galore_trainer.kernels.project import join, project
 from galore_trainer.kernels.residual import loss_at
 from galore_trainer.kernels.tables import Layout, Scattered, alignment_of, upload
 from galore_trainer.kernels.update import add_at_ as kernel_add_at_
 from galore_trainer.kernels.update import apply_update_
-from galore_trainer.optim.skips import count_skips
+from galore_trainer.optim.guards import count_skips
 
 BOUND = 4e-6
 JOBS = 3
@@ -166,20 +164,18 @@ def test_adam(betas: tuple[float, float], dtype: torch.dtype, device: torch.devi
 
 
 def test_count_is_that_of_the_other_weights(device: torch.device) -> None:
-    """Ages grow where a gradient was finite; the same skips as by ``count_skips``, but where the address is 0."""
+    """Ages grow where a gradient was finite; the same skips as by ``count_skips``."""
     ages = [random(device, JOBS, seed=s).round() for s in (0, 1)]
     counters = torch.tensor([[0, 3, 2], [1, 3, 2], [2, 3, 2]], dtype=torch.int32, device=device)
     expected = [{"skipped": x.clone()} for x in counters]
     for ok in (flags(device, 1.0, 0.0, 0.0), flags(device, 0.0, 0.0, 1.0)):
         before = [age.clone() for age in ages]
-        skipped = places(list(counters.unbind()))
-        skipped.addresses[0] = 0  # not the last part of its parameter
-        count_([places(list(age.unbind())) for age in ages], skipped, ok)
-        count_skips([*zip(expected[1:], ok[1:].unbind(), strict=True)])
+        count_([places(list(age.unbind())) for age in ages], places(list(counters.unbind())), ok)
+        count_skips(expected, ok)
         assert all(torch.equal(age, old + ok) for age, old in zip(ages, before, strict=True))
         assert torch.equal(counters, torch.stack([state["skipped"] for state in expected]))
     count_([], places(list(counters.unbind())), flags(device, 0.0, 0.0, 0.0))
-    assert counters[0].tolist() == [1, 4, 2]
+    assert counters[0].tolist() == [2, 5, 2]
 
 
 def lifted(name: str, N: Tensor, P: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ import torch
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
-from galore_trainer.optim import fused
+from galore_trainer.optim import refresh
+from galore_trainer.optim import step as steps
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.ops_triton import TritonOps
 
 STEPS, GAP, BAD_STEP = 8, 3, 5
 SETTINGS: dict[str, Any] = {
@@ -26,7 +28,7 @@ SHAPES = [(40, 24), (24, 40), (40, 24), (17, 33)]
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotations of eigenvectors take most of an interpreted step: one case has them, the others the library's."""
     if "[residual]" not in request.node.name:
-        monkeypatch.setattr(fused, "LIBRARY", 0)
+        monkeypatch.setattr(refresh, "LIBRARY", 0)
 
 
 def weights(device: torch.device, dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -78,8 +80,14 @@ def give_gradients(params: list[torch.nn.Parameter], step: int) -> None:
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many matrices each call of the kernels moved."""
     sizes: list[int] = []
-    update = fused.update
-    monkeypatch.setattr(fused, "update", lambda stack, *a: sizes.append(len(stack.jobs)) or update(stack, *a))
+    step_buckets = steps.step_buckets
+
+    def counted(buckets: Any, ops: Any, config: Any) -> Any:
+        if isinstance(ops, TritonOps):
+            sizes.extend(len(bucket.pieces) for bucket in buckets)
+        return step_buckets(buckets, ops, config)
+
+    monkeypatch.setattr(steps, "step_buckets", counted)
     return sizes
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.optim import parts
-from galore_trainer.optim.averaging import check_bases
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.guards import check_bases
 from galore_trainer.optim.layerwise import ProjectedGradient, measure_together
 from threads import Meeting, Thread
 
@@ -89,7 +88,7 @@ def test_two_processes_take_the_steps_of_one_on_all_micro_batches() -> None:
 def test_norms_estimated_together_are_what_is_kept_and_one_look_at_what_is_lost(
     together: int, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(parts, "TOGETHER", together)
+    monkeypatch.setattr("galore_trainer.optim.kept.TOGETHER", together)
     weights, optimizer = make()
     weights |= {f"{name} again": torch.nn.Parameter(w.detach().clone()) for name, w in weights.items()}
     names = [name for name in weights if name.endswith("again")]

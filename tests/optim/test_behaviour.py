@@ -11,7 +11,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import stochastic_round
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.on_host import OnHost
+from galore_trainer.optim.guards import Later
 
 
 def make(dtype: torch.dtype = torch.float32, seed: int = 0, **settings) -> tuple[list[torch.nn.Parameter], GaLoreAdamW]:
@@ -160,7 +160,7 @@ def test_ten_non_finite_gradients_in_a_row_stop_the_run_naming_the_parameter() -
 
 def test_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Test-only: as on a GPU, whose counters are read five steps after they were asked for."""
-    monkeypatch.setattr(OnHost, "waits", True)
+    monkeypatch.setattr(Later, "waits", True)
     params, optimizer = make()
     params[1].grad = torch.full_like(params[1], float("nan"))
     for _ in range(14):

@@ -13,7 +13,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.linalg import CERTAIN, Tools, by_cholesky
 from galore_trainer.core.matrix import LogicalMatrix
-from galore_trainer.optim import fused, refresh
+from galore_trainer.optim import refresh
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.layerwise import ProjectedGradient
 
@@ -24,7 +24,7 @@ NAMES = ["a", "b", "c"]
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """What GPUs take, here too."""
-    monkeypatch.setattr(refresh, "tools_for", lambda *_: Tools(by_cholesky, fused._by_library))
+    monkeypatch.setattr(refresh, "tools_for", lambda *_: Tools(by_cholesky, refresh.by_library))
 
 
 def begin(**settings: Any) -> GaLoreAdamW:
@@ -87,8 +87,8 @@ def test_no_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = begin()
     step(optimizer, 0)
     asked: list[int] = []
-    tolist = refresh.OnHost.tolist
-    monkeypatch.setattr(refresh.OnHost, "tolist", lambda self: asked.append(1) or tolist(self))
+    tolist = refresh.Later.tolist
+    monkeypatch.setattr(refresh.Later, "tolist", lambda self: asked.append(1) or tolist(self))
     monkeypatch.setattr(refresh, "certain", lambda *_, **__: pytest.fail("waited"))
     for at in range(1, GAP + 1):
         step(optimizer, at)

@@ -282,19 +282,19 @@ def test_plain_parameters_follow_torch_adamw() -> None:
 def test_excess_error_falls_with_iterations(rank: int, iterations: int) -> None:
     """Randomization's price over exact: bounded at q = 0, falling in q, under 2 % from q = 1 and 0.5 % at q = 3."""
     from galore_trainer.core.basis import exact, randomized
-    from galore_trainer.core.galore import projection_error
+    from galore_trainer.core.galore import lost_share
 
     generator = torch.Generator().manual_seed(7)
     spectrum = torch.arange(1, 97).float().pow(-0.8)
     left = torch.linalg.qr(torch.randn(160, 96, generator=generator)).Q
     right = torch.linalg.qr(torch.randn(96, 96, generator=generator)).Q
     G = ((left * spectrum) @ right.T)[None]
-    best = projection_error(G, exact([G], rank, "right"), "right")
+    best = lost_share(G, exact([G], rank, "right"), "right")
     excess = []
     for q in (iterations, iterations + 1):
         omega = torch.randn(1, 96, rank + 8, generator=torch.Generator().manual_seed(11))
         excess.append(
-            (projection_error(G, randomized([G], rank, "right", omega=omega, iterations=q), "right") / best - 1).item()
+            (lost_share(G, randomized([G], rank, "right", omega=omega, iterations=q), "right") / best - 1).item()
         )
     assert excess[1] <= excess[0] + 1e-6
     assert excess[0] <= {0: 0.10, 1: 0.02, 2: 0.01, 3: 0.005}[iterations]

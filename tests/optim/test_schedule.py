@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Conf
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.basis import exact, randomized
-from galore_trainer.core.galore import projection_error
+from galore_trainer.core.galore import lost_share
 from galore_trainer.hf.build import build_optimizer
 
 LLAMA = LlamaConfig(
@@ -147,9 +147,9 @@ def test_a_warm_start_is_better_than_a_cold_one_where_the_subspace_barely_moves(
     for warm in (previous, None):
         P = randomized([new], 10, side, omega=omega, previous=warm, iterations=0)
         torch.testing.assert_close(P.mT @ P, torch.eye(10)[None], rtol=0, atol=1e-5)
-        errors.append(projection_error(new, P, side).item())
+        errors.append(lost_share(new, P, side).item())
     assert errors[0] < errors[1]
-    best = projection_error(new, exact([new], 10, side), side).item()
+    best = lost_share(new, exact([new], 10, side), side).item()
     assert best - 1e-6 <= errors[0] <= best * 1.02
 
 

@@ -18,11 +18,11 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.linalg import Tools, by_cholesky, by_eigh
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.shard import Shard, completed_cut_rows
-from galore_trainer.optim import fused, sharded_refresh
-from galore_trainer.optim.locate import BAR
-from galore_trainer.optim.pieces import ROW_KEYS
-from galore_trainer.optim.state import COUNTERS, SLICES, bare
-from galore_trainer.optim.whole import describe, rows_of_whole, whole_of_slices
+from galore_trainer.optim import galore_adamw, refresh
+from galore_trainer.optim.param_groups import SLICES
+from galore_trainer.optim.reshard import rows_of_whole, whole_of_slices
+from galore_trainer.optim.state_dict import describe
+from galore_trainer.optim.state_forms import BAR, COUNTERS, ROW_KEYS, bare
 from threads import Meeting, Thread
 
 STEPS = 7  # three bases
@@ -74,14 +74,14 @@ def test_a_part_without_heads_beside_parts_with_heads_is_cut_like_them() -> None
 def test_equal_weights_find_their_bases_together(settings: dict[str, Any], kind: str) -> None:
     """As on a GPU; on a CPU each is alone."""
     joined = []
-    find = sharded_refresh.find_bases
+    find = refresh.find_bases
 
-    def counted(stack: Any, *args: Any, **more: Any) -> Tensor:
-        joined.append(len(stack.jobs))
-        return find(stack, *args, **more)
+    def counted(bucket: Any, *args: Any, **more: Any) -> Tensor:
+        joined.append(len(bucket.pieces))
+        return find(bucket, *args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded_refresh, "find_bases", counted)
+        patch.setattr(refresh, "find_bases", counted)
         check_sharding(LLAMA, settings, kind, most=1 << 20)
     assert max(joined) > 1
 
@@ -119,9 +119,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return locked
 
-    for name in ("update", "plain_update"):
-        monkeypatch.setattr(fused, name, one_at_a_time(getattr(fused, name)))
-    monkeypatch.setattr(fused, "LIBRARY", 0)  # eigenvectors by the library: interpreted rotations take long
+    for name in ("update", "move_plain", "count"):
+        monkeypatch.setattr(galore_adamw, name, one_at_a_time(getattr(galore_adamw, name)))
+    monkeypatch.setattr(refresh, "LIBRARY", 0)  # eigenvectors by the library: interpreted rotations take long
 
 
 @needs_triton
@@ -255,11 +255,11 @@ def as_saved(run: Run, rank: int) -> tuple[dict[str, Any], list[Tensor]]:
     group = next(g for g in run.optimizers[rank].param_groups if g["projected"])
     slices, parts, state = [], [], {}
     for i, name in enumerate(group["names"]):
-        held = run._held(rank, group, i, name, run.weights[name])
+        held = run.local(rank, group, i, name, run.weights[name])
         offset = sum(map(len, parts))
         slices.append([name, list(run.weights[name].shape), held.shard.start, held.shard.stop, offset])
         parts.append(held.weight)
-        state |= {f"{name}{BAR}{key}": value for key, value in held.state.items()}
+        state |= {f"{name}{BAR}{key}": value for key, value in run.saved(held).items()}
     described = {"names": group["names"], "projected": True, "matrices": describe(group["matrices"]), "params": [0]}
     return {"state": {0: state}, "param_groups": [described], SLICES: {0: slices}}, [torch.cat(parts)]
 
@@ -290,12 +290,13 @@ def test_saved_parts_become_a_whole_state_which_is_cut_into_the_same_parts(
         state = made["state"][number]
         assert described(state) == described(expected["state"][number])
         for rank in range(WORLD):
-            held = run._held(rank, group, number, name, run.weights[name])
+            held = run.local(rank, group, number, name, run.weights[name])
             again = rows_of_whole(state, group["matrices"][number], held.shard)
-            assert described(again) == described(held.state)
+            saved = run.saved(held)
+            assert described(again) == described(saved)
             for key, value in again.items():  # of a row that is cut in two, its owner's numbers were taken
                 own = held.shard.owned if key in ROW_KEYS else ...
-                assert not isinstance(value, Tensor) or torch.equal(value[own], held.state[key][own])
+                assert not isinstance(value, Tensor) or torch.equal(value[own], saved[key][own])
     saved, flats = parts[0]
     with pytest.raises(OptionError, match="the files of all processes"):
         whole_of_slices([saved, saved], [flats, flats])

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.state import COUNTERS
+from galore_trainer.optim.state_forms import COUNTERS
 
 SAVE_AT, END = 4, 8
 

@@ -12,7 +12,7 @@ import torch
 from galore_trainer.cli.main import main
 from galore_trainer.run.bench import rows, weights
 from galore_trainer.run.bench.measure import Timing, copy_bandwidth, percentile, ratio, take_turns
-from galore_trainer.run.bench.refresh import USUAL, refresh_all
+from galore_trainer.run.bench.refresh import USUAL
 from galore_trainer.run.bench.weights import Bench, galore_plus, linear_weights
 
 TINY = Bench(shape="tiny", layers=1, model_layers=1, rank=4, lora_rank=2, dtype="float32", batch_size=1, length=8,
@@ -68,7 +68,7 @@ def test_a_refresh_that_is_asked_for_changes_every_basis_and_no_weight() -> None
     for p in model.parameters():
         p.grad = None if p.grad is None else torch.randn_like(p)
     bases = {name: optimizer.state_of(name)["basis"].clone() for name in before}
-    refresh_all(optimizer)
+    optimizer.refresh_now()
     for name, p in optimizer.projected_weights():
         assert torch.equal(p, before[name])
         assert not torch.allclose(optimizer.state_of(name)["basis"], bases[name])

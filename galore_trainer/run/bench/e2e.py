@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.run.bench.measure import Step, take_turns, timed
-from galore_trainer.run.bench.refresh import refresh_all, svd_ms
+from galore_trainer.run.bench.refresh import svd_ms
 from galore_trainer.run.bench.step import TITLES
 from galore_trainer.run.bench.weights import (
     SHAPES,
@@ -59,7 +59,7 @@ def bench_e2e(bench: Bench) -> dict[str, Any]:
             methods[title] = training_step(adapted, peer(bench, "adamw", adapted), batches)
     timings = take_turns(methods, bench.rounds, bench.torch_device)
     _gradients(model, next(batches), keep=True)
-    refresh = take_turns({"refresh": lambda: refresh_all(ours)}, REFRESH_ROUNDS, bench.torch_device)["refresh"]
+    refresh = take_turns({"refresh": lambda: ours.refresh_now()}, REFRESH_ROUNDS, bench.torch_device)["refresh"]
     svd = svd_ms(p.grad for _, p in ours.projected_weights() if p.grad is not None)
     model.zero_grad()
     staggered = galore_plus(bench, model, stagger_refresh=True, update_proj_gap=bench.gap, subspace_iterations=1)

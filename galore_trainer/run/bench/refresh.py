@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.refresh import part_due
 from galore_trainer.run.bench.measure import Step, Timing, take_turns, timed
 from galore_trainer.run.bench.weights import Bench, galore_plus, linear_weights
 
@@ -35,23 +33,10 @@ def bench_refresh(bench: Bench) -> dict[str, Any]:
     for name, settings in KINDS.items():
         optimizer = galore_plus(bench, model, **settings)
         optimizer.step()
-        methods[name] = functools.partial(refresh_all, optimizer)
+        methods[name] = optimizer.refresh_now
     timings = take_turns(methods, bench.rounds, bench.torch_device)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return {"timings": timings, "svd": svd_ms(grads), "missing": {}}
-
-
-@torch.no_grad()
-def refresh_all(optimizer: GaLoreAdamW) -> None:
-    """Give every projected weight a new basis now."""
-    jobs = list(optimizer.every_job())
-    for job in jobs:
-        job.state["due"] = job.state["calls"]
-        job.state["phase"] = job.state["calls"] % optimizer.config.update_proj_gap  # as on its grid, not late
-    bold, careful = part_due(jobs, optimizer.config)
-    optimizer._refresh(bold, optimizer._doubts)
-    optimizer._refresh(careful)
-    optimizer._doubts.settle()
 
 
 def svd_ms(grads: Iterable[Tensor]) -> float:

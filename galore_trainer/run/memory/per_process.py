@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.update import STACK_ELEMENTS
+from galore_trainer.optim.bucket import STACK_ELEMENTS
 
 if TYPE_CHECKING:
     from galore_trainer.run.memory.simulate import StepMemory

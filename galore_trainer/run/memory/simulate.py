@@ -21,14 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from galore_trainer.core import galore
+from galore_trainer.optim.bucket import REFRESH_ELEMENTS, STACK_ELEMENTS
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.plain import plain_state
-from galore_trainer.optim.refresh import refresh_stack
-from galore_trainer.optim.residual_state import AGE, MOMENTS
-from galore_trainer.optim.skips import no_skips
-from galore_trainer.optim.stack import Job, Stack, make_stacks
-from galore_trainer.optim.update import REFRESH_ELEMENTS, STACK_ELEMENTS
-from galore_trainer.targets.matrices import has_residual, support_shape
+from galore_trainer.optim.refresh import refresh_bucket, refresh_buckets
 
 NEVER = 1 << 60
 
@@ -179,30 +174,17 @@ def _give_gradients(model: nn.Module, optimizer: Any) -> None:
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     if isinstance(optimizer, GaLoreAdamW) and optimizer.config.layerwise:
         for group in (g for g in optimizer.param_groups if g["projected"]):
-            for p, name, matrices in zip(group["params"], group["names"], group["matrices"], strict=True):
-                kept = optimizer._take(p, name, matrices, group)
+            for i, p in enumerate(group["params"]):
+                kept = optimizer.keep_gradient(group, i)
                 p.grad = p.grad if kept is None else kept
 
 
 def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
     """The state that a run has after its first refreshes and warm-ups."""
     config = optimizer.config
-    for group in optimizer.param_groups:
-        for i, p in enumerate(group["params"]):
-            if not group["projected"]:
-                optimizer.state[p].update(plain_state(p, config.plain_state_bits), calls=0, skipped=no_skips(p.device))
-                continue
-            name, matrices = group["names"][i], group["matrices"][i]
-            state = optimizer._projected_state(p, name, matrices, group)
-            state.update(calls=NEVER // 2, refreshes=2, due=NEVER, born=0)
-            for matrix in matrices:
-                if has_residual(matrix, config):
-                    stack = Stack([Job(p, p, name, matrix, state, group)])
-                    shape = support_shape(matrix, config)
-                    stack.put("residual_index", torch.zeros(shape, dtype=torch.int32))
-                    for key, signed in MOMENTS:
-                        stack.put_moment(key, torch.zeros(shape), signed=signed)
-                    stack.put_count(AGE, torch.zeros(matrix.blocks, 1, 1))
+    optimizer.make_state()
+    for _, state in _projected(optimizer):
+        state.update(calls=NEVER // 2, due=NEVER, born=0)
     if config.layerwise:  # these keep a dense gradient in the step with most of them
         by_phase: dict[int, list[tuple[Tensor, dict[str, Any]]]] = {}
         for p, state in _projected(optimizer):
@@ -215,13 +197,14 @@ def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
 def _step(optimizer: GaLoreAdamW, live: LiveBytes) -> int:
     """The peak of the step above what is alive before it: of the update, and of the largest refresh."""
     before = live.now
-    jobs = [job for job in optimizer.every_job() if job.part is None]
+    weights = [w for w in optimizer.weights_with_gradients() if w.matrices and w.kept is None]
     together = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
+    buckets = refresh_buckets(weights, optimizer.config, together)
     peaks = []
-    for stack in sorted(make_stacks(jobs, together), key=lambda s: -len(s.jobs) * s.jobs[0].parameter.numel())[:3]:
-        with live.watching() as found:
-            refresh_stack(stack, stack.each_gradient(), optimizer.config, optimizer.seed)
-        peaks += found
+    for bucket in sorted(buckets, key=lambda b: -len(b.pieces) * b.pieces[0].weight.numel())[:3]:
+        with live.watching() as measured:
+            refresh_bucket(bucket, optimizer.config, optimizer.seed)
+        peaks += measured
     for _, state in _projected(optimizer):
         state["due"] = NEVER
     optimizer.max_stack_elements = STACK_ELEMENTS

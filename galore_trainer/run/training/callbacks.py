@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from galore_trainer.optim.timing import Stopwatch
 from galore_trainer.run.launching.checkpoints import remove, rotate, seal
 from galore_trainer.run.launching.distributed import is_main_process, several, wait_for_all
 from galore_trainer.run.training.finite import FiniteCallback
+from galore_trainer.timing import Stopwatch
 
 
 class TimingCallback(TrainerCallback):

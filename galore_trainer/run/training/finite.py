@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from galore_trainer.layouts.dtensor import local
-from galore_trainer.optim.on_host import OnHost
-from galore_trainer.optim.skips import ROW_LIMIT, some_of
+from galore_trainer.optim.guards import ROW_LIMIT, Later, some_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -44,7 +43,7 @@ class FiniteCallback(TrainerCallback):
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
         self._row: Tensor | None = None  # steps in a row without a finite loss, on the device
-        self._asked: deque[OnHost] = deque()
+        self._asked: deque[Later] = deque()
         self._steps = 0
 
     def watch(self, trainer: Trainer) -> None:
@@ -69,8 +68,8 @@ class FiniteCallback(TrainerCallback):
         bad = (~torch.isfinite(losses).all()).int()
         self._row = bad if self._row is None else (self._row + 1) * bad
         self._steps += 1
-        self._asked.append(OnHost(self._row[None]))
-        while self._asked and self._asked[0].there:
+        self._asked.append(Later(self._row[None]))
+        while self._asked and self._asked[0].ready:
             if row := int(self._asked.popleft().tolist()[0]):
                 self._check_weights(kwargs["model"], f"after step {state.global_step}")
                 if row >= ROW_LIMIT:

@@ -10,7 +10,7 @@ import torch
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.timing import Stopwatch
+from galore_trainer.timing import Stopwatch
 
 
 def torch_groups(model: torch.nn.Module, config: GaLoreConfig, *, lr: float, weight_decay: float) -> list[dict]:

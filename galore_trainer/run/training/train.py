@@ -201,7 +201,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     destination = check_publish(config) if say.main else None
     wait_for_all()
 
-    from galore_trainer.optim.skips import some_of
+    from galore_trainer.optim.guards import some_of
     from galore_trainer.recipes import load_data
     from galore_trainer.run.models.model import leave_files, load_model
     from galore_trainer.run.training.finite import not_finite

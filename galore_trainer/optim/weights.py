@@ -1,0 +1,132 @@
+"""Finds the weights of an optimizer's groups, wherever they lie: those with gradients, and all of them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig, check_settings
+from galore_trainer.core.galore import compute_dtype
+from galore_trainer.errors import OptionError
+from galore_trainer.layouts.dtensor import is_dtensor, local
+from galore_trainer.layouts.find import PLAIN_TYPES, Placement
+from galore_trainer.layouts.shard import Shard
+from galore_trainer.optim.layerwise import ProjectedGradient
+from galore_trainer.optim.local import LocalWeight
+from galore_trainer.optim.param_groups import check_groups, check_noted, checked_shard, noted_of
+from galore_trainer.optim.state_forms import StateInFlat
+from galore_trainer.targets.matrices import check_shardable
+
+Groups = Sequence[dict[str, Any]]
+
+
+def weights_with_gradients(
+    groups: Groups, states: Any, placement: Placement, config: GaLoreConfig
+) -> Iterator[LocalWeight]:
+    """The weights that a step moves.
+
+    Whole projected weights of one shape come one after the other, large ones first: a device has most to do when it
+    begins.
+
+    Args:
+        groups, states, placement, config: of the optimizer.
+
+    Raises:
+        OptionError: a gradient is sparse, a parameter is no longer what its state was made for, or cut weights meet a
+            setting that needs whole ones.
+    """
+    check_groups(placement, groups)
+    for group in groups:
+        flat, noted = placement.is_flat(group), noted_of(placement, group)
+        params, names, projected = group["params"], group["names"], group["projected"] and not flat
+        for i in noted.by_size if projected else range(len(params)):
+            p = params[i]
+            if (grad := p.grad) is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise OptionError(names[i], "a sparse gradient", "a dense one", "Use sparse=False.")
+            if grad.is_neg() or (grad.dtype != p.dtype and compute_dtype(grad.dtype) != compute_dtype(p.dtype)):
+                grad = grad.resolve_neg().to(compute_dtype(p.dtype))
+            moved = type(p) in PLAIN_TYPES and p.data_ptr() != noted.addresses[i]
+            if not flat and (moved or p.shape != noted.shapes[i]):
+                check_noted(noted, group, i, states.get(p))
+            matrices = group["matrices"][i] if projected else ()
+            if flat or is_dtensor(p):
+                if not placement.is_cut:
+                    check_settings(config, "shards")
+                yield from (
+                    _in_flat(group, p, states[p], placement)
+                    if flat
+                    else [_dtensor(group, i, grad, states[p], placement)]
+                )
+                continue
+            kept: Any = None
+            if isinstance(grad, ProjectedGradient):
+                grad, kept = (grad, grad.parts) if grad.whole is None else (grad.whole, None)
+            yield LocalWeight(names[i], group, states[p], noted.shards[i], p, grad, matrices, kept)
+
+
+def _dtensor(group: dict[str, Any], i: int, grad: Tensor, state: Any, placement: Placement) -> LocalWeight:
+    p, name = group["params"][i], group["names"][i]
+    shard = checked_shard(placement, p, name)
+    matrices = group["matrices"][i] if group["projected"] else ()
+    for matrix in matrices:
+        check_shardable(matrix, name)
+    return LocalWeight(name, group, state, shard, local(p).detach().view(-1), local(grad).reshape(-1), matrices)
+
+
+def _in_flat(group: dict[str, Any], flat: Tensor, state: Any, placement: Placement) -> Iterator[LocalWeight]:
+    """The weights inside a flat tensor of DeepSpeed; plain ones are moved entry by entry, all at once."""
+    slices, names, weight, grad = placement.slices(group, flat), group["names"], flat.detach(), flat.grad
+    assert grad is not None
+    if not group["projected"]:
+        shard = Shard(rows=flat.numel(), columns=1, start=0, stop=flat.numel(), ranks=slices[0].shard.ranks)
+        yield LocalWeight(names[0], group, state, shard, weight, grad)
+        return
+    for part in slices:
+        name, matrices = names[part.index], group["matrices"][part.index]
+        for matrix in matrices:
+            check_shardable(matrix, name)
+        made_in = torch.bfloat16 if part.dtype == torch.bfloat16 else None  # for gradients, whatever adds them up
+        own = StateInFlat(state, name)
+        yield LocalWeight(name, group, own, part.shard, part.of(weight), part.of(grad), matrices, factors=made_in)
+
+
+# ---------------------------------------------------------------------- by name
+
+
+def named_states(group: dict[str, Any], states: Any, placement: Placement) -> list[tuple[str, Any]]:
+    """Name and state of every weight of a group that has one."""
+    if not placement.is_flat(group):
+        return [(name, states[p]) for name, p in zip(group["names"], group["params"], strict=True) if p in states]
+    of_flats = states_of(group, states, placement)
+    if not group["projected"]:
+        return [(group["names"][0], state) for state in of_flats]
+    return [(name, one) for state in of_flats for name in group["names"] if (one := StateInFlat(state, name))]
+
+
+def states_of(group: dict[str, Any], states: Any, placement: Placement) -> list[dict[str, Any]]:
+    """The states of a group as they are kept: one for each parameter or flat tensor that has one."""
+    tensors = placement.stepped_flats(group) if placement.is_flat(group) else group["params"]
+    return [states[p] for p in tensors if states.get(p)]
+
+
+def model_weights(groups: Groups, placement: Placement) -> list[tuple[str, Tensor]]:
+    """Name and tensor of every weight as the model holds it: under ZeRO not the flat tensors."""
+    weights: list[tuple[str, Tensor]] = []
+    for group in groups:
+        params = placement.originals(group) if placement.is_flat(group) else group["params"]
+        weights += [(name, p) for name, p in zip(group["names"], params, strict=True) if p is not None]
+    return weights
+
+
+def local_weights(group: dict[str, Any], placement: Placement) -> list[tuple[str, Tensor]]:
+    """Name and local entries of every weight of a projected group."""
+    if not placement.is_flat(group):
+        return [(name, local(p)) for name, p in zip(group["names"], group["params"], strict=True)]
+    flats = placement.stepped_flats(group) or group["params"]
+    pairs = [(flat, part) for flat in flats for part in placement.slices(group, flat)]
+    return [(group["names"][part.index], part.of(flat)) for flat, part in pairs]
