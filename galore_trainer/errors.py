@@ -35,5 +35,6 @@ def one_line(error: BaseException) -> str:
 
 
 def typed_line(error: BaseException) -> str:
-    """``one_line`` after the error's type: ``KeyError: 'state'``."""
-    return f"{type(error).__name__}: {one_line(error)}"
+    """``one_line`` after the error's type, for example ``KeyError: 'state'``; the type alone without a message."""
+    kind, text = type(error).__name__, one_line(error)
+    return kind if text == kind else f"{kind}: {text}"

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
-from galore_trainer.hf.unpickling import OPTION, TRAINER, check_checkpoint, trainer_state
+from galore_trainer.hf.reading import OPTION, TRAINER, trainer_state
+from galore_trainer.hf.unpickling import check_checkpoint
 from galore_trainer.optim.state import OTHER_LAYOUT
 
 OPTIMIZER, SCHEDULER, WEIGHTS = "optimizer.pt", "scheduler.pt", "model.safetensors"
@@ -118,8 +117,3 @@ def check_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Raise ``OptionError`` where an optimizer's state is not one of ``GaLoreAdamW``, or of an earlier version."""
     if not all("matrices" in g for g in state["param_groups"] if g.get("projected", True)):
         raise OptionError(OPTION, str(checkpoint), OURS)
-
-
-def load_tensors(path: Path) -> Any:
-    """What ``torch.save`` wrote to a file: tensors, which stay on disk until they are used, and plain values."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import pkgutil
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from galore_trainer.errors import OptionError, typed_line
+from galore_trainer.errors import OptionError
 from galore_trainer.hf.checkpoints import (
     OPTIMIZER,
     OURS,
@@ -23,10 +21,10 @@ from galore_trainer.hf.checkpoints import (
     WHOLE_WEIGHTS,
     check_state,
     check_whole_folder,
-    load_tensors,
     written_by,
 )
-from galore_trainer.hf.unpickling import OPTION, STORED_BY_DEEPSPEED, WHOLE
+from galore_trainer.hf.reading import OPTION, load_tensors, reading
+from galore_trainer.hf.unpickling import STORED_BY_DEEPSPEED
 from galore_trainer.optim.state import SLICES
 from galore_trainer.optim.whole import whole_of_names, whole_of_slices
 from galore_trainer.targets.names import logical_name
@@ -62,7 +60,7 @@ def export_state(checkpoint: str | Path, output_dir: str | Path) -> Path:
     read = {"deepspeed": _read_zero, "fsdp": _read_fsdp}.get(written_by(source), _read_whole)
     # scratch files are as large as the checkpoint, so they go to the disk that is to hold the new one
     parent = next(folder for folder in target.absolute().parents if folder.is_dir())
-    with _explained(source), tempfile.TemporaryDirectory(dir=parent) as scratch:
+    with reading(source), tempfile.TemporaryDirectory(dir=parent) as scratch:
         state, weights = read(source, Path(scratch))
     check_state(source, state)
     # renamed at the end, so that an interrupted export leaves no folder that looks like a checkpoint
@@ -81,17 +79,6 @@ def export_state(checkpoint: str | Path, output_dir: str | Path) -> Path:
     _write_random_state(unfinished)
     unfinished.rename(target)
     return target
-
-
-@contextlib.contextmanager
-def _explained(checkpoint: Path) -> Iterator[None]:
-    """Turn a failure to read a file into an ``OptionError``; damaged files raise many kinds of exceptions."""
-    try:
-        yield
-    except OptionError:
-        raise
-    except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
-        raise OptionError(OPTION, str(checkpoint), WHOLE, typed_line(error)) from error
 
 
 # ------------------------------------------------------------------------------------------ by backend

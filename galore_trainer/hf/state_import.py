@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from galore_trainer.errors import OptionError
-from galore_trainer.hf.backend import training_backend
+from galore_trainer.hf.backend import SHARDING, training_backend
 from galore_trainer.hf.callback import unwrap_optimizer
 from galore_trainer.hf.checkpoints import (
     OPTIMIZER,
@@ -23,9 +23,8 @@ from galore_trainer.hf.checkpoints import (
     WHOLE_WEIGHTS,
     check_importable,
     check_state,
-    load_tensors,
 )
-from galore_trainer.hf.unpickling import OPTION, TRAINER
+from galore_trainer.hf.reading import OPTION, TRAINER, load_tensors
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
 from galore_trainer.optim.whole import put_whole
 from galore_trainer.targets.names import logical_name
@@ -51,7 +50,7 @@ def import_state(trainer: Trainer, checkpoint: str | Path) -> Path:
     """
     source, args = Path(checkpoint).expanduser(), trainer.args
     step = check_importable(checkpoint)
-    if training_backend(args) not in ("fsdp", "deepspeed"):
+    if training_backend(args) not in SHARDING:
         way_out = f"One process and DDP need no import: resume from {checkpoint} itself."
         raise OptionError("backend", training_backend(args), "FSDP2 or DeepSpeed", way_out)
     if args.save_only_model:
