@@ -185,7 +185,7 @@ class GaLoreConfig:
 
     @classmethod
     def trajectory_fields(cls) -> tuple[str, ...]:
-        """Names of the fields under another value of which saved state cannot be continued."""
+        """Names of the fields that a resumed run must not change."""
         return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["trajectory"])
 
 
