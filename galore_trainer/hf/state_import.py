@@ -86,14 +86,16 @@ class _ImportCallback(TrainerCallback):
         check_state(source, saved)
         weights, model = Weights(source), trainer.accelerator.unwrap_model(trainer.model)
         check_shapes(model, weights)
-        put_whole(unwrap_optimizer(trainer.optimizer), saved, weights)  # checks the state: before the model changes
+        # the optimizer first, because it refuses a state that does not fit
+        put_whole(unwrap_optimizer(trainer.optimizer), saved, weights)
         put_weights(model, weights)
         assert trainer.lr_scheduler is not None
         trainer.lr_scheduler.load_state_dict(torch.load(source / SCHEDULER, weights_only=True))
         trainer.state = TrainerState.load_from_json(str(source / TRAINER))
         trainer.state.train_batch_size = args.train_batch_size
         if trainer.is_deepspeed_enabled:
-            engine: Any = trainer.model_wrapped  # which names its folder by its own count of steps
+            # the engine names its folder by its own count of steps
+            engine: Any = trainer.model_wrapped
             engine.global_steps = trainer.state.global_step
             engine.global_samples = engine.global_steps * engine.train_batch_size()
         trainer._load_rng_state(str(source))
@@ -126,7 +128,7 @@ class Weights(Mapping[str, Tensor]):
                 continue
             if path.suffix == ".safetensors":
                 file: Any = safe_open(path, framework="pt")
-                for name in file.keys():  # noqa: SIM118, it is no mapping
+                for name in file.keys():  # noqa: SIM118
                     self._read[logical_name(name)] = (file.get_tensor, name)
                     self.shapes[logical_name(name)] = tuple(file.get_slice(name).get_shape())
             else:
