@@ -12,7 +12,6 @@ against the gap is step + refresh / gap. On a CPU everything is small and only s
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import json
 from collections.abc import Iterator

@@ -86,8 +86,8 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
 
     from galore_trainer.hf.build import galore_groups
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
-    from galore_trainer.run.models.adapters import add_adapters
     from galore_trainer.run.memory.estimate import method_settings
+    from galore_trainer.run.models.adapters import add_adapters
 
     torch.manual_seed(0)
     with torch.device(device):

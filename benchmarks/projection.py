@@ -49,9 +49,9 @@ def gradients(config: Any, batch_size: int, device: str) -> Any:
 def stacks(model: Any, galore: Any) -> list[Any]:
     """Fresh matrices with their gradients, as the optimizer groups them for a refresh."""
     from galore_trainer.hf.build import galore_groups
+    from galore_trainer.optim.bucket import REFRESH_ELEMENTS
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
     from galore_trainer.optim.stack import make_stacks
-    from galore_trainer.optim.bucket import REFRESH_ELEMENTS
 
     optimizer = GaLoreAdamW(galore_groups(model, galore, lr=0.0, weight_decay=0.0), galore, lr=0.0, seed=0)
     jobs = list(optimizer.every_job())

@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.hf.build import build_optimizer, for_shards, galore_groups
+from galore_trainer.hf.backend import for_shards
+from galore_trainer.hf.build import build_optimizer, galore_groups
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

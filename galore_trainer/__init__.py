@@ -14,9 +14,9 @@ _HOMES = {
     "GaLoreCallback": "galore_trainer.hf.callback",
     "build_optimizer": "galore_trainer.hf.build",
     "check_checkpoint": "galore_trainer.hf.unpickling",
-    "export_state": "galore_trainer.hf.checkpoints",
+    "export_state": "galore_trainer.hf.state_export",
     "galore_plugin": "galore_trainer.hf.build",
-    "import_state": "galore_trainer.hf.elastic",
+    "import_state": "galore_trainer.hf.state_import",
 }
 __all__ = [
     "GaLoreAdamW",
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from galore_trainer.errors import OptionError
     from galore_trainer.hf.build import build_optimizer, galore_plugin
     from galore_trainer.hf.callback import GaLoreCallback
-    from galore_trainer.hf.checkpoints import export_state
-    from galore_trainer.hf.elastic import import_state
+    from galore_trainer.hf.state_export import export_state
+    from galore_trainer.hf.state_import import import_state
     from galore_trainer.hf.unpickling import check_checkpoint
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
 

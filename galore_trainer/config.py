@@ -1,4 +1,4 @@
-"""``GaLoreConfig``: the only place where a knob of the method is declared.
+"""``GaLoreConfig``: the only place where a setting ("knob") of the method is declared.
 
 The YAML keys under ``galore:``, the command-line flags, the README's table, the resolved configuration of a run and
 the check at resume are all generated from the fields below.
@@ -34,8 +34,8 @@ def knob(default: Any, help: str, *, trajectory: bool = False, minimum: float | 
 
     Args:
         default: value used when neither YAML nor a flag sets the field.
-        help: one sentence; it is the flag's help and the README's table row.
-        trajectory: True when saved optimizer state is meaningless under another value, so that resume refuses it.
+        help: one sentence, for the flag's help and the README's table.
+        trajectory: True where saved optimizer state is meaningless under another value; a resume refuses it then.
         minimum: smallest accepted number, checked by ``GaLoreConfig``.
     """
     metadata = {"help": help, "trajectory": trajectory, "minimum": minimum}
@@ -153,7 +153,7 @@ class GaLoreConfig:
     )
 
     def __post_init__(self) -> None:
-        """Check every field; see ``OptionError`` for what a refusal says."""
+        """Check every field; raises ``OptionError`` for the first that is impossible."""
         check_fields("galore.", self)
         if isinstance(self.target_modules, list) and not self.target_modules:
             raise OptionError("galore.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
@@ -185,18 +185,18 @@ class GaLoreConfig:
 
     @classmethod
     def trajectory_fields(cls) -> tuple[str, ...]:
-        """Names of the fields whose saved state cannot continue under another value."""
+        """Names of the fields that a resumed run must not change."""
         return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["trajectory"])
 
 
 def check_settings(config: GaLoreConfig, where: str) -> None:
-    """Raise ``OptionError`` for a setting that needs whole weights.
+    """Raise ``OptionError`` for a setting that needs whole weights, where weights are cut into shards of rows.
 
     Args:
         config: as the user gave it.
-        where: what cuts the weights, for the message.
+        where: the backend that cuts the weights, for the message.
     """
-    wants = [
+    refusals = [  # field, whether it is refused, accepted values, why
         ("proj_type", config.proj_type == "left", "std or right", "Rows are cut, so columns are projected."),
         ("share_output_heads", config.share_output_heads, "false", "Heads that are columns need whole rows."),
         ("residual_selection", config.residual_percent > 0.0 and config.residual_selection == "global", "row", ""),
@@ -204,8 +204,8 @@ def check_settings(config: GaLoreConfig, where: str) -> None:
         ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
         ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "An exact SVD needs whole weights."),
         ("first_basis", config.first_basis == "sketch", "gradient", "A sketch sees whole columns."),
-    ]  # fmt: skip
-    for field, refused, wanted, why in wants:
+    ]
+    for field, refused, wanted, why in refusals:
         if refused:
             got = f"{getattr(config, field)!r} under {where}"
             raise OptionError(f"galore.{field}", got, wanted, f"{why} DDP takes every setting.".strip())
@@ -226,14 +226,17 @@ def check_fields(prefix: str, config: Any) -> None:
         value, low = getattr(config, field.name), field.metadata.get("minimum")
         check_type(prefix + field.name, value, hints[field.name])
         check_integers(prefix + field.name, value)
-        whole = isinstance(value, int)
-        if low is not None and value is not None and not ((whole or math.isfinite(value)) and value >= low):
-            kind = "an integer" if whole else "a finite number"
+        is_integer = isinstance(value, int)  # math.isfinite overflows for large integers
+        if low is not None and value is not None and not ((is_integer or math.isfinite(value)) and value >= low):
+            kind = "an integer" if is_integer else "a finite number"
             raise OptionError(prefix + field.name, value, f"{kind} of at least {low:g}")
 
 
 def check_integers(option: str, value: Any) -> None:
-    """Raise ``OptionError`` for an integer of more than 64 bits, however nested: neither tensors nor files hold one."""
+    """Raise ``OptionError`` for an integer of more than 64 bits, also in lists and mappings.
+
+    Neither tensors nor the files of a run can hold larger ones.
+    """
     if isinstance(value, Mapping):
         for item in value.values():
             check_integers(option, item)

@@ -1,10 +1,11 @@
-"""The one error a user sees: which option, what was got, what is wanted, and the way out."""
+"""``OptionError``, the error for a user: the option, its value, what is wanted instead, and the way out."""
 
 from __future__ import annotations
 
 from typing import Any
 
-LONGEST = 400  # characters of another's message
+LONGEST = 400
+"""Characters of another package's message that an error repeats."""
 
 
 class OptionError(ValueError):
@@ -14,7 +15,7 @@ class OptionError(ValueError):
         option: dotted name as the user writes it, for example ``galore.rank`` or ``data.source``.
         got: what the user gave; shown with ``repr``.
         wanted: what would have been accepted, in words.
-        way_out: what to do now, in words; may be empty where ``wanted`` says it all.
+        way_out: what to do now, in words; may be empty where ``wanted`` is enough.
     """
 
     def __init__(self, option: str, got: Any, wanted: str, way_out: str = "") -> None:
@@ -23,11 +24,17 @@ class OptionError(ValueError):
         super().__init__(f"{text} {way_out}" if way_out else text)
 
     def __reduce__(self) -> tuple[type[OptionError], tuple[str, Any, str, str]]:
-        """Pickle by the constructor's arguments, so that the error crosses process borders whole."""
+        """Pickle by the constructor's arguments, so that another process gets the attributes too."""
         return type(self), (self.option, self.got, self.wanted, self.way_out)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line that ends before it is too long; its type where it says nothing."""
+    """An error's message in one line of at most ``LONGEST`` characters; its type where the message is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+
+
+def typed_line(error: BaseException) -> str:
+    """``one_line`` after the error's type, for example ``KeyError: 'state'``; the type alone without a message."""
+    kind, text = type(error).__name__, one_line(error)
+    return kind if text == kind else f"{kind}: {text}"

@@ -1,6 +1,6 @@
-"""Questions asked before a hub id is used: can the hub be reached, is there a copy in the cache, who is logged in?
+"""Checks before a hub id is used: whether the hub can be reached, whether the cache has a copy, who is logged in.
 
-Without them the first request is retried for up to a minute before a user learns that there is no network.
+huggingface_hub retries a request for up to a minute without a network; these checks report it within seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 from galore_trainer.errors import OptionError
 
 REQUEST_SECONDS = 2.0
-ANSWER_SECONDS = 3.0  # name resolution has timeouts of its own, which a request's timeout does not cover
+ANSWER_SECONDS = 3.0  # longer: a request's timeout does not include name resolution
 
 
 def require_hub(option: str, repo_id: str, repo_type: Literal["model", "dataset"], way_out: str) -> bool:
@@ -25,8 +25,8 @@ def require_hub(option: str, repo_id: str, repo_type: Literal["model", "dataset"
         way_out: what a user without a network can do instead.
 
     Returns:
-        True where the hub answers; False where it does not but the local cache holds the repository, so that the
-        caller should load with ``local_files_only=True`` or its like.
+        True where the hub answers; False where only the local cache has the repository, which the caller should then
+        load with ``local_files_only=True`` or a similar option.
 
     Raises:
         OptionError: the hub does not answer (or ``HF_HUB_OFFLINE`` is set) and the cache holds no copy.
@@ -45,21 +45,21 @@ def require_dataset(option: str, repo_id: str) -> bool:
 
 
 def local_file(option: str, repo_id: str) -> str:
-    """The way out for a data set that cannot be had."""
+    """The way out for a data set that cannot be loaded, as a sentence."""
     return f"Without a network, give a local file instead: {option}=path/to/{repo_id.split('/')[-1]}.jsonl."
 
 
 def require_model(option: str, repo_id: str, embedded: str) -> bool:
-    """``require_hub`` for a model; the way out is a folder, or the model that needs no network."""
+    """``require_hub`` for a model; the way out is a folder, or ``embedded``, a model that needs no network."""
     way_out = f"No folder has this name either. Give one that exists, or {embedded}."
     return require_hub(option, repo_id, "model", way_out)
 
 
 def require_writer(option: str, way_out: str) -> tuple[str, list[str]]:
-    """Make sure that a model can be uploaded later on: the hub answers, and its user may write.
+    """Make sure that a model can be uploaded later on: the hub answers, and the user may write.
 
     Args:
-        option: what asks for the upload, for the error.
+        option: the option that asks for the upload, for the error.
         way_out: what a user without a network can do instead.
 
     Returns:
@@ -75,7 +75,7 @@ def require_writer(option: str, way_out: str) -> tuple[str, list[str]]:
     wanted, login = "a login that may write", "Set the environment variable HF_TOKEN, or run 'hf auth login'."
     try:
         user = HfApi().whoami()
-    except Exception as error:  # no token, a revoked one, or the connection broke: there is no login to use
+    except Exception as error:  # no token, a revoked token or a broken connection raise many kinds of exceptions
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise OptionError(option, True, wanted, f"The hub says: {reason}. {login}") from error
     role = user.get("auth", {}).get("accessToken", {}).get("role")
@@ -85,7 +85,7 @@ def require_writer(option: str, way_out: str) -> tuple[str, list[str]]:
 
 
 def out_of_reach() -> str | None:
-    """Why the hub cannot be used now, in words; None where it can."""
+    """Why the hub cannot be used now, in words; None where it can be used."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -95,7 +95,7 @@ def out_of_reach() -> str | None:
 
 
 def probe(endpoint: str) -> str | None:
-    """Send one request to ``endpoint``: None when anything answers, else the reason in a few words."""
+    """Send one request to ``endpoint``; None where anything answers, else the reason in a few words."""
     outcome: list[str | None] = []
 
     def ask() -> None:
@@ -104,9 +104,10 @@ def probe(endpoint: str) -> str | None:
         try:
             get_session().head(endpoint, timeout=REQUEST_SECONDS)
             outcome.append(None)
-        except Exception as error:  # whatever the transport raises, the answer is that the hub cannot be used
+        except Exception as error:  # transports raise many kinds of exceptions; all mean that the hub cannot be used
             outcome.append(str(error) or type(error).__name__)
 
+    # in a thread, which is abandoned after a while: name resolution cannot be interrupted
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS)
@@ -114,7 +115,7 @@ def probe(endpoint: str) -> str | None:
 
 
 def is_cached(repo_id: str, repo_type: Literal["model", "dataset"]) -> bool:
-    """Whether the local cache holds a copy that the libraries load without a network."""
+    """Whether the local cache has a copy that the libraries load without a network."""
     if repo_type == "dataset":
         from datasets import config
         from datasets.naming import camelcase_to_snakecase

@@ -1,4 +1,4 @@
-"""What ``TrainingArguments`` say about the optimizer: what it takes from them, and what it would ignore."""
+"""``TrainingArguments`` and the optimizer: the fields that it uses, and those that would be ignored."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ FIELDS = {
     "eps": ("adam_epsilon",),
     "seed": ("seed",),
 }
-"""The optimizer's arguments, and the fields that each is taken from."""
-ADAMW = ("adamw_torch", "adamw_torch_fused")  # the default of ``optim``, by version of torch
+"""The fields of ``TrainingArguments`` that give each argument of the optimizer."""
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""Defaults of ``optim``, which depend on the version of torch."""
 
 
 def optimizer_settings(args: Any) -> dict[str, Any]:
-    """The optimizer's arguments as ``TrainingArguments`` say them now."""
+    """The optimizer's arguments by the present values of ``TrainingArguments``."""
     values = {name: tuple(getattr(args, field) for field in fields) for name, fields in FIELDS.items()}
     return {name: value if len(value) > 1 else value[0] for name, value in values.items()}
 
 
 def check_ignored(args: Any) -> None:
-    """Raise ``OptionError`` for a field that asks the Trainer for another optimizer."""
+    """Raise ``OptionError`` for a field that asks the Trainer for another optimizer, which the plugin would replace."""
     replacements = {"optim_args": "the fields of GaLoreConfig", "optim_target_modules": "target_modules"}
     for name, replacement in replacements.items():
         value = getattr(args, name, None)
@@ -40,41 +41,48 @@ def check_ignored(args: Any) -> None:
 
 
 def check_kept(optimizer: GaLoreAdamW, args: Any) -> None:
-    """Raise ``OptionError`` for a field that changed after the optimizer took it, which the Trainer keeps."""
-    took = {**optimizer.defaults, "seed": optimizer.seed}
+    """Raise ``OptionError`` for a field that changed after the optimizer was made.
+
+    A Trainer keeps its optimizer between calls of ``train()``, so the new value would have no effect.
+    """
+    used = {**optimizer.defaults, "seed": optimizer.seed}
     for name, now in optimizer_settings(args).items():
-        if now == took[name]:
-            continue
-        wanted = f"{took[name]!r}, which the optimizer was made with"
-        way_out = "A Trainer keeps its optimizer between calls of train(): make a new Trainer."
-        raise OptionError(" and ".join(FIELDS[name]), now, wanted, way_out)
+        if now != used[name]:
+            wanted = f"{used[name]!r}, which the optimizer was made with"
+            way_out = "A Trainer keeps its optimizer between calls of train(): make a new Trainer."
+            raise OptionError(" and ".join(FIELDS[name]), now, wanted, way_out)
 
 
 def overruled(optimizer: GaLoreAdamW) -> str:
-    """Settings of a loaded state that differ from what the optimizer was made with, both values of each; else empty.
+    """Settings of a loaded state that differ from those that the optimizer was made with; empty where none differ.
 
-    The learning rate is compared where a schedule keeps it as ``initial_lr``: ``reduce_lr_on_plateau`` does not.
+    The learning rate is compared where a schedule keeps it as ``initial_lr``; ``reduce_lr_on_plateau`` does not.
+
+    Returns:
+        Names with both values, for example ``weight_decay 0.1 (now asked for: 0)``.
     """
-    groups = optimizer.param_groups
-    pairs = list(zip(groups, optimizer.asked, strict=False))
-    first = next((pair for pair in pairs if pair[0]["projected"]), None)
-    found: dict[str, None] = {}
-    for group, asked in pairs:
-        # a cyclic schedule moves beta1 and says so in the group
-        cycled = "max_momentum" in group or "base_momentum" in group
-        values = {
-            "learning_rate": tuple(each.get("initial_lr") for each in (group, asked)),
-            "weight_decay": (group["weight_decay"], asked["weight_decay"]),
-            "adam_beta1": (None, None) if cycled else (group["betas"][0], asked["betas"][0]),
-            "adam_beta2": (group["betas"][1], asked["betas"][1]),
-            "adam_epsilon": (group["eps"], asked["eps"]),
+    # ``asked`` is empty where no state was loaded
+    pairs = list(zip(optimizer.param_groups, optimizer.asked, strict=False))
+    projected = next((pair for pair in pairs if pair[0]["projected"]), None)
+    differences: dict[str, None] = {}  # in order, each once
+    for loaded, asked in pairs:
+        # a cyclic schedule moves beta1; its groups have one of these keys
+        cyclic = "max_momentum" in loaded or "base_momentum" in loaded
+        values: dict[str, tuple[Any, ...]] = {
+            "learning_rate": (loaded.get("initial_lr"), asked.get("initial_lr")),
+            "weight_decay": (loaded["weight_decay"], asked["weight_decay"]),
+            "adam_beta1": (None, None) if cyclic else (loaded["betas"][0], asked["betas"][0]),
+            "adam_beta2": (loaded["betas"][1], asked["betas"][1]),
+            "adam_epsilon": (loaded["eps"], asked["eps"]),
         }
-        if first is not None and not group["projected"]:  # its learning rate follows from that of the projected ones
-            rates = zip(values.pop("learning_rate"), (each.get("initial_lr") for each in first), strict=True)
+        if projected is not None and not loaded["projected"]:
+            # the learning rate of plain weights is plain_lr_ratio x that of projected ones: only the ratio is theirs
+            plain_lr = values.pop("learning_rate")
+            projected_lr = [group.get("initial_lr") for group in projected]
             values["galore.plain_lr_ratio"] = tuple(
-                rate / lead if rate is not None and lead else None for rate, lead in rates
+                lr / base if lr is not None and base else None for lr, base in zip(plain_lr, projected_lr, strict=True)
             )
         for name, (saved, now) in values.items():
             if saved is not None and now is not None and not math.isclose(saved, now):
-                found[f"{name} {float(saved):.6g} (now asked for: {float(now):.6g})"] = None
-    return ", ".join(found)
+                differences[f"{name} {float(saved):.6g} (now asked for: {float(now):.6g})"] = None
+    return ", ".join(differences)

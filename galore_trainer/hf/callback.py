@@ -1,4 +1,4 @@
-"""``GaLoreCallback``: tells what is projected, what that loses and costs; stops a run that stands still."""
+"""``GaLoreCallback``: reports what is projected, its error and its cost; stops a run whose weights do not change."""
 
 from __future__ import annotations
 
@@ -23,67 +23,71 @@ from galore_trainer.optim.param_groups import scale_of
 
 logger = logging.getLogger(__name__)
 STEPS_TO_MOVE = 3
+"""Steps with a learning rate above 0 after which every projected weight must have changed."""
 
 
 class GaLoreCallback(TrainerCallback):
-    """Reports on a ``GaLoreAdamW`` inside a Trainer; ``galore_plugin`` adds it by itself.
+    """Reports on a ``GaLoreAdamW`` inside a Trainer; ``galore_plugin`` adds it.
 
     At the start it prints one table of projected, plain and frozen weights. Every log gets
 
     - ``galore/projection_error``: mean over matrices of ||G - lift(project(G))|| / ||G|| at their newest refresh,
-    - ``galore/refresh_seconds`` and ``galore/update_seconds``: since the last log (update: plain parameters too),
-    - ``galore/state_bytes``: optimizer state on this process.
+    - ``galore/refresh_seconds`` and ``galore/update_seconds``: seconds since the last log, on this process; the update
+      includes plain parameters,
+    - ``galore/state_bytes``: bytes of optimizer state on this process.
 
-    They reach ``log_history``, every tracker (``report_to``) and every other callback: it goes to the front of the
-    Trainer's list.
+    They reach ``log_history``, every tracker (``report_to``) and every other callback, because the callback moves
+    itself to the front of the Trainer's list.
 
     Args:
         print_table: whether to print the table.
-        plugin: the keyword arguments of ``GaLoreFactory``, from ``galore_plugin``; they get the Trainer's own ``args``.
+        plugin: the keyword arguments of ``GaLoreFactory``, from ``galore_plugin``; their ``args`` are replaced by the
+            Trainer's.
 
     Raises:
-        OptionError: the Trainer's optimizer is not a ``GaLoreAdamW`` (for example because it dropped ``optimizers=``),
-            or it does not hold the weights that the model trains, at the start or after a later change; the state of
-            the optimizer is missing in a checkpoint; an argument changed after ``galore_plugin``'s optimizer was made;
-            several processes train without averaging gradients.
+        OptionError: the Trainer's optimizer is not a ``GaLoreAdamW`` (for example because it dropped ``optimizers=``);
+            it does not hold the weights that the model trains, at the start or after a later change; a checkpoint
+            lacks the optimizer's state; an argument changed after ``galore_plugin``'s optimizer was made; several
+            processes train without averaging gradients.
         RuntimeError: a projected weight did not change in three steps with lr > 0 and a non-zero gradient.
     """
 
     def __init__(self, print_table: bool = True, *, plugin: dict[str, Any] | None = None) -> None:
         self.print_table, self._plugin = print_table, plugin
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        """Become what it was before any training."""
+    def _reset(self) -> None:
+        """Drop everything that belongs to one call of ``train()``."""
         self._optimizer: GaLoreAdamW | None = None
         self._membership: Membership | None = None
-        self._before: dict[str, torch.Tensor] = {}
+        self._checksums: dict[str, torch.Tensor] = {}
         self._steps_with_lr = self._first_step = 0
-        self._logged: dict[str, float] = {}
-        self._skipped: dict[str, int] = {}
+        self._logged_seconds: dict[str, float] = {}
+        self._reported_skips: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle knows no training: neither its weights nor its optimizer."""
+        """A copy or pickle keeps the arguments only: weights and optimizer belong to one call of ``train()``."""
         fresh = GaLoreCallback(self.print_table, plugin=self._plugin)
         return {**self.__dict__, **fresh.__dict__}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the Trainer's arguments, of which the plugin may have seen a copy; go to the front of the callbacks."""
+        """Use the Trainer's arguments, as ``galore_plugin`` may have got a copy; move to the front of the callbacks."""
         if self._plugin is not None:
             self._plugin["args"] = args
-        self._go_first()
+        self._move_to_front()
 
-    def _go_first(self) -> None:
-        """Stand before the trackers, which the Trainer puts first and which read a log as they find it."""
+    def _move_to_front(self) -> None:
+        """Move before the trackers, which the Trainer puts first, so that they see what ``on_log`` adds."""
         handler = _calling_handler()
         if handler is not None and self in handler.callbacks:
-            handler.callbacks.remove(self)  # moves those before it, which were called, and nothing after it
+            # the handler is iterating over this list: only callbacks that it has called already change their places
+            handler.callbacks.remove(self)
             handler.callbacks.insert(0, self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that the Trainer kept the optimizer and that it holds the model's weights; print the table."""
-        self._go_first()
-        self._forget()
+        self._move_to_front()
+        self._reset()
         self._first_step = state.global_step
         self._optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         if state.global_step and not self._optimizer.state:
@@ -101,7 +105,7 @@ class GaLoreCallback(TrainerCallback):
             check_averaged(model, args)
             self._membership = Membership(model, self._optimizer, training_backend(args))
             self._membership.check()
-        self._logged = self._optimizer.stopwatch.seconds()
+        self._logged_seconds = self._optimizer.stopwatch.seconds()
         if self._optimizer.config.layerwise and args.gradient_accumulation_steps > 1:
             logger.warning(
                 "layer-wise mode over %d micro-batches: grad_norm, and what is clipped by it, is an unbiased estimate "
@@ -112,7 +116,7 @@ class GaLoreCallback(TrainerCallback):
             print(weight_table(self._optimizer, kwargs.get("model")), flush=True)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check what the optimizer holds; note the weights before the first step that should move them."""
+        """Check what the optimizer holds; keep checksums of the weights before the first step that should move them."""
         if self._membership is not None:
             self._membership.check()
         if self._optimizer is None or self._steps_with_lr >= STEPS_TO_MOVE:
@@ -121,76 +125,82 @@ class GaLoreCallback(TrainerCallback):
         if any(g["projected"] and g["lr"] * scale_of(g, config) > 0.0 for g in groups):
             self._steps_with_lr += 1
             if self._steps_with_lr == 1:
-                self._before = {name: checksum(p) for name, p in self._projected()}
+                self._checksums = {name: checksum(p) for name, p in self._projected()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After three steps: every projected weight with a non-zero gradient must have changed."""
-        if self._steps_with_lr != STEPS_TO_MOVE or not self._before:
+        """After three steps raise where a projected weight with a non-zero gradient has not changed."""
+        if self._steps_with_lr != STEPS_TO_MOVE or not self._checksums:
             return
-        before, self._before = self._before, {}
-        still = [n for n, p in self._projected() if self._had_gradient(n) and torch.equal(before[n], checksum(p))]
-        if still:
+        before, self._checksums = self._checksums, {}
+        unchanged = [
+            name
+            for name, p in self._projected()
+            if self._has_had_gradient(name) and torch.equal(before[name], checksum(p))
+        ]
+        if unchanged:
             assert self._optimizer is not None
             groups, config = self._optimizer.param_groups, self._optimizer.config
             lr, scale = max((float(g["lr"]), scale_of(g, config)) for g in groups if g["projected"])
             raise RuntimeError(
-                f"{len(still)} projected weights did not change in {STEPS_TO_MOVE} steps, among them {still[0]}: "
-                f"lr {lr:.3g} x scale {scale:g} is too small for their precision, or something "
+                f"{len(unchanged)} projected weights did not change in {STEPS_TO_MOVE} steps, among them "
+                f"{unchanged[0]}: lr {lr:.3g} x scale {scale:g} is too small for their precision, or something "
                 "restores them. Raise learning_rate or galore.scale, or keep galore.stochastic_rounding on."
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell of steps that no log has told of, and of weights that never had a gradient.
+        """Warn of skipped steps that no log has reported, and of weights that never had a gradient.
 
-        It stops a run in whose last steps a parameter had no finite gradient.
+        Raises:
+            FloatingPointError: a parameter had no finite gradient in the last steps.
         """
         self._membership = None
-        self._tell_skipped()
+        self._warn_of_skipped_steps()
         if self._optimizer is None or not self._optimizer.state or state.global_step <= self._first_step:
             return
         if (idle := self._optimizer.without_gradient()) and state.is_world_process_zero:
             logger.warning("these weights had no gradient in any step, and stay as they were: %s", some_of(idle))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the projection's figures to the log of a training step."""
+        """Add ``galore/...`` values to the log of a training step."""
         if self._optimizer is None or logs is None or "loss" not in logs:
             return
         seconds = self._optimizer.stopwatch.seconds()
-        since = {k: v - self._logged.get(k, 0.0) for k, v in seconds.items()}
-        self._logged = seconds
+        since_last_log = {name: total - self._logged_seconds.get(name, 0.0) for name, total in seconds.items()}
+        self._logged_seconds = seconds
         added = {
-            "galore/refresh_seconds": since.get("refresh", 0.0),
-            "galore/update_seconds": since.get("update", 0.0) + since.get("plain", 0.0),
+            "galore/refresh_seconds": since_last_log.get("refresh", 0.0),
+            "galore/update_seconds": since_last_log.get("update", 0.0) + since_last_log.get("plain", 0.0),
             "galore/state_bytes": sum(self._optimizer.state_bytes().values()),
         }
         errors = list(self._optimizer.projection_errors.values())
         if errors:
             added["galore/projection_error"] = torch.stack([e.to(errors[0].device) for e in errors]).mean().item()
         logs.update(added)
+        # the Trainer has put a copy of the log into the history before it called
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(added)
-        self._tell_skipped()
+        self._warn_of_skipped_steps()
 
-    def _tell_skipped(self) -> None:
-        """Warn of skipped steps, where there are more of them than before."""
+    def _warn_of_skipped_steps(self) -> None:
+        """Warn of steps skipped for a non-finite gradient, where their number has changed since the last warning."""
         skipped = self._optimizer.check_finite() if self._optimizer is not None else {}
-        if skipped != self._skipped:
+        if skipped != self._reported_skips:
             worst = ", ".join(f"{n} ({c})" for n, c in sorted(skipped.items(), key=lambda x: -x[1])[:5])
             logger.warning("steps skipped for a non-finite gradient, so far: %s (%d parameters)", worst, len(skipped))
-            self._skipped = skipped
+            self._reported_skips = skipped
 
     def _projected(self) -> list[tuple[str, torch.Tensor]]:
         assert self._optimizer is not None
         return [(name, p) for name, p in self._optimizer.projected_weights() if p.numel()]
 
-    def _had_gradient(self, name: str) -> bool:
+    def _has_had_gradient(self, name: str) -> bool:
         assert self._optimizer is not None
         state = self._optimizer.state_of(name)
         return any(value.any().item() for key, value in state.items() if key.endswith("exp_avg"))
 
 
 def _calling_handler() -> CallbackHandler | None:
-    """The handler that is calling a callback: all that transformers does not hand over, so it is read off the stack."""
+    """The ``CallbackHandler`` that is calling; read from the stack, because transformers does not pass it."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -207,8 +217,10 @@ def unwrap_optimizer(optimizer: Any) -> GaLoreAdamW:
         inner = getattr(inner, "optimizer", None)
     if inner is None:
         raise OptionError(
-            "optimizers", type(optimizer).__name__, "a GaLoreAdamW in the Trainer that has GaLoreCallback",
+            "optimizers",
+            type(optimizer).__name__,
+            "a GaLoreAdamW in the Trainer that has GaLoreCallback",
             "Pass optimizers=(build_optimizer(model, config), None), or **galore_plugin(config, args), which is kept "
             "where the Trainer drops optimizers=.",
-        )  # fmt: skip
+        )
     return inner

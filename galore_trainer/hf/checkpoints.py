@@ -1,4 +1,4 @@
-"""Checkpoint folders of the Trainer, whichever backend wrote them: ``export_state`` makes them those of one process.
+"""Checkpoint folders of the Trainer: which backend wrote one, and whether this launch can resume it.
 
 One process and DDP write ``optimizer.pt``, FSDP2 ``optimizer_0/`` or ``optimizer.bin``, DeepSpeed ``global_step*/``;
 with ``save_only_model`` none of them is written.
@@ -6,32 +6,21 @@ with ``save_only_model`` none of them is written.
 
 from __future__ import annotations
 
-import contextlib
-import pkgutil
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
-from galore_trainer.hf.unpickling import OPTION, STORED_BY_DEEPSPEED, TRAINER, WHOLE, check_checkpoint, trainer_state
-from galore_trainer.optim.param_groups import OTHER_LAYOUT, SLICES
-from galore_trainer.optim.reshard import whole_of_names, whole_of_slices
-from galore_trainer.targets.names import logical_name
+from galore_trainer.hf.reading import OPTION, TRAINER, trainer_state
+from galore_trainer.hf.unpickling import check_checkpoint
+from galore_trainer.optim.param_groups import OTHER_LAYOUT
 
 OPTIMIZER, SCHEDULER, WEIGHTS = "optimizer.pt", "scheduler.pt", "model.safetensors"
 WHOLE_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-OF_A_LAUNCH = re.compile(
-    r"pytorch_model_fsdp.*|optimizer.*|latest|zero_to_.*|training_args\.bin|manifest\.json|scaler\.pt"
-)
-RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+"""Names of files that hold whole weights, or an index of them."""
+OURS = "one whose optimizer was GaLoreAdamW, of this version"
 WEIGHTS_ONLY = (
     "It holds weights only (save_only_model), no state of an optimizer: start a new run from them "
     "(model_name_or_path: the checkpoint's folder, another output_dir, no resume)."
@@ -46,11 +35,12 @@ def written_by(checkpoint: Path) -> Literal["ddp", "fsdp", "deepspeed", "weights
         return "ddp"
     if any(checkpoint.glob("optimizer*")):
         return "fsdp"
-    return "ddp" if (checkpoint / SCHEDULER).is_file() else "weights"  # with a scheduler there was an optimizer's file
+    # the scheduler is saved with the optimizer: here the optimizer's file is lost, and its absence is reported later
+    return "ddp" if (checkpoint / SCHEDULER).is_file() else "weights"
 
 
 def check_layout(checkpoint: str | Path, args: Any) -> None:
-    """Raise ``OptionError`` where a Trainer could not resume a checkpoint: another launch's, or one of weights only.
+    """Raise ``OptionError`` where this launch cannot resume a checkpoint: another launch's, or one of weights only.
 
     Args:
         checkpoint: the folder.
@@ -60,8 +50,8 @@ def check_layout(checkpoint: str | Path, args: Any) -> None:
     now, written = str(training_backend(args)), str(written_by(folder))
     if written == "weights":
         raise OptionError("resume", str(checkpoint), "a checkpoint with the optimizer's state", WEIGHTS_ONLY)
-    now = "ddp" if now == "single" else now
-    if written == now == "deepspeed":
+    now = "ddp" if now == "single" else now  # both write and read the same files
+    if written == now == "deepspeed":  # its files depend on the stage and on the number of processes
         stage3 = args.deepspeed_plugin.hf_ds_config.is_zero3()
         now = f"ZeRO-{'3' if stage3 else '1 or 2'} on {args.world_size}"
         processes = len(list(folder.glob("global_step*/*_optim_states.pt")))
@@ -72,11 +62,12 @@ def check_layout(checkpoint: str | Path, args: Any) -> None:
 
 
 def lacks_state(args: Any, step: int) -> OptionError:
-    """The error of a run that was resumed at a step without the optimizer's state, with the cause if it can be found.
+    """The error for a run that was resumed without the optimizer's state, with the cause if it is known.
 
     Args:
-        args: the Trainer's ``TrainingArguments``, which do not tell what ``train(resume_from_checkpoint=...)`` got.
-        step: at which it goes on.
+        args: the Trainer's ``TrainingArguments``. They do not contain the argument of
+            ``train(resume_from_checkpoint=...)``, so the folder of this step in ``output_dir`` is looked at too.
+        step: the step at which the run continues.
     """
     named = getattr(args, "resume_from_checkpoint", None)
     places = [named if isinstance(named, str) else "", f"{args.output_dir}/checkpoint-{step}"]
@@ -91,51 +82,12 @@ def _is_stage3(checkpoint: Path) -> bool:
     return any(checkpoint.glob("global_step*/*zero_pp_rank_*_model_states.pt"))
 
 
-def export_state(checkpoint: str | Path, output_dir: str | Path) -> Path:
-    """Write a checkpoint as one process would have written it: by one process, without a launcher.
-
-    Weights go to ``model.safetensors`` (DeepSpeed's float32 copies where it keeps some), the optimizer's state, whole
-    and by parameter name, to ``optimizer.pt``; scheduler, Trainer state and random states are copied.
-
-    Args:
-        checkpoint: ``checkpoint-N`` of any backend.
-        output_dir: gets a folder ``checkpoint-N``.
-
-    Returns:
-        The new folder, which ``resume_from_checkpoint`` takes on one process and under DDP.
+def check_whole_folder(checkpoint: Path) -> int:
+    """The step of a checkpoint of any backend.
 
     Raises:
-        OptionError: no such checkpoint, files of it missing or of another optimizer, or the new folder exists.
+        OptionError: there is no such folder, a file is missing, or a file is not safe to read.
     """
-    source = Path(checkpoint).expanduser()
-    step = check_whole_folder(source)
-    target = Path(output_dir).expanduser() / f"checkpoint-{step}"
-    if target.exists():
-        raise OptionError("output_dir", str(output_dir), f"a folder without {target.name}", "Give another one.")
-    read = {"deepspeed": _read_zero, "fsdp": _read_fsdp}.get(written_by(source), _read_whole)
-    there = next(folder for folder in target.absolute().parents if folder.is_dir())  # large files may go there
-    with _explained(source), tempfile.TemporaryDirectory(dir=there) as scratch:
-        state, weights = read(source, Path(scratch))
-    check_state(source, state)
-    unfinished = target.with_name(f".{target.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for path in source.iterdir():
-        replaced = OF_A_LAUNCH.fullmatch(path.name) or (weights is not None and WHOLE_WEIGHTS.fullmatch(path.name))
-        if path.is_file() and not replaced:
-            shutil.copyfile(path, unfinished / path.name)
-    if weights is not None:
-        from safetensors.torch import save_file
-
-        save_file({name: w.contiguous() for name, w in weights.items()}, unfinished / WEIGHTS, {"format": "pt"})
-    torch.save(state, unfinished / OPTIMIZER)
-    _write_random_state(unfinished)
-    unfinished.rename(target)
-    return target
-
-
-def check_whole_folder(checkpoint: Path) -> int:
-    """The step of a checkpoint; ``OptionError`` where the folder is none, lacks a file, or is not safe to read."""
     if not checkpoint.is_dir():
         raise OptionError(OPTION, str(checkpoint), "the folder checkpoint-N of a run", "There is no such folder.")
     if (checkpoint / TRAINER).is_file() and written_by(checkpoint) == "weights":
@@ -149,7 +101,11 @@ def check_whole_folder(checkpoint: Path) -> int:
 
 
 def check_importable(checkpoint: str | Path) -> int:
-    """The step of a whole checkpoint; ``OptionError`` for any other, with the way to make it one."""
+    """The step of a checkpoint of one process or DDP, which ``import_state`` takes.
+
+    Raises:
+        OptionError: any other checkpoint; the way out says how to convert it.
+    """
     step = check_whole_folder(Path(checkpoint).expanduser())
     if not (Path(checkpoint).expanduser() / OPTIMIZER).is_file():
         way_out = f"Make one: galore-ft state export {checkpoint} NEW_OUTPUT_DIR."
@@ -158,106 +114,6 @@ def check_importable(checkpoint: str | Path) -> int:
 
 
 def check_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Raise ``OptionError`` where an optimizer's state is none of ``GaLoreAdamW``'s, or an earlier version's."""
+    """Raise ``OptionError`` where an optimizer's state is not one of ``GaLoreAdamW``, or of an earlier version."""
     if not all("matrices" in g for g in state["param_groups"] if g.get("projected", True)):
-        raise OptionError(OPTION, str(checkpoint), "one whose optimizer was GaLoreAdamW, of this version")
-
-
-@contextlib.contextmanager
-def _explained(checkpoint: Path) -> Iterator[None]:
-    """Turn a failure to read a file into an ``OptionError``; changed bytes can raise anything."""
-    try:
-        yield
-    except OptionError:
-        raise
-    except (Exception, CheckpointException) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise OptionError(OPTION, str(checkpoint), WHOLE, reason) from error
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-# ------------------------------------------------------------------------------------------ by backend
-
-Read = tuple[dict[str, Any], dict[str, Tensor] | None]
-"""A state dict of one process, and the weights by the model's names; None where whole files of them are there."""
-
-
-def _read_whole(checkpoint: Path, scratch: Path) -> Read:
-    if not any(WHOLE_WEIGHTS.fullmatch(path.name) for path in checkpoint.iterdir()):
-        raise FileNotFoundError(f"no {WEIGHTS}")
-    return _load(checkpoint / OPTIMIZER), None
-
-
-def _read_fsdp(checkpoint: Path, scratch: Path) -> Read:
-    state = _read_either(checkpoint, "optimizer", scratch)
-    weights = _read_either(checkpoint, "pytorch_model_fsdp", scratch)
-    check_state(checkpoint, state)
-    return whole_of_names(state), weights
-
-
-def _read_either(checkpoint: Path, name: str, scratch: Path) -> Any:
-    """A full state dict (a file) or a sharded one (a folder)."""
-    if (checkpoint / f"{name}.bin").is_file():
-        return _load(checkpoint / f"{name}.bin")
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    dcp_to_torch_save(checkpoint / f"{name}_0", scratch / name)
-    (inner,) = _load(scratch / name).values()
-    return inner
-
-
-def _read_zero(checkpoint: Path, scratch: Path) -> Read:
-    folders = list(checkpoint.glob("global_step*"))
-    latest = checkpoint / "latest"
-    folder = checkpoint / latest.read_text().strip() if latest.is_file() else folders[0]
-    if (folder / "zero").is_dir():
-        raise OptionError(
-            OPTION, str(checkpoint), "DeepSpeed's own checkpoint, of which export makes a whole one",
-            "This is its universal format, which knows AdamW's moments alone and has lost the projection's.",
-        )  # fmt: skip
-    files = {m: path for path in folder.iterdir() if (m := RANK_FILE.fullmatch(path.name))}
-    if not files or any(int(m[2]) for m in files):
-        raise OptionError(OPTION, str(checkpoint), "DeepSpeed ZeRO-1, 2 or 3 without tensor parallelism")
-    with torch.serialization.safe_globals([pkgutil.resolve_name(name) for name in STORED_BY_DEEPSPEED]):
-        ordered = [_load(files[m])["optimizer_state_dict"] for m in sorted(files, key=lambda m: int(m[1]))]
-    saved = [one.get("base_optimizer_state") or one["optimizer_state_dict"] for one in ordered]
-    if any(not isinstance(one, dict) or SLICES not in one for one in saved):
-        raise OptionError(OPTION, str(checkpoint), "one whose optimizer was GaLoreAdamW, of this version")
-    flats = [one.get("single_partition_of_fp32_groups") or one["fp32_flat_groups"] for one in ordered]
-    state, trained = whole_of_slices(saved, flats)
-    return state, _with_trained(folder, trained)
-
-
-def _with_trained(folder: Path, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model under its own names: trained ones, frozen ones and buffers; tied ones once."""
-    stage3 = sorted(
-        folder.glob("*zero_pp_rank_*_model_states.pt"), key=lambda path: int(path.name.split("_rank_")[1].split("_")[0])
-    )
-    files = stage3 or sorted(folder.glob("mp_rank_*_model_states.pt"))
-    if not files:
-        raise FileNotFoundError("no *_model_states.pt")
-    parts = [_load(path) for path in files]
-    found = dict(parts[0]["module"])
-    for name, shape in (parts[0]["frozen_param_shapes"] or {}).items() if stage3 else ():
-        fragments = torch.cat([part["frozen_param_fragments"][name].view(-1) for part in parts])
-        found[name] = fragments[: shape.numel()].view(shape)
-    for alias in parts[0]["shared_params"]:
-        found.pop(alias, None)
-    found = {name: trained.get(logical_name(name), weight) for name, weight in found.items()}
-    return {name: weight for name, weight in found.items() if not (stage3 and weight.numel() == 0)}
-
-
-def _write_random_state(folder: Path) -> None:
-    """Give one process the random state of the first of several."""
-    from transformers.trainer_pt_utils import safe_globals
-
-    first, alone = folder / "rng_state_0.pth", folder / "rng_state.pth"
-    if not first.is_file() or alone.is_file():
-        return
-    with safe_globals():
-        states = torch.load(first, weights_only=True)
-    devices = {k: v[0] for k, v in states.items() if isinstance(v, list) and v}  # each process keeps all of them
-    torch.save({**states, **devices}, alone)
+        raise OptionError(OPTION, str(checkpoint), OURS)

@@ -1,9 +1,9 @@
-"""Scoring answers that are numbers: find the number in a text, compare it with the gold one, say how sure the score is.
+"""Score answers that are numbers: extract the number from a text, compare it with the gold number, give an interval.
 
-``strict`` and ``flexible`` are the two extractions of lm-evaluation-harness's ``gsm8k`` (first number after ``####``;
-last number of the text), ``last_number`` is that of LLM-Adapters. The harness compares strings; here numbers are
-compared, so that ``18.0`` equals ``18``, and an ellipsis is no number. Where the gold number is an integer the
-prediction must equal it; elsewhere it may be off by ``TOLERANCE``, as in LLM-Adapters' evaluation.
+``strict`` and ``flexible`` are the two extractions of ``gsm8k`` in lm-evaluation-harness (first number after ``####``;
+last number of the text). ``last_number`` is the extraction of LLM-Adapters. The harness compares strings; here numbers
+are compared, so that ``18.0`` equals ``18``, and an ellipsis is no number. A prediction must equal a gold number that
+is an integer; otherwise it may differ by ``TOLERANCE``, as in LLM-Adapters' evaluation.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def same_number(predicted: str | None, gold: str | None, tolerance: float = TOLE
     """Whether both texts spell the same number.
 
     Args:
-        predicted: what was found in a prediction.
+        predicted: the text that was extracted from a prediction.
         gold: the right answer.
         tolerance: largest absolute difference from a gold number that is no integer; an integer must be equal.
     """
@@ -93,7 +93,7 @@ def plain_number(text: str) -> str | None:
 
 
 def _exact(text: str | None) -> Decimal | None:
-    """The value of ``to_number`` without rounding; None where a float could not hold its size."""
+    """The value of ``to_number`` without rounding; None where it is beyond the range of a float."""
     if text is None:
         return None
     try:
@@ -110,7 +110,8 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     share, z2 = correct / n, NORMAL_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = NORMAL_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # the share itself is inside
+    # min and max: rounding must not leave the share itself outside
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def exact_match(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, Any]:
@@ -122,13 +123,14 @@ def exact_match(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, A
 
     Returns:
         ``n``; per extraction ``exact_match_<name>`` with ``value`` and its 95 % interval ``low``, ``high`` (shares from
-        0 to 1) and the count ``correct``; ``per_example`` with ``<name>`` (the number found) and ``<name>_correct``.
+        0 to 1) and the count ``correct``; ``per_example`` with ``<name>`` (the extracted text) and ``<name>_correct``.
     """
     assert len(predictions) == len(golds), f"{len(predictions)} predictions for {len(golds)} examples"
     per_example: list[dict[str, Any]] = []
     for prediction, gold in zip(predictions, golds, strict=True):
-        found = {name: extract(prediction) for name, extract in EXTRACTIONS.items()}
-        per_example.append({**found, **{f"{name}_correct": same_number(text, gold) for name, text in found.items()}})
+        extracted = {name: extract(prediction) for name, extract in EXTRACTIONS.items()}
+        correct_by_name = {f"{name}_correct": same_number(text, gold) for name, text in extracted.items()}
+        per_example.append({**extracted, **correct_by_name})
     result: dict[str, Any] = {"n": len(golds)}
     for name in EXTRACTIONS:
         correct = sum(row[f"{name}_correct"] for row in per_example)

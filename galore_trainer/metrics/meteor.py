@@ -1,6 +1,6 @@
-"""METEOR 1.5 (Denkowski and Lavie, WMT 2014) by its authors' program, which pycocoevalcap brings and Java runs.
+"""METEOR 1.5 (Denkowski and Lavie, WMT 2014) by its authors' Java program, which the package pycocoevalcap contains.
 
-The program is driven here and not through that package's class, which waits for ever once Java has failed.
+That package's own class is not used, because it waits for ever once Java has failed.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ PACKAGE = "the package pycocoevalcap, which is not installed (pip install 'galor
 
 
 def meteor_missing() -> str | None:
-    """What METEOR lacks here and the way to get it, as a sentence; None where nothing is missing."""
-    missing = [what for what, there in ((PACKAGE, _jar()), (JAVA, shutil.which("java"))) if not there]
+    """What METEOR needs and how to install it, as a sentence; None where nothing is missing."""
+    missing = [name for name, path in ((PACKAGE, _jar()), (JAVA, shutil.which("java"))) if not path]
     return f"METEOR is skipped: it needs {' and '.join(missing)}." if missing else None
 
 
 def meteor(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
-    """METEOR of tokenized texts, each against all its references, from 0 to 1; starting takes about seven seconds.
+    """METEOR of tokenized texts, each against all of its references, from 0 to 1. Java starts in about seven seconds.
 
     Args:
-        predictions: tokens of one text an example, as ``tokens.treebank`` gives them.
+        predictions: for each example, the tokens of its prediction, as ``tokens.treebank`` gives them.
         references: for each example, the tokens of its references.
 
     Raises:
-        RuntimeError: the program failed; its last words are in the message.
+        RuntimeError: the program failed; the message ends with its last output.
     """
     assert meteor_missing() is None, "ask meteor_missing() first"
     command = ["java", "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(_jar()), "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -43,7 +43,7 @@ def meteor(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[S
                     return _converse(process, predictions, references)
                 finally:
                     process.kill()
-        except (OSError, ValueError) as error:  # the pipe broke, or what came through it is no number
+        except (OSError, ValueError) as error:  # the pipe broke, or the output is not a number
             log.seek(0)
             words = " ".join(log.read().decode(errors="replace").split())
             raise RuntimeError(f"METEOR is skipped: its program failed ({words[-300:] or error}).") from error
@@ -54,7 +54,7 @@ def _converse(
     predictions: Sequence[Sequence[str]],
     references: Sequence[Sequence[Sequence[str]]],
 ) -> float:
-    """Ask for the statistics of each example, then for the score of all: it comes last, after those of the examples."""
+    """Send the program every example, then the statistics that it returned; its last line is the score of all."""
     assert process.stdin is not None
     assert process.stdout is not None
     statistics = []

@@ -1,8 +1,8 @@
-"""Texts against several references: the five metrics of the E2E challenge's scorer (github.com/tuetschek/e2e-metrics).
+"""Score texts against several references: the five metrics of the E2E challenge (github.com/tuetschek/e2e-metrics).
 
-Each is what that scorer computes, so that numbers can be put beside published ones: BLEU and NIST on mteval-v13a's
-tokens, METEOR, ROUGE-L and CIDEr on Penn Treebank tokens. All are corpus scores. CIDEr weighs n-grams by their rarity
-in the evaluated set: its values on different sets do not compare, and on a set of one example it is 0.
+All equal the challenge's scorer, so that results can be compared with published ones: BLEU and NIST on the tokens of
+mteval-v13a; METEOR, ROUGE-L and CIDEr on Penn Treebank tokens. All are corpus scores. CIDEr weighs n-grams by their
+rarity in the evaluated set: values on different sets cannot be compared, and on a set of one example it is 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from galore_trainer.metrics.meteor import meteor, meteor_missing
 from galore_trainer.metrics.tokens import mteval, treebank
 
 METRICS = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
-"""Key of each metric, and its name as people write it."""
+"""Key and usual name of each metric."""
 
 Tokens = Sequence[str]
 
@@ -25,7 +25,7 @@ def nlg_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
     """Score texts by all five metrics.
 
     Args:
-        predictions: one text an example; an empty one is a wrong answer like any other.
+        predictions: one text for each example; it may be empty.
         references: for each example its right answers, at least one.
 
     Returns:
@@ -60,68 +60,71 @@ def nlg_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
-    """BLEU (Papineni et al., ACL 2002) by sacrebleu, lower-cased, from 0 to 1; and sacrebleu's signature.
+    """Lower-cased BLEU (Papineni et al., ACL 2002) by sacrebleu, from 0 to 1; and sacrebleu's signature.
 
-    Where no n-gram of some order matches at all, it is smoothed as mteval-v13a does (``smooth:exp``).
+    Orders of which no n-gram matches are smoothed as in mteval-v13a (``smooth:exp``).
     """
     from sacrebleu.metrics import BLEU
 
-    most = max(map(len, references))
-    columns = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
+    # sacrebleu takes the first references of all examples, then the second ones; None where an example has fewer
+    most_references = max(map(len, references))
+    columns = [[group[i] if i < len(group) else None for group in references] for i in range(most_references)]
     metric = BLEU(lowercase=True, smooth_method="exp", force=True)
     score = metric.corpus_score(list(predictions), columns)  # type: ignore[arg-type]
     return score.score / 100, str(metric.get_signature())
 
 
 def nist(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], order: int = 5) -> float:
-    """NIST (Doddington, HLT 2002) of tokens: matching n-grams weighed by how much they tell, times a length penalty.
+    """NIST (Doddington, HLT 2002) of tokens: matching n-grams weighed by their information, times a length penalty.
 
-    The length is compared with that of an average reference over the whole set, as mteval-v13a.pl does and papers
-    quote. The E2E scorer's ``-p`` averages within each example first, which differs where examples have different
-    numbers of references.
+    The information of an n-gram, in bits, is log2 of how often its first n - 1 tokens occur in the references over how
+    often all n occur. The length is compared with the average reference of the whole set, as mteval-v13a.pl does and
+    papers quote. The E2E scorer's ``-p`` averages within each example first, which differs where examples have
+    different numbers of references.
     """
-    seen: Counter[tuple[str, ...]] = Counter()
+    occurrences: Counter[tuple[str, ...]] = Counter()
     for group in references:
         for n in range(1, order + 1):
             for tokens in group:
-                seen.update(ngrams(tokens, n))
+                occurrences.update(ngrams(tokens, n))
     total = sum(len(tokens) for group in references for tokens in group)
-    seen[()] = total
+    occurrences[()] = total
     score = 0.0
     for n in range(1, order + 1):
-        told, written = 0.0, 0
+        information, written = 0.0, 0
         for tokens, group in zip(predictions, references, strict=True):
-            found = ngrams(tokens, n)
-            written += found.total()
-            told += sum(
-                count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in (found & _most(group, n)).items()
+            predicted = ngrams(tokens, n)
+            written += predicted.total()
+            matches = predicted & _most_in_one(group, n)
+            information += sum(
+                count * math.log2(occurrences[gram[:-1]] / occurrences[gram]) for gram, count in matches.items()
             )
-        score += told / max(written, 1)
+        score += information / max(written, 1)
     average = total / (sum(map(len, references)) / len(references))
     ratio = min(1.0, sum(map(len, predictions)) / average) if average else 0.0
-    beta = -math.log(0.5) / math.log(1.5) ** 2  # a text of two thirds the length counts half
+    beta = -math.log(0.5) / math.log(1.5) ** 2  # the penalty is 0.5 at two thirds of the reference's length
     return score * math.exp(-beta * math.log(ratio) ** 2) if ratio else 0.0
 
 
 def rouge_l(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], beta: float = 1.2) -> list[float]:
     """ROUGE-L (Lin, 2004) of each example, from 0 to 1: the longest common subsequence as an F measure.
 
-    Precision and recall are each the best over the references, of possibly different ones, as COCO's scorer has it.
+    As in COCO's scorer the best precision and the best recall count, which may come from different references.
     """
     scores = []
     for tokens, group in zip(predictions, references, strict=True):
-        common = [(_common(tokens, reference), len(reference)) for reference in group]
+        common = [(_common_length(tokens, reference), len(reference)) for reference in group]
         precision = max(length / max(len(tokens), 1) for length, _ in common)
         recall = max(length / max(size, 1) for length, size in common)
-        both = recall + beta**2 * precision
-        scores.append((1 + beta**2) * precision * recall / both if both else 0.0)
+        weighted_sum = recall + beta**2 * precision
+        scores.append((1 + beta**2) * precision * recall / weighted_sum if weighted_sum else 0.0)
     return scores
 
 
 def cider(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]], sigma: float = 6.0) -> list[float]:
     """CIDEr-D (Vedantam et al., CVPR 2015) of each example, from 0 to 10: similarity of rarity-weighted n-grams.
 
-    An n-gram's rarity is that among the references of this very set, one document an example.
+    The rarity of an n-gram is log(N / d): d of the N examples have it in their references.
     """
     documents: Counter[tuple[str, ...]] = Counter()
     for group in references:
@@ -154,7 +157,7 @@ def ngrams(tokens: Tokens, n: int) -> Counter[tuple[str, ...]]:
     return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
-def _most(group: Sequence[Tokens], n: int) -> Counter[tuple[str, ...]]:
+def _most_in_one(group: Sequence[Tokens], n: int) -> Counter[tuple[str, ...]]:
     """For each n-gram, how often it occurs in the reference that has it most often."""
     most: Counter[tuple[str, ...]] = Counter()
     for tokens in group:
@@ -162,7 +165,7 @@ def _most(group: Sequence[Tokens], n: int) -> Counter[tuple[str, ...]]:
     return most
 
 
-def _common(left: Tokens, right: Tokens) -> int:
+def _common_length(left: Tokens, right: Tokens) -> int:
     """Length of the longest common subsequence."""
     row = [0] * (len(right) + 1)
     for token in left:

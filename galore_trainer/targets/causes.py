@@ -14,22 +14,24 @@ from galore_trainer.targets.names import logical_name
 
 PACKED = ("qweight", "qzeros", "weight_packed")  # buffers of GPTQ, AWQ and compressed-tensors layers
 WANTED = "linear layers of the model itself that train"
+"""What is wanted instead, in the errors below."""
 
 
 def nothing_projected(
-    model: nn.Module, config: GaLoreConfig, small: Mapping[str, int], any_target: bool, any_computed: bool
+    model: nn.Module, config: GaLoreConfig, smaller_sides: Mapping[str, int], any_target: bool, any_computed: bool
 ) -> OptionError:
     """The error for a model of which no weight would be projected.
 
     Args:
-        model: as the plan saw it.
+        model: the model that was planned.
         config: gives the rank.
-        small: the smaller side of every target that trains and is too small for its rank, by parameter name.
+        smaller_sides: the smaller side of every target that trains and is too small for its rank, by parameter name.
         any_target: whether target_modules matches anything, whether it trains or not.
         any_computed: whether a target that trains has a weight that is no parameter.
     """
     adapters = _adapters(model)
-    sides = [side for name, side in small.items() if name not in adapters]
+    # adapters are small by design: a lower rank is not the way out for them
+    sides = [side for name, side in smaller_sides.items() if name not in adapters]
     if sides:
         wanted = f"at most {max(sides)}, the largest smaller side of any target that trains"
         return OptionError("galore.rank", config.rank, wanted, "No weight would be projected.")
@@ -51,10 +53,10 @@ def nothing_projected(
 
 
 def adapters_alone(model: nn.Module, projected: Collection[str]) -> OptionError | None:
-    """The error for a model of which adapters would be projected and nothing else; None where there is more.
+    """The error for a model of which only adapters would be projected; None where other weights are projected too.
 
     Args:
-        model: as the plan saw it.
+        model: the model that was planned.
         projected: names of the parameters that would be projected.
     """
     return _only_adapters(model) if set(projected) <= _adapters(model) else None
@@ -71,25 +73,25 @@ def _only_adapters(model: nn.Module) -> OptionError:
 
 
 def _adapters(model: nn.Module) -> set[str]:
-    """Names of trainable parameters that an adapter adds beside the layer it wraps, or a prompt before the tokens."""
+    """Names of trainable parameters of peft: those of adapters beside the layers they wrap, and prompt encoders."""
     trainable = {logical_name(name) for name, p in model.named_parameters() if p.requires_grad}
     wrapped = [logical_name(name) for name, module in model.named_modules() if hasattr(module, "base_layer")]
-    found = {
+    beside_layers = {
         name
         for name in trainable
-        if any(name.startswith(f"{n}.") and not name.startswith(f"{n}.base_layer.") for n in wrapped)
+        if any(name.startswith(f"{layer}.") and not name.startswith(f"{layer}.base_layer.") for layer in wrapped)
     }
-    return found | {name for name in trainable if name.startswith("prompt_encoder.")}
+    return beside_layers | {name for name in trainable if name.startswith("prompt_encoder.")}
 
 
 def _quantized(model: nn.Module) -> str:
-    """What quantised the weights of a model; empty where nothing did."""
+    """The method that quantised the weights of a model, or the type of such weights; empty where none are quantised."""
     settings: Any = getattr(getattr(model, "config", None), "quantization_config", None) or {}
     settings = settings if isinstance(settings, Mapping) else vars(settings)
     method = settings.get("quant_method")
-    if method and not settings.get("dequantize"):  # else the weights were made whole again when they were loaded
+    if method and not settings.get("dequantize"):  # with dequantize, loading has turned them back into floats
         return str(getattr(method, "value", method))
     for p in model.parameters():
-        if hasattr(p, "quant_state") or p.dtype.itemsize == 1:
+        if hasattr(p, "quant_state") or p.dtype.itemsize == 1:  # bitsandbytes, or int8 and float8 weights
             return f"{type(p).__name__} ({str(p.dtype).removeprefix('torch.')})"
     return "packed buffers" if any(name.rsplit(".", 1)[-1] in PACKED for name, _ in model.named_buffers()) else ""

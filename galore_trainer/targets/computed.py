@@ -1,4 +1,7 @@
-"""Weights that are no parameters: parametrized, normalised or pruned ones, and those of lazy layers."""
+"""Weights that cannot be projected because they are computed from parameters or have no shape yet.
+
+torch computes a weight in every forward pass where it is parametrized, weight-normed, spectral-normed or pruned.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,22 @@ WHOLE_AGAIN = (
 
 
 def sources_of(module: nn.Module, key: str) -> tuple[tuple[nn.Parameter, ...], bool]:
-    """The parameters that a weight consists of, and whether it is computed from them in every forward pass.
+    """The parameters of a weight, and whether it is computed from them in every forward pass.
 
     Args:
         module: a layer.
-        key: name of the weight. Where it is no parameter, no buffer and not parametrized, a hook makes it of what the
-            layer has beside its bias.
+        key: name of the weight in the layer.
+
+    Returns:
+        The weight itself and False; or the parameters that it is computed from and True. A weight that is a buffer has
+        no parameters.
     """
     if is_parametrized(module, key):
         return tuple(module.parametrizations[key].parameters()), True  # type: ignore[union-attr, index]
     weight = getattr(module, key, None)
     if isinstance(weight, nn.Parameter) or key in module._buffers:
         return (weight,) if isinstance(weight, nn.Parameter) else (), False
+    # neither parameter nor buffer: a hook of torch.nn.utils computes it from the layer's parameters other than the bias
     sources = tuple(p for name, p in module.named_parameters() if "bias" not in name.split("."))
     return sources, bool(sources)
 
@@ -38,8 +45,8 @@ def computed_weight(module: str, source: str, *, in_pattern: bool) -> OptionErro
 
     Args:
         module: its name.
-        source: name of a parameter that its weight is computed from.
-        in_pattern: whether ``rank_pattern`` names it, rather than ``target_modules``.
+        source: name of one of the parameters that its weight is computed from.
+        in_pattern: whether the user named it in ``rank_pattern``, not in ``target_modules``.
     """
     option = "galore.rank_pattern" if in_pattern else "galore.target_modules"
     got = f"{module}, whose weight is {COMPUTED} ({source})"
@@ -48,7 +55,7 @@ def computed_weight(module: str, source: str, *, in_pattern: bool) -> OptionErro
 
 
 def check_not_lazy(model: nn.Module) -> None:
-    """Raise ``OptionError`` for a parameter that gets its shape only in the first forward pass."""
+    """Raise ``OptionError`` for a parameter of a lazy layer, which has no shape before the first forward pass."""
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):
             got = f"{logical_name(name)}, of a lazy layer that has no shape yet"

@@ -1,10 +1,11 @@
-"""How many heads an attention has and how many rows each takes: read from the module itself, then from its config."""
+"""The number of heads of an attention and the rows of each head, read from the module itself, then from its config."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+# names of attributes in the modules and configs of transformers
 COUNTS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "num_attn_heads")
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 SIDES = ("encoder", "decoder")
@@ -17,11 +18,12 @@ class Heads:
     """Attention geometry.
 
     Attributes:
-        num_heads: query heads.
-        num_kv_heads: key-value heads.
-        head_dim: rows of a head.
-        k_dim, v_dim: rows of a key's and of a value's head where they differ (latent and linear attention).
-        num_v_heads: value heads where they are more than key heads (linear attention).
+        num_heads: number of query heads.
+        num_kv_heads: number of key-value heads.
+        head_dim: rows of a query head.
+        k_dim, v_dim: rows of a key head and of a value head; None where they are ``head_dim``. They differ in latent
+            and linear attention.
+        num_v_heads: number of value heads; None where it is ``num_kv_heads``. Linear attention has more.
     """
 
     num_heads: int
@@ -32,7 +34,7 @@ class Heads:
     num_v_heads: int | None = None
 
     def of(self, role: str) -> tuple[int, int]:
-        """Number of heads, and rows of each, of ``q``, ``k``, ``v`` or ``o`` (whose columns are heads)."""
+        """Number of heads and rows of a head for the role ``q``, ``k`` or ``v``; for ``o`` its columns are heads."""
         v_dim = self.v_dim or self.head_dim
         return {
             "q": (self.num_heads, self.head_dim),
@@ -43,14 +45,15 @@ class Heads:
 
 
 def heads_of(name: str, attention: Any, config: Any) -> Heads | None:
-    """The geometry of an attention; None where neither the module nor its config tells its heads.
+    """The geometry of an attention; None where neither the module nor its config gives its number of heads.
 
-    The module comes first: it knows its own layer, its side of an encoder-decoder and its stage of a hierarchy.
+    The module is read first: layers, the sides of an encoder-decoder and the stages of a hierarchy can differ, and one
+    config describes all of them.
 
     Args:
-        name: of the weight; tells its side of an encoder-decoder.
-        attention: the module that holds the projections; None for the config alone.
-        config: that of the nearest module around it that has one; None where there is none.
+        name: of the weight, which contains ``encoder`` or ``decoder`` in an encoder-decoder.
+        attention: the module that holds the projections; None to read the config alone.
+        config: of the nearest module around the weight that has one; None where none has.
     """
     keys, values, k_dim, v_dim = (
         _first(attention, key) for key in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
@@ -75,13 +78,14 @@ def heads_of(name: str, attention: Any, config: Any) -> Heads | None:
     num_kv_heads = _first(attention, *KV_COUNTS)
     if not num_kv_heads and (groups := _first(attention, "num_key_value_groups")):
         num_kv_heads = num_heads // groups
-    if not num_kv_heads and num_heads == by_config:  # else the config means other heads
+    # where the counts of query heads differ, the config describes another attention
+    if not num_kv_heads and num_heads == by_config:
         num_kv_heads = kv_by_config
     return Heads(num_heads=num_heads, num_kv_heads=num_kv_heads or num_heads, head_dim=head_dim)
 
 
 def _counts(name: str, config: Any) -> tuple[int | None, int | None]:
-    """Query heads and key-value heads by a config, of the weight's side where it tells encoder and decoder apart."""
+    """Numbers of query and key-value heads in a config; for encoder or decoder where the config has one for each."""
     side = next((part for part in reversed(name.split(".")) if part in SIDES), None)
     names = (f"{side}_attention_heads", f"num_{side}_attention_heads", f"{side}_num_attention_heads")
     if side and (heads := _first(config, *names)):
@@ -90,7 +94,7 @@ def _counts(name: str, config: Any) -> tuple[int | None, int | None]:
 
 
 def _text(config: Any) -> Any:
-    """The text part of a config of several towers; the config itself where it has none, or more than one."""
+    """The text config of a model with several towers; the config itself where it has no text config or several."""
     try:
         return config.get_text_config() if hasattr(config, "get_text_config") else config
     except ValueError:
@@ -98,7 +102,7 @@ def _text(config: Any) -> Any:
 
 
 def _of_layer(config: Any, attention: Any) -> Any:
-    """The config of one layer, where layers differ."""
+    """The config of one layer where layers differ, else the config itself."""
     layer = getattr(attention, "layer_idx", None)
     if getattr(config, "is_heterogeneous", False) and isinstance(layer, int):
         return config.per_layer_config[layer]

@@ -1,6 +1,6 @@
-"""From a weight's shape and its heads to logical matrices: one for a whole weight, one for each of q, k and v.
+"""The logical matrices of a weight: one for a weight that is projected whole, one for each part of a fused weight.
 
-A new order of rows in a fused weight is one line in ``LAYOUTS``.
+A new order of rows in a fused attention weight is one line in ``LAYOUTS``.
 """
 
 from __future__ import annotations
@@ -19,23 +19,30 @@ from galore_trainer.targets.names import projection_name
 
 
 class Part(NamedTuple):
-    """Rows of a weight that follow one another: ``heads`` heads of ``head_dim`` rows each."""
+    """Adjacent rows of a weight: ``heads`` heads of ``head_dim`` rows each.
+
+    Attributes:
+        label: ``q``, ``k``, ``v``, ``gate`` or ``z``; empty where the weight is one part.
+        heads: number of heads.
+        head_dim: rows of a head.
+        joint: one basis from all rows, because the part is neither q, k nor v.
+    """
 
     label: str
     heads: int
     head_dim: int
-    joint: bool = False  # neither q, k nor v: all of its rows give it its basis
+    joint: bool = False
 
 
 class Layout(NamedTuple):
-    """The rows of a weight: ``outer`` times the parts, one after the other."""
+    """The order of a weight's rows: the parts one after the other, repeated ``outer`` times."""
 
     outer: int
     parts: list[Part]
 
     @property
     def period(self) -> int:
-        """Rows of all parts together."""
+        """Rows of all parts together, before they repeat."""
         return sum(part.heads * part.head_dim for part in self.parts)
 
 
@@ -68,7 +75,7 @@ def _by_key_head(heads: Heads) -> Layout:
     return Layout(keys, [Part("q", 1, k_dim), Part("k", 1, k_dim), value, gate])
 
 
-LAYOUTS: tuple[tuple[str, Callable[[Heads], Layout], str], ...] = (  # leaf name, rows, model families
+LAYOUTS: tuple[tuple[str, Callable[[Heads], Layout], str], ...] = (  # leaf name, layout, model families
     ("qkv_proj", _in_a_row, "phi3 phi4_multimodal"),
     ("c_attn", _in_a_row, "gpt2 openai-gpt imagegpt"),
     ("c_attn", _by_kv_head, "gpt_bigcode"),
@@ -82,15 +89,17 @@ LAYOUTS: tuple[tuple[str, Callable[[Heads], Layout], str], ...] = (  # leaf name
     ("in_proj_qkv", _in_a_row, "qwen3_5 qwen3_5_moe"),
     ("in_proj_qkvz", _by_key_head, "qwen3_next"),
 )
-FUSED = {(family, leaf): rows for leaf, rows, families in LAYOUTS for family in families.split()}
+FUSED_LAYOUTS = {(family, leaf): layout for leaf, layout, families in LAYOUTS for family in families.split()}
 
 
 class HeadsDoNotFit(OptionError):
-    """Heads of one weight that are unknown, or that its rows are not; ``head_fallback: joint`` does without them.
+    """The heads of a weight are unknown, or its rows cannot be cut into them.
+
+    Under ``head_fallback: joint`` the weight is projected without heads instead.
 
     Args:
         option, got, wanted, way_out: as for ``OptionError``.
-        reason: why, without the weight's name.
+        reason: the cause, without the weight's name.
     """
 
     def __init__(self, option: str, got: Any, wanted: str, way_out: str = "", *, reason: str = "") -> None:
@@ -99,7 +108,7 @@ class HeadsDoNotFit(OptionError):
 
 
 def unknown_heads(name: str, config: GaLoreConfig, reason: str) -> HeadsDoNotFit:
-    """The error for a weight whose heads cannot be told."""
+    """The error for a weight whose heads are unknown; ``reason`` completes "known heads of ..., but"."""
     way_out = "Use head_fallback joint or head_sharing joint, or leave the module out of target_modules."
     wanted = f"known heads of {name}, but {reason}"
     return HeadsDoNotFit("galore.head_sharing", config.head_sharing, wanted, way_out, reason=reason)
@@ -115,13 +124,13 @@ def side_of(proj_type: str, m: int, n: int) -> Side:
 def project_whole(
     shape: Sequence[int], name: str, config: GaLoreConfig, rank: int | None = None, transposed: bool = False
 ) -> LogicalMatrix:
-    """The logical matrix of a weight that is projected whole: one basis, or one an expert for a 3-D stack.
+    """The logical matrix of a weight that is projected whole: one basis, or one basis for each expert of a 3-D stack.
 
     Args:
         shape: [m, n], [n, m] where ``transposed``, or [experts, m, n].
         name: the parameter's name, for errors.
         config: gives ``proj_type`` and ``rank``.
-        rank: instead of the config's.
+        rank: r; ``config.rank`` if None.
         transposed: the weight is stored as [in_features, out_features].
 
     Raises:
@@ -135,21 +144,26 @@ def project_whole(
         raise OptionError("galore.rank", rank, f"at most {min(m, n)}, the smaller side of {name} ({m} x {n})")
     experts = shape[0] if len(shape) == 3 else 1
     return LogicalMatrix(
-        outer=experts, length=m, columns=n, transposed=transposed, side=side_of(config.proj_type, m, n), rank=rank,
+        outer=experts,
+        length=m,
+        columns=n,
+        transposed=transposed,
+        side=side_of(config.proj_type, m, n),
+        rank=rank,
         blocks=experts,
-    )  # fmt: skip
+    )
 
 
-# ---------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------- heads
 
 
 def _layout(name: str, role: str, model_type: str, heads: Heads) -> Layout | None:
-    """The rows of a weight; None for a fused weight whose order of rows is unknown."""
-    # a tower's model_type: qwen3_vl_vision, qwen3_omni_moe_vision_encoder, blip_vision_model
+    """The order of a weight's rows; None for a fused weight whose order is unknown."""
+    # a tower's model_type has a suffix: qwen3_vl_vision, qwen3_omni_moe_vision_encoder, blip_vision_model
     family = re.sub(r"_(text|vision|audio)(_encoder|_model)?$", "", model_type)
     leaf = projection_name(name).rsplit(".", 1)[-1]
-    if (family, leaf) in FUSED:
-        return FUSED[family, leaf](heads)
+    if (family, leaf) in FUSED_LAYOUTS:
+        return FUSED_LAYOUTS[family, leaf](heads)
     if leaf == "kv_b_proj" and heads.k_dim:  # all models with latent attention lay it out alike
         return _latent_kv(heads)
     return Layout(1, [Part("", *heads.of(role))]) if role in ("q", "k", "v", "o") else None
@@ -174,8 +188,8 @@ def project_heads(
         role: from ``role_of``.
         m, n: rows and columns of the weight (after ``transposed``).
         model_type: of the config that governs the weight; names the row order of a fused one.
-        heads: geometry, None where unknown.
-        config: how to share.
+        heads: number and size of the heads, None where unknown.
+        config: how heads share a basis.
         rank: r of this weight.
         transposed: stored as [in_features, out_features].
 
@@ -202,72 +216,98 @@ def project_heads(
         if len(layout.parts) > 1:
             rows |= {"outer": layout.outer, "start": start}
         start += rows["length"]
-        matrices.append(_matrix(part, layout.outer * part.heads, heads, n, config, rank, name, rows))
+        matrices.append(_matrix_of(part, name, rows, layout.outer * part.heads, heads.num_heads, n, rank, config))
     return matrices
 
 
-def _matrix(
-    part: Part, count: int, heads: Heads, n: int, config: GaLoreConfig, rank: int, name: str, rows: dict[str, Any]
+def _matrix_of(
+    part: Part, name: str, rows: dict[str, Any], count: int, num_heads: int, n: int, rank: int, config: GaLoreConfig
 ) -> LogicalMatrix:
+    """The logical matrix of one part of a weight.
+
+    Args:
+        part: its label and the size of its heads.
+        name: of the module, for errors.
+        rows: where the part lies, as fields of ``LogicalMatrix``.
+        count: heads of the part in the whole weight.
+        num_heads: query heads of the attention.
+        n: columns.
+        rank: r.
+        config: how heads share a basis.
+
+    Raises:
+        HeadsDoNotFit: a part of a fused weight has fewer rows than the rank.
+        OptionError: the rank exceeds the columns, or the rows of the heads that share a basis.
+    """
     label, d = part.label, part.head_dim
-    whole = f"{name} ({label})" if label else name
+    part_name = f"{name} ({label})" if label else name
     if rank > n:
-        raise OptionError("galore.rank", rank, f"at most {n}, the columns of {whole}")
-    group = count if part.joint else _group_size(name, count, heads.num_heads, config)
-    needed = math.ceil(rank / d)
-    if needed > group:
-        wanted = f"at most {min(group * d, n)}: {group} head(s) of {d} rows give {whole} a basis"
+        raise OptionError("galore.rank", rank, f"at most {n}, the columns of {part_name}")
+    group_size = count if part.joint else _group_size(name, count, num_heads, config)
+    lenders = math.ceil(rank / d)  # the fewest heads whose rows span the rank
+    if lenders > group_size:
+        wanted = f"at most {min(group_size * d, n)}: {group_size} head(s) of {d} rows give {part_name} a basis"
         way_out = "Lower the rank, share over more heads, or use joint."
-        if label and group == count:
+        # all heads of this part are too few; the whole weight has more rows, so it can be projected jointly
+        if label and group_size == count:
             reason = f"the {count * d} rows of {label} do not span rank {rank}"
             raise HeadsDoNotFit("galore.rank", rank, wanted, way_out, reason=reason)
         raise OptionError("galore.rank", rank, wanted, way_out)
     if part.joint:
         return LogicalMatrix(label=label, columns=n, side=side_of(config.proj_type, count * d, n), rank=rank, **rows)
+    blocks = count // group_size
     return LogicalMatrix(
-        label=label, columns=n, side="right", rank=rank, blocks=count // group, head_dim=d, lenders=needed, **rows
+        label=label, columns=n, side="right", rank=rank, blocks=blocks, head_dim=d, lenders=lenders, **rows
     )
 
 
 def _group_size(name: str, count: int, num_heads: int, config: GaLoreConfig) -> int:
-    """Heads that share a basis, of ``count`` heads beside ``num_heads`` query heads."""
+    """How many of a weight's ``count`` heads share a basis; the attention has ``num_heads`` query heads."""
     if config.head_sharing == "per_head":
         return 1
     if config.head_sharing == "shared":
         return count
+    # head_group_size counts query heads; key-value heads, which may be fewer, are grouped in proportion
     size = config.head_group_size
-    group = max(1, size * count // num_heads)
+    group_size = max(1, size * count // num_heads)
     uneven = size * count > num_heads and size * count % num_heads
-    if num_heads % size or count % group or uneven:
+    if num_heads % size or count % group_size or uneven:
         heads = f"{num_heads} query heads" + (f" (and of {count} key-value heads)" if count != num_heads else "")
         raise OptionError("galore.head_group_size", size, f"a divisor of the {heads} of {name}")
-    return group
+    return group_size
 
 
 # ---------------------------------------------------------------------- residual and shards
 
 
 def support_shape(matrix: LogicalMatrix, config: GaLoreConfig) -> tuple[int, int, int]:
-    """Blocks, lines and entries a line of the support of one matrix."""
+    """Shape of the residual's support in one matrix: [blocks, lines, entries in a line]; lines are rows, or one."""
     balanced = config.residual_selection == "row"
     size = support_size(matrix.block_rows, matrix.columns, config.residual_percent, balanced)
     return matrix.blocks, *size
 
 
 def has_residual(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
-    """Whether a matrix gets one: switched on, and the projection loses something."""
+    """Whether a matrix gets a residual: it is switched on, and the rank is below full rank."""
     return config.residual_percent > 0.0 and matrix.loses
 
 
-def check_shardable(matrix: Any, name: str) -> None:
-    """Raise ``OptionError`` for a matrix that is projected across the rows by which it is cut."""
+def check_shardable(matrix: LogicalMatrix, name: str) -> None:
+    """Raise ``OptionError`` for a matrix that cannot be cut into shards of rows: stored transposed, or projected left.
+
+    Shards are cut by the rows of the stored tensor, and only the right projection works on each row alone.
+    """
     if matrix.transposed:
         raise OptionError(
-            "galore.target_modules", f"{name}, stored as [in, out], in shards", "weights stored as [out, in]",
+            "galore.target_modules",
+            f"{name}, stored as [in, out], in shards",
+            "weights stored as [out, in]",
             "Train this model under DDP, or leave the module out of target_modules.",
-        )  # fmt: skip
+        )
     if matrix.side != "right":
         raise OptionError(
-            "galore.proj_type", f"the left side of {name}, in shards", "proj_type right under FSDP and DeepSpeed",
+            "galore.proj_type",
+            f"the left side of {name}, in shards",
+            "proj_type right under FSDP and DeepSpeed",
             "Set galore.proj_type=right (galore_plugin does so by itself).",
-        )  # fmt: skip
+        )

@@ -9,6 +9,7 @@ MODEL_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.
 LAYER_WRAPPERS = ("linear", "base_layer")
 """Modules that hold the weight of the projection which their parent is, for example ``q_proj.base_layer`` of peft."""
 
+# leaf names of modules, in the models of transformers
 SEPARATE = {
     "q": ("q_proj", "query", "q_lin", "wq", "q", "query_proj", "q_b_proj"),
     "k": ("k_proj", "key", "k_lin", "wk", "k", "key_proj"),
@@ -19,7 +20,7 @@ FUSED_NAMES = (
     *("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj_qkv", "wqkv", "W_pack", "att_proj"),
     *("in_proj_qkvz", "qkv_linear", "kv_b_proj"),
 )
-HEADLESS = (  # of an attention, and neither q, k nor v
+HEADLESS = (  # layers of an attention that are neither q, k nor v
     *OUTPUT,
     *("proj", "projection", "projection_layer", "output", "output_proj", "linear_out", "to_out", "post"),  # outputs
     *("gate_proj", "g_proj", "gate", "in_proj_z", "in_proj_a", "in_proj_b", "in_proj_ba"),  # gates
@@ -55,14 +56,14 @@ def role_of(module_name: str, output_heads: bool = False) -> str | None:
         return "fused"
     names_of = {**SEPARATE, "o": OUTPUT} if output_heads else SEPARATE
     role = next((role for role, names in names_of.items() if leaf in names), None)
-    # short names such as "q" or "key" are attention only under a module that says so
-    inside = any("att" in parent.lower() for parent in parents)
-    clear = role != "o" and leaf.endswith(("_proj", "_lin"))
-    return role if role and (inside or clear) else None
+    # short names such as "q" or "key" and those of outputs count only inside a module with "att" in its name
+    in_attention = any("att" in parent.lower() for parent in parents)
+    unmistakable = role != "o" and leaf.endswith(("_proj", "_lin"))
+    return role if role and (in_attention or unmistakable) else None
 
 
 def should_have_heads(module_name: str, output_heads: bool = False) -> bool:
-    """Whether a weight is q, k or v by its name, or lies directly in an attention under a name that tells nothing."""
+    """Whether a weight is q, k or v by its name, or lies directly in an attention and is not in ``HEADLESS``."""
     if role_of(module_name, output_heads):
         return True
     *parents, leaf = projection_name(module_name).split(".")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from galore_trainer import GaLoreAdamW, GaLoreConfig, OptionError, export_state, galore_plugin, import_state
 from galore_trainer.hf.checkpoints import check_layout
-from galore_trainer.hf.elastic import Weights, check_shapes
+from galore_trainer.hf.state_import import Weights, check_shapes
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed not installed")
 SCRIPT = Path(__file__).with_name("script.py")

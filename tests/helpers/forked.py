@@ -27,7 +27,7 @@ from torch.distributed import TCPStore
 FORKS = not Path("/dev/nvidiactl").exists()
 NO_COMPILER = Path(__file__).with_name("no_compiler")
 LIBRARIES = [
-    "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "galore_trainer.hf.elastic",
+    "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "galore_trainer.hf.state_import",
     "galore_trainer.run.training.train", "galore_trainer.cli.main",
 ]  # fmt: skip
 

@@ -17,7 +17,8 @@ from transformers import TrainingArguments
 
 from galore_trainer import GaLoreConfig, OptionError, check_checkpoint, galore_plugin
 from galore_trainer.cli.main import main
-from galore_trainer.hf.unpickling import check_weights, trainer_state
+from galore_trainer.hf.reading import trainer_state
+from galore_trainer.hf.unpickling import check_weights
 from galore_trainer.run.launching.checkpoints import seal
 
 SPEC = importlib.util.spec_from_file_location("payloads", Path(__file__).parents[1] / "helpers" / "payloads.py")

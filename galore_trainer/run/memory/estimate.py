@@ -113,7 +113,8 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
         galore = dataclasses.replace(method_settings(config.galore, method, rank), kernels="torch")  # fake tensors
         if method == "galore_torch":
             return _galore_torch_memory(model, galore)
-        from galore_trainer.hf.build import for_shards, galore_groups
+        from galore_trainer.hf.backend import for_shards
+        from galore_trainer.hf.build import galore_groups
 
         if layout is not None and layout.backend != "ddp":
             galore = for_shards(galore, layout.backend)

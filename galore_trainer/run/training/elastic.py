@@ -20,7 +20,7 @@ def export_checkpoint(checkpoint: str, output_dir: str) -> Path:
     Raises:
         OptionError: a damaged checkpoint, or anything ``export_state`` refuses.
     """
-    from galore_trainer.hf.checkpoints import export_state
+    from galore_trainer.hf.state_export import export_state
 
     _check(checkpoint)
     check_writable("OUTPUT_DIR", Path(output_dir).expanduser() / MANIFEST)
@@ -40,7 +40,7 @@ def import_checkpoint(config: RunConfig, checkpoint: str) -> Path:
         OptionError: a damaged checkpoint, a setting of the run that cannot be honoured, or anything ``import_state``
             refuses.
     """
-    from galore_trainer.hf.elastic import import_state
+    from galore_trainer.hf.state_import import import_state
     from galore_trainer.run.launching.distributed import is_main_process, wait_for_all
     from galore_trainer.run.launching.start import own_folder
     from galore_trainer.run.training.train import prepare

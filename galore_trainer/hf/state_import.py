@@ -1,4 +1,7 @@
-"""``import_state``: a whole checkpoint becomes one of the backend that this process was launched under."""
+"""``import_state``: a checkpoint of one process becomes one of the backend that this process was launched under.
+
+The backend itself writes the new checkpoint: a callback fills the Trainer just before its first step and has it save.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,16 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from galore_trainer.errors import OptionError
-from galore_trainer.hf.backend import training_backend
+from galore_trainer.hf.backend import SHARDING, training_backend
 from galore_trainer.hf.callback import unwrap_optimizer
-from galore_trainer.hf.checkpoints import OPTIMIZER, SCHEDULER, WHOLE_WEIGHTS, check_importable, check_state
-from galore_trainer.hf.unpickling import OPTION, TRAINER
+from galore_trainer.hf.checkpoints import (
+    OPTIMIZER,
+    SCHEDULER,
+    WHOLE_WEIGHTS,
+    check_importable,
+    check_state,
+)
+from galore_trainer.hf.reading import OPTION, TRAINER, load_tensors
 from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
 from galore_trainer.targets.names import logical_name
 
@@ -23,8 +32,9 @@ from galore_trainer.targets.names import logical_name
 def import_state(trainer: Trainer, checkpoint: str | Path) -> Path:
     """Write a whole checkpoint as the launched backend writes its own, for ``resume_from_checkpoint`` under it.
 
-    Every process calls it on a Trainer as it is before training; the Trainer is done with afterwards. The global batch
-    (processes x micro-batch x accumulation) should stay what it was, as steps are what the Trainer counts data by.
+    Every process calls it with a Trainer that has not trained; the Trainer cannot be used afterwards. The global batch
+    (processes x micro-batch x accumulation) should stay the same, because the Trainer finds its place in the data by
+    the number of steps.
 
     Args:
         trainer: made with ``galore_plugin``, under FSDP2 or DeepSpeed.
@@ -39,7 +49,7 @@ def import_state(trainer: Trainer, checkpoint: str | Path) -> Path:
     """
     source, args = Path(checkpoint).expanduser(), trainer.args
     step = check_importable(checkpoint)
-    if training_backend(args) not in ("fsdp", "deepspeed"):
+    if training_backend(args) not in SHARDING:
         way_out = f"One process and DDP need no import: resume from {checkpoint} itself."
         raise OptionError("backend", training_backend(args), "FSDP2 or DeepSpeed", way_out)
     if args.save_only_model:
@@ -48,57 +58,62 @@ def import_state(trainer: Trainer, checkpoint: str | Path) -> Path:
     if any(target.parent.glob("checkpoint-*")):
         way_out = "Its checkpoints might be removed by save_total_limit: give another one."
         raise OptionError("output_dir", str(target.parent), "a folder without checkpoints", way_out)
-    callback = _Import(trainer, source)
+    callback = _ImportCallback(trainer, source)
     trainer.add_callback(callback)
     try:
         trainer.train()
-    except _Done:
+    except _Imported:
         return target
     finally:
         trainer.remove_callback(callback)
     raise AssertionError("the Trainer did not tell its callbacks that it began")
 
 
-class _Done(Exception):
+class _Imported(Exception):
     """Ends ``Trainer.train`` before its first step."""
 
 
-class _Import(TrainerCallback):
-    """Fills a Trainer that stands before its first step, and has it save."""
+class _ImportCallback(TrainerCallback):
+    """Loads a checkpoint into a Trainer before its first step, saves it and raises ``_Imported``."""
 
     def __init__(self, trainer: Trainer, source: Path) -> None:
         self.trainer, self.source = trainer, source
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, source = self.trainer, self.source
-        saved = torch.load(source / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+        saved = load_tensors(source / OPTIMIZER)
         check_state(source, saved)
         weights, model = Weights(source), trainer.accelerator.unwrap_model(trainer.model)
         check_shapes(model, weights)
-        unwrap_optimizer(trainer.optimizer).load_whole(saved, weights)  # before the weights, which it is checked by
+        # the optimizer first, because it refuses a state that does not fit
+        unwrap_optimizer(trainer.optimizer).load_whole(saved, weights)
         put_weights(model, weights)
         assert trainer.lr_scheduler is not None
         trainer.lr_scheduler.load_state_dict(torch.load(source / SCHEDULER, weights_only=True))
         trainer.state = TrainerState.load_from_json(str(source / TRAINER))
         trainer.state.train_batch_size = args.train_batch_size
         if trainer.is_deepspeed_enabled:
+            # the engine names its folder by its own count of steps
             engine: Any = trainer.model_wrapped
             engine.global_steps = trainer.state.global_step
             engine.global_samples = engine.global_steps * engine.train_batch_size()
         trainer._load_rng_state(str(source))
         trainer._save_checkpoint(trainer.model_wrapped, trial=None)
         trainer.accelerator.wait_for_everyone()
-        raise _Done
+        raise _Imported
 
 
 class Weights(Mapping[str, Tensor]):
-    """The weights in a checkpoint by logical name; each is read when it is asked for.
+    """The weights in a checkpoint by logical name; ``weights[name]`` reads one from its file.
+
+    Args:
+        folder: the checkpoint.
 
     Attributes:
-        shapes: of all of them.
+        shapes: shapes of all weights by logical name.
 
     Raises:
-        OptionError: there are none, or (at ``[name]``) one of this name is missing.
+        OptionError: there are no weights, or (at ``weights[name]``) there is none of this name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,7 +131,7 @@ class Weights(Mapping[str, Tensor]):
                     self._read[logical_name(name)] = (file.get_tensor, name)
                     self.shapes[logical_name(name)] = tuple(file.get_slice(name).get_shape())
             else:
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                loaded = load_tensors(path)
                 self._read |= {logical_name(name): (loaded.__getitem__, name) for name in loaded}
                 self.shapes |= {logical_name(name): tuple(w.shape) for name, w in loaded.items()}
         if not self._read:
@@ -139,35 +154,35 @@ class Weights(Mapping[str, Tensor]):
 
 
 def check_shapes(model: nn.Module, weights: Weights) -> None:
-    """Raise ``OptionError`` where a weight of a wrapped model has another shape, or none, in a checkpoint."""
+    """Raise ``OptionError`` where a weight of a wrapped model has another shape in a checkpoint or is missing."""
     parameters: Any = model.named_parameters()
     for full_name, p in parameters:
         name = logical_name(full_name)
         wanted, got = tuple(getattr(p, "ds_shape", p.shape)), weights.shapes.get(name)
         if got != wanted:
-            says = f"{name} of shape {list(got)}" if got else f"no weight {name}"
-            raise OptionError(OPTION, f"{weights.folder}, {says}", f"shape {list(wanted)}", "Is it of the same model?")
+            holds = f"{name} of shape {list(got)}" if got else f"no weight {name}"
+            raise OptionError(OPTION, f"{weights.folder}, {holds}", f"shape {list(wanted)}", "Is it of the same model?")
 
 
 @torch.no_grad()
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a model, wrapped by FSDP2 or DeepSpeed, whole weights and persistent buffers, in its own precision.
+    """Copy whole weights and persistent buffers into a model, in the model's dtypes. Every process calls it.
 
     Args:
-        model: as the backend left it; every process calls this.
+        model: wrapped by FSDP2 or DeepSpeed.
         weights: by logical name.
     """
     parameters: Any = model.named_parameters()
     for full_name, p in parameters:
         whole = weights[logical_name(full_name)]
         if is_dtensor(p):
-            shard, own = shard_of(p, full_name), local(p)
-            own.copy_(whole.reshape(-1)[shard.start : shard.stop].view(own.shape))
-        elif hasattr(p, "ds_id"):
+            shard, local_rows = shard_of(p, full_name), local(p)
+            local_rows.copy_(whole.reshape(-1)[shard.start : shard.stop].view(local_rows.shape))
+        elif hasattr(p, "ds_id"):  # ZeRO-3, which writes the weight of rank 0 back to all ranks
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                if p.numel():
+                if p.numel():  # it is gathered on this rank
                     p.data.copy_(whole)
         else:
             p.data.copy_(whole)
