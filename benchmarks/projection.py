@@ -35,13 +35,13 @@ def gradients(config: Any, batch_size: int, device: str) -> Any:
     """The model with the gradient of one batch."""
     from galore_trainer.recipes import load_data
     from galore_trainer.run.models.model import load_model
-    from galore_trainer.run.models.prompts import Collator, encode
+    from galore_trainer.run.models.prompts import encode, make_collator
 
     model, tokenizer = load_model(config.model_name_or_path)
     model.to(device).train()
     examples = load_data(config.data).train[:batch_size]
     rows = [encode(tokenizer, example, config.max_length) for example in examples]
-    batch = Collator(tokenizer.pad_token_id)(rows)
+    batch = make_collator(tokenizer)(rows)
     model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
     return model
 

@@ -10,7 +10,7 @@ import torch
 
 from galore_trainer import GaLoreCallback, GaLoreConfig, build_optimizer, galore_plugin
 from galore_trainer.recipes import DataConfig, load_data
-from galore_trainer.run.models.prompts import Collator, encode_all
+from galore_trainer.run.models.prompts import encode_all, make_collator
 
 STEPS, LAYERS = 3, 2
 CONFIG = GaLoreConfig(rank=16, update_proj_gap=2, residual_warmup_steps=1)
@@ -42,7 +42,7 @@ def losses(way: str, folder: Path, output: Path) -> list[float]:
         else:
             optimizer = build_optimizer(model, CONFIG, lr=1e-4, weight_decay=0.01, seed=1)
             way_in = {"optimizers": (optimizer, None), "callbacks": [GaLoreCallback()]}
-        trainer = Trainer(model, args, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id), **way_in)  # type: ignore[arg-type]
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=make_collator(tokenizer), **way_in)  # type: ignore[arg-type]
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 

@@ -16,7 +16,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig, Example
 from galore_trainer.run.device import uses_bf16
 from galore_trainer.run.models.model import load_model
-from galore_trainer.run.models.prompts import Collator, encode, encode_all, render_prompt
+from galore_trainer.run.models.prompts import encode, encode_all, make_collator, render_prompt
 from galore_trainer.run.scoring.evaluate import eval_loss, evaluate, evaluate_examples, generate
 from galore_trainer.run.settings.run_config import EvalConfig, RunConfig
 
@@ -34,7 +34,7 @@ UNSEEN = ["23+4?", "Why", "<|im_start|>user\n11111?<|im_end|>\n<|im_start|>assis
 def taught(tiny_model_dir):
     """The tiny model, trained with our collator until it writes the five targets and stops."""
     model, tokenizer = load_model(str(tiny_model_dir))
-    batch = Collator(tokenizer.pad_token_id)(encode_all(tokenizer, EXAMPLES, 512).rows)
+    batch = make_collator(tokenizer)(encode_all(tokenizer, EXAMPLES, 512).rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(150):
         loss = model(**batch).loss

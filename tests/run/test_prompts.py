@@ -8,7 +8,7 @@ import torch
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import Example
 from galore_trainer.run.models.model import load_tokenizer
-from galore_trainer.run.models.prompts import IGNORED, Collator, encode, encode_all, pad, render_prompt
+from galore_trainer.run.models.prompts import IGNORED, encode, encode_all, make_collator, pad_prompts, render_prompt
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_an_example_is_whole_or_dropped(tokenizer):
 
 def test_batches_are_padded_on_the_right_by_position(tokenizer):
     rows, _ = encode_all(tokenizer, [example(), example("2 + 3 + 4 + 5?")], 512)
-    batch = Collator(tokenizer.pad_token_id)(rows)
+    batch = make_collator(tokenizer)(rows)
     for i, row in enumerate(rows):
         length = len(row["input_ids"])
         assert batch["input_ids"][i, :length].tolist() == row["input_ids"]
@@ -107,12 +107,32 @@ def test_batches_are_padded_on_the_right_by_position(tokenizer):
 
 def test_padding_changes_no_loss(tokenizer, tiny_llama):
     rows, _ = encode_all(tokenizer, [example(), example("2 + 3 + 4 + 5?")], 512)
-    tight = Collator(tokenizer.pad_token_id)(rows[:1])
-    wide = Collator(tokenizer.pad_token_id, pad_to_multiple_of=64)(rows[:1])
+    tight = make_collator(tokenizer)(rows[:1])
+    wide = make_collator(tokenizer, pad_to_multiple_of=64)(rows[:1])
     assert wide["input_ids"].shape[1] == 64
     torch.testing.assert_close(tiny_llama(**tight).loss, tiny_llama(**wide).loss, rtol=1e-6, atol=0)
 
 
-def test_pad_fills_the_asked_side():
-    assert pad([[1, 2], [3]], 0, side="left").tolist() == [[1, 2], [0, 3]]
-    assert pad([[1, 2], [3]], 0, multiple=3).tolist() == [[1, 2, 0], [3, 0, 0]]
+@pytest.mark.parametrize("multiple", [1, 3, 8])
+@pytest.mark.parametrize("lengths", [(1,), (5, 5), (2, 7, 3), (8, 1)])
+@pytest.mark.parametrize("saved", [{}, {"padding_side": "left", "model_input_names": ["input_ids", "token_type_ids"]}])
+def test_batches_are_right_padded_tensors_whatever_the_tokenizer_does_by_itself(multiple, lengths, saved, tokenizer):
+    for key, value in saved.items():
+        setattr(tokenizer, key, value)
+    before = (tokenizer.padding_side, list(tokenizer.model_input_names))
+    rows = [{"input_ids": list(range(4, 4 + n)), "labels": [IGNORED, *range(5, 4 + n)]} for n in lengths]
+    batch = make_collator(tokenizer, pad_to_multiple_of=multiple)(rows)
+    width = next(n for n in range(max(lengths), 99) if n % multiple == 0)
+    filled = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+    assert list(batch) == list(filled)
+    for key, value in filled.items():
+        expected = [[*row.get(key, [1] * n), *[value] * (width - n)] for row, n in zip(rows, lengths, strict=True)]
+        assert torch.equal(batch[key], torch.tensor(expected, dtype=torch.int64))
+        assert batch[key].is_contiguous()
+    prompts = pad_prompts(tokenizer, [row["input_ids"] for row in rows])
+    most = max(lengths)
+    assert {key: value.tolist() for key, value in prompts.items()} == {
+        "input_ids": [[tokenizer.pad_token_id] * (most - n) + list(range(4, 4 + n)) for n in lengths],
+        "attention_mask": [[0] * (most - n) + [1] * n for n in lengths],
+    }
+    assert (tokenizer.padding_side, tokenizer.model_input_names) == before

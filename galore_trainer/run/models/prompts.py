@@ -6,14 +6,14 @@ Padding is a matter of position, never of id: where pad is eos, as in SmolLM2, m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from galore_trainer.errors import OptionError
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
     from galore_trainer.recipes import Example
 
@@ -119,38 +119,30 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-class Collator:
-    """Make a batch of encoded examples: padded on the right, labels there ``-100``.
+def make_collator(tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 1) -> DataCollatorForSeq2Seq:
+    """Make the function that turns rows of ``encode_all`` into a batch.
+
+    A batch holds ``input_ids``, ``attention_mask`` and ``labels``, each batch x length, int64. It is padded on the
+    right, where labels are ``-100``.
 
     Args:
-        pad_token_id: any id; the attention mask and the labels tell padding from text.
-        pad_to_multiple_of: round the batch's length up to a multiple of this (8 suits GPUs).
+        tokenizer: its padding token fills the ids; it is left as it is.
+        pad_to_multiple_of: round the length up to a multiple of this (8 suits GPUs).
     """
+    from transformers import DataCollatorForSeq2Seq
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1) -> None:
-        self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """``input_ids``, ``attention_mask`` and ``labels``, each batch x length, int64."""
-        ids = [list(row["input_ids"]) for row in rows]
-        labels = [list(row["labels"]) for row in rows]
-        multiple = self.pad_to_multiple_of
-        return {
-            "input_ids": pad(ids, self.pad_token_id, multiple=multiple),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0, multiple=multiple),
-            "labels": pad(labels, IGNORED, multiple=multiple),
-        }
+    return DataCollatorForSeq2Seq(_padding(tokenizer, "right"), pad_to_multiple_of=pad_to_multiple_of)
 
 
-def pad(
-    rows: Sequence[Sequence[int]], value: int, *, side: Literal["left", "right"] = "right", multiple: int = 1
-) -> torch.Tensor:
-    """Rows of different lengths as one int64 tensor, rows x longest, filled with ``value`` on one side."""
-    import torch
+def pad_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> BatchEncoding:
+    """``input_ids`` and ``attention_mask`` of prompts to be continued, rows x longest, int64, padded on the left."""
+    from transformers import DataCollatorWithPadding
 
-    width = -(-max(map(len, rows)) // multiple) * multiple
-    filled = torch.full((len(rows), width), value, dtype=torch.long)
-    for i, row in enumerate(rows):
-        start = width - len(row) if side == "left" else 0
-        filled[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-    return filled
+    return DataCollatorWithPadding(_padding(tokenizer, "left"))([{"input_ids": list(row)} for row in rows])  # type: ignore[return-value]
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase, side: Literal["left", "right"]) -> PreTrainedTokenizerBase:
+    """A copy that pads on a side and makes a mask: the settings of the tokenizer itself are saved with the model."""
+    padding = copy.copy(tokenizer)
+    padding.padding_side, padding.model_input_names = side, ["input_ids", "attention_mask"]
+    return padding

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from galore_trainer.errors import OptionError
 from galore_trainer.run.device import device_type, uses_bf16
 from galore_trainer.run.files import check_writable, write_file
-from galore_trainer.run.models.prompts import IGNORED, Collator, encode_all, pad, render_prompt, token_ids
+from galore_trainer.run.models.prompts import IGNORED, encode_all, make_collator, pad_prompts, render_prompt, token_ids
 from galore_trainer.run.scoring.scores import headline
 
 if TYPE_CHECKING:
@@ -160,11 +160,9 @@ def generate(
     with _inference(model, bf16), _greedy(model, max_new_tokens, stops, tokenizer.pad_token_id):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            rows = [ids[i] for i in chosen]
-            prompt_ids = pad(rows, tokenizer.pad_token_id, side="left").to(model.device)
-            mask = pad([[1] * len(row) for row in rows], 0, side="left").to(model.device)
-            output: torch.Tensor = model.generate(input_ids=prompt_ids, attention_mask=mask)  # type: ignore[operator]
-            for i, row in zip(chosen, output[:, prompt_ids.shape[1] :].tolist(), strict=True):
+            batch = pad_prompts(tokenizer, [ids[i] for i in chosen]).to(model.device)
+            output: torch.Tensor = model.generate(**batch)  # type: ignore[operator]
+            for i, row in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 length = next((k for k, token in enumerate(row) if token in stops), len(row))
                 texts[i] = str(tokenizer.decode(row[:length], skip_special_tokens=True)).strip()
             if progress is not None:
@@ -197,7 +195,7 @@ def mean_loss(
     bf16: bool = False,
 ) -> float:
     """``eval_loss`` of examples that are encoded already."""
-    collate = Collator(tokenizer.pad_token_id)
+    collate = make_collator(tokenizer)
     rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
     total, tokens = 0.0, 0
     with _inference(model, bf16):

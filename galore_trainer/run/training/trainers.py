@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.models.prompts import IGNORED, Collator
+from galore_trainer.run.models.prompts import IGNORED, make_collator
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,7 +39,7 @@ def build_trainer(
     from transformers import Trainer
 
     multiple = 1 if arguments.device.type == "cpu" else 8
-    collator = Collator(tokenizer.pad_token_id, pad_to_multiple_of=multiple)
+    collator = make_collator(tokenizer, pad_to_multiple_of=multiple)
     return Trainer(train_dataset=rows, eval_dataset=held_out, data_collator=collator, **common)
 
 
