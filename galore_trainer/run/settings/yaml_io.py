@@ -2,6 +2,9 @@
 
 Tags, keys that are no texts, and numbers out of range are refused. A file that repeats a part by aliases many times
 over is refused before it is built, as it could fill any memory.
+
+ruamel.yaml would save none of this: it has no limit but depth, reads dates, ``1_000`` and ``0b1`` as other things than
+texts in YAML 1.2, too, and would write a text of several lines in another way than existing files have.
 """
 
 from __future__ import annotations
