@@ -43,9 +43,10 @@ def test_every_package_has_an_init():
     assert [str(folder) for folder in packages_on_disk().values() if not (folder / "__init__.py").is_file()] == []
 
 
-def test_every_yaml_and_the_type_marker_are_package_data():
-    on_disk = {path for folder in FOLDERS.values() for path in folder.rglob("*.yaml")}
-    assert data_files(".yaml") == on_disk
+def test_every_yaml_every_template_and_the_type_marker_are_package_data():
+    for suffix in (".yaml", ".jinja"):
+        on_disk = {path for folder in FOLDERS.values() for path in folder.rglob(f"*{suffix}")}
+        assert data_files(suffix) == on_disk != set()
     assert data_files("py.typed") == {ROOT / "galore_trainer" / "py.typed"}
 
 
@@ -83,7 +84,7 @@ def test_constraints_pin_every_requirement_and_hold_no_place():
             assert requirement.specifier.contains(version), requirement
 
 
-def test_wheel_holds_the_packages_the_configurations_and_nothing_else(tmp_path: Path):
+def test_wheel_holds_the_packages_their_data_and_nothing_else(tmp_path: Path):
     source = tmp_path / "source"  # a build leaves files beside its sources
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in FOLDERS.values():
@@ -106,4 +107,4 @@ def test_wheel_holds_the_packages_the_configurations_and_nothing_else(tmp_path: 
         for path in FOLDERS[name].glob(glob)
     }
     assert names == expected | data
-    assert any(name.endswith(".yaml") for name in names)
+    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".jinja", ".typed"}

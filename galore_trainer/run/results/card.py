@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.recipes.sources import kind_of
 from galore_trainer.run.models.model import public_name
 from galore_trainer.run.scoring.scores import metric_cells
 from galore_trainer.run.settings.methods import METHODS
-from galore_trainer.run.settings.yaml_io import dump
 
 if TYPE_CHECKING:
     from galore_trainer.run.settings.run_config import RunConfig
 
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TRAINING = (
     "learning_rate",
     "lr_scheduler_type",
@@ -47,62 +47,42 @@ def model_card(
         after: the same for the trained model.
         environment: what ``artifacts.environment`` returned.
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     method = METHODS[config.method]
     base, data = public_name(config.model_name_or_path), config.data.source
     kind = kind_of("data.source", data)
     data = PurePath(data).name if kind == "file" else data
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if "/" in base:
-        header["base_model"] = base
-    if hub_ids := [source for source in _sources(config) if kind_of("data.source", source) == "hub"]:
-        header["datasets"] = hub_ids
-    header["tags"] = ["galore" if method.block == "galore" else config.method, "galore-trainer"]
+    hub_ids = [source for source in _sources(config) if kind_of("data.source", source) == "hub"]
+    header = ModelCardData(
+        base_model=base if "/" in base else None,
+        datasets=hub_ids or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["galore" if method.block == "galore" else config.method, "galore-trainer"],
+    )
     knobs: dict[str, Any] = {key: getattr(config, key) for key in ("method", "trainer", "dtype", "max_length")}
     if block := method.block:
         knobs |= {f"{block}.{key}": value for key, value in dataclasses.asdict(getattr(config, block)).items()}
     knobs |= {key: config.training[key] for key in TRAINING if key in config.training}
-    commit = environment.get("commit")
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return "\n".join(
-        [
-            f"---\n{dump(header).strip()}\n---\n",
-            f"# {base.rpartition('/')[2]}, fine-tuned with {method.title.partition(' (')[0]}\n",
-            f"- Base model: `{base}`",
-            f"- Data: `{data}`" + (f", split `{config.data.split}`" if kind == "hub" else ""),
-            f"- Method: {method.title}, by galore-trainer\n",
-            "## Result\n",
-            *_result_table(before, after),
-            "## Use\n",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
-            'folder = "path/to/this/folder"',
-            "model = AutoModelForCausalLM.from_pretrained(folder)",
-            "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            "```\n",
-            "## Settings\n",
-            "| setting | value |",
-            "|---|---|",
-            *(f"| `{key}` | `{value}` |" for key, value in knobs.items()),
-            "\nWhat is not listed has the default of galore-trainer or of `transformers.TrainingArguments`.\n",
-            "## Versions\n",
-            f"{versions}; trained on {environment['device']}" + (f"; commit `{commit}`." if commit else "."),
-            "\n## Licence\n",
-            "That of the base model; the data has terms of its own.\n",
-        ]
-    )
-
-
-def _result_table(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
     scored = [(name, result) for name, result in (("base model", before), ("this model", after)) if result]
-    if not scored:
-        return ["Not evaluated.\n"]
-    rows = [(name, _cells(result)) for name, result in scored]
-    heads, last = rows[0][1], scored[-1][1]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(cells.values())} |" for name, cells in rows]
-    extraction = f", extraction `{last['extract']}`" if last["extract"] else ""
-    notes = [f"{note}\n" for note in last.get("notes", ())]
-    return [*lines, f"\nTask `{last['task']}`, greedy decoding{extraction}.\n", *notes]
+    cells = [(name, _cells(result)) for name, result in scored]
+    card = ModelCard.from_template(
+        header,
+        template_path=str(TEMPLATE),
+        base=base,
+        data=data,
+        split=config.data.split if kind == "hub" else None,
+        method=method.title,
+        heads=list(cells[0][1]) if cells else [],
+        scores=[(name, row.values()) for name, row in cells],
+        last=scored[-1][1] if scored else {},
+        settings=knobs,
+        versions=", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
+        device=environment["device"],
+        commit=environment.get("commit"),
+    )
+    return f"{card}\n"  # Jinja leaves out the last line end
 
 
 def _cells(result: Mapping[str, Any]) -> dict[str, str]:
