@@ -11,7 +11,7 @@ import typer
 
 from galore_trainer.cli.loading import load, split_overrides
 from galore_trainer.cli.options import Config, Debug, Overrides
-from galore_trainer.cli.outcome import is_main_process
+from galore_trainer.run.launching.distributed import is_main_process
 from galore_trainer.run.scoring.scores import as_lines
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
 

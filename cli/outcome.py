@@ -11,6 +11,7 @@ import sys
 import time
 
 from galore_trainer.errors import OptionError, one_line
+from galore_trainer.run.launching.distributed import is_main_process
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 SECONDS_FOR_RANK_0 = 3.0
@@ -23,11 +24,6 @@ LEADS = {
     "jinja2": "the chat template of the tokenizer cannot be used",
     "pickle": "a file holds Python objects, which are not loaded",
 }
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for the run: the only one, or rank 0 of a launcher's."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:

@@ -10,9 +10,9 @@ import typer
 from galore_trainer.cli.loading import load
 from galore_trainer.cli.once import OptionsOnce
 from galore_trainer.cli.options import Config, Debug, Overrides, with_flags
-from galore_trainer.cli.outcome import is_main_process
 from galore_trainer.cli.train import LaunchConfig, Processes
 from galore_trainer.errors import OptionError
+from galore_trainer.run.launching.distributed import is_main_process
 
 app = typer.Typer(
     help="Let a checkpoint go on under another launch: other processes, another backend.", no_args_is_help=True

@@ -9,8 +9,9 @@ import typer
 
 from galore_trainer.cli.loading import load
 from galore_trainer.cli.options import Config, Debug, Overrides, with_flags
-from galore_trainer.cli.outcome import INTERRUPTED, is_main_process
+from galore_trainer.cli.outcome import INTERRUPTED
 from galore_trainer.errors import OptionError
+from galore_trainer.run.launching.distributed import is_main_process
 
 Resume = Annotated[
     str | None,

@@ -24,7 +24,11 @@ GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
 def is_main_process() -> bool:
-    """Whether this process writes a run's files and speaks for it: the only one, or rank 0 of a launcher's."""
+    """Whether this process writes a run's files and speaks for it: the only one, or rank 0 of a launcher's.
+
+    It is asked before TrainingArguments exist. ``accelerate.PartialState`` would start the process group there, with
+    timeouts and a backend of its own.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -39,21 +43,6 @@ def die_with_parent() -> None:
     if _LIBC is not None:
         set_parent_death_signal = 1
         _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def several() -> bool:
-    """Whether other processes train with this one."""
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def wait_for_all() -> None:
-    """Return once every process of the run has come here."""
-    if several():
-        import torch.distributed as dist
-
-        dist.barrier()
 
 
 def shards_state(arguments: TrainingArguments) -> bool:
@@ -135,7 +124,7 @@ def save_whole_model(trainer: Trainer, folder: Path) -> None:
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
-    wait_for_all()
+    trainer.accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from galore_trainer.run.launching.checkpoints import remove, rotate, seal
-from galore_trainer.run.launching.distributed import is_main_process, several, wait_for_all
+from galore_trainer.run.launching.distributed import is_main_process
 from galore_trainer.run.training.finite import FiniteCallback
 from galore_trainer.timing import Stopwatch
 
@@ -72,7 +73,7 @@ class SealCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called after the checkpoint's last file."""
-        wait_for_all()
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if self.finite.in_a_row():
@@ -81,7 +82,7 @@ class SealCallback(TrainerCallback):
             else:
                 seal(folder)
                 rotate(folder, self.limit, state.best_model_checkpoint)
-        wait_for_all()  # a process that ended while this one reads would end it, too
+        PartialState().wait_for_everyone()  # a process that ended while this one reads would end it, too
 
 
 class RunIsOver(Exception):
@@ -142,7 +143,7 @@ class InterruptCallback(TrainerCallback):
     def heard(self) -> bool:
         """Whether any process was interrupted; all of them must ask."""
         heard = self._heard_at is not None
-        if not several():
+        if not PartialState().use_distributed:
             return heard
         if self._group is None:  # of its own, on the CPU: no step waits for the GPU
             self._group = torch.distributed.new_group(backend="gloo")

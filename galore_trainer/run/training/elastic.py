@@ -41,7 +41,7 @@ def import_checkpoint(config: RunConfig, checkpoint: str) -> Path:
             refuses.
     """
     from galore_trainer.hf.state_import import import_state
-    from galore_trainer.run.launching.distributed import is_main_process, wait_for_all
+    from galore_trainer.run.launching.distributed import is_main_process
     from galore_trainer.run.launching.start import own_folder
     from galore_trainer.run.training.train import prepare
 
@@ -51,7 +51,7 @@ def import_checkpoint(config: RunConfig, checkpoint: str) -> Path:
         target = import_state(prepared.trainer, checkpoint)
         if prepared.say.main:
             seal(target)
-        wait_for_all()
+        prepared.trainer.accelerator.wait_for_everyone()
     return target
 
 

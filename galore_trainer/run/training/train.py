@@ -20,7 +20,6 @@ from galore_trainer.run.launching.distributed import (
     is_main_process,
     save_whole_model,
     scored_model,
-    wait_for_all,
 )
 from galore_trainer.run.launching.preflight import check_room, check_trackers
 from galore_trainer.run.launching.start import choose_start, own_folder
@@ -127,7 +126,7 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
         if not METHODS[config.method].resumable:
             go_on = "it cannot resume"
         say(f"interrupted at step {trainer.state.global_step}; {go_on}")
-        wait_for_all()  # a launcher ends the others once one process has ended
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the others once one process has ended
         return RunResult(output, result_path, True, {})
     peak = memory.report()
     finish = METHODS[config.method].finish
@@ -187,6 +186,8 @@ class Prepared:
 
 def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = False) -> Prepared:
     """Check what ``train`` was asked for, load data and model, make the Trainer; changes nothing on disk."""
+    from accelerate import PartialState
+
     from galore_trainer.run.training.progress import Say
 
     end_with_launcher()
@@ -199,7 +200,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     checkpoint = choose_start(config, resume, overwrite, say)
     check_sharding(arguments, checkpoint)
     destination = check_publish(config) if say.main else None
-    wait_for_all()
+    PartialState().wait_for_everyone()
 
     from galore_trainer.optim.guards import some_of
     from galore_trainer.recipes import load_data
