@@ -39,7 +39,7 @@ def estimate(
     max_length tokens in each of per_device_train_batch_size rows.
     """
     run = load(config, overrides, flags, reach=("model",))
-    from galore_trainer.run.memory.estimate import LAYERWISE, as_table
+    from galore_trainer.run.memory.estimate import LAYERWISE, memory_table
     from galore_trainer.run.memory.estimate import estimate as count
     from galore_trainer.run.memory.per_process import layout_of
 
@@ -50,7 +50,7 @@ def estimate(
     rows = count(run, chosen, integers("--ranks", ranks) if ranks else (), layout)
     if layout is not None:
         typer.echo(f"each of {layout.processes} processes under {layout.name}, in GiB")
-    typer.echo(as_table(rows))
+    memory_table(rows).show()
 
 
 def inspect(model: Model, overrides: Overrides = None, debug: Debug = False) -> None:
@@ -62,4 +62,4 @@ def inspect(model: Model, overrides: Overrides = None, debug: Debug = False) -> 
     require_reach(load_own_settings(None, settings).model_name_or_path)
     from galore_trainer.run.memory.estimate import inspect as describe
 
-    typer.echo(describe(load_run_config(None, settings)))
+    describe(load_run_config(None, settings)).show()

@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "hub": {"errors"},
+    "tables": set(),
     "metrics": {"errors"},
     "targets": {"core", "layouts", *BASE},
     "optim": {"core", "kernels", "layouts", "targets", *BASE},
-    "hf": {"core", "layouts", "targets", "optim", *BASE},
+    "hf": {"core", "layouts", "targets", "optim", "tables", *BASE},
     "recipes": {"metrics", "hub", *BASE},
-    "run": {"core", "layouts", "targets", "optim", "hf", "metrics", "recipes", "configs", "hub", *BASE},
+    "run": {"core", "layouts", "targets", "optim", "hf", "metrics", "recipes", "configs", "hub", "tables", *BASE},
     "cli": {"run", "recipes", "configs", "hub", *BASE, "__version__"},
 }
 ONLY_TORCH = {"core", "layouts"}

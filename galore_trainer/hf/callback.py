@@ -15,7 +15,7 @@ from galore_trainer.hf.arguments import check_kept, overruled
 from galore_trainer.hf.backend import check_averaged, training_backend
 from galore_trainer.hf.checkpoints import lacks_state
 from galore_trainer.hf.membership import Membership
-from galore_trainer.hf.table import weight_table
+from galore_trainer.hf.table import show_weights
 from galore_trainer.layouts.shard import checksum
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.guards import some_of
@@ -113,7 +113,7 @@ class GaLoreCallback(TrainerCallback):
                 args.gradient_accumulation_steps,
             )
         if self.print_table and state.is_world_process_zero:
-            print(weight_table(self._optimizer, kwargs.get("model")), flush=True)
+            show_weights(self._optimizer, kwargs.get("model"))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check what the optimizer holds; keep checksums of the weights before the first step that should move them."""

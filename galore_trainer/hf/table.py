@@ -14,9 +14,11 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.param_groups import scale_of
+from galore_trainer.tables import TextTable, human_bytes
 from galore_trainer.targets.groups import Weight
 from galore_trainer.targets.names import logical_name
 
+NUMERIC = {"parameters", "share", "rank", "lr", "state"}
 COLUMNS = ("weights", "kind", "shape", "parameters", "share", "side", "rank", "heads", "lr", "state")
 
 
@@ -40,11 +42,16 @@ def weight_table(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> str:
         schedule, ``state`` the bytes of optimizer state; ``heads`` reads "9, one lends" for a shared basis, and
         "unknown: joint" where an attention weight fell back to joint.
     """
-    return plan_table(_weights(optimizer, model), optimizer.config)
+    return str(plan_table(_weights(optimizer, model), optimizer.config))
 
 
-def plan_table(weights: Iterable[tuple[Weight, str]], config: GaLoreConfig) -> str:
-    """``weight_table`` for weights and their learning rates in words."""
+def show_weights(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> None:
+    """Print ``weight_table``, fitted to a terminal where there is one."""
+    plan_table(_weights(optimizer, model), optimizer.config).show()
+
+
+def plan_table(weights: Iterable[tuple[Weight, str]], config: GaLoreConfig) -> TextTable:
+    """The table of ``weight_table`` for weights and their learning rates in words."""
     rows: dict[tuple[str, ...], _Row] = {}
     for weight, lr in weights:
         name = re.sub(r"\.\d+\.", ".*.", weight.name.removesuffix(".weight"))
@@ -57,19 +64,20 @@ def plan_table(weights: Iterable[tuple[Weight, str]], config: GaLoreConfig) -> s
         row.count += 1
         row.state += sum(weight.state_bytes(config).values())
     total = sum(r.parameters for r in rows.values()) or 1
-    lines: list[tuple[str, ...]] = [COLUMNS]
+    lines: list[tuple[str, ...]] = []
     for row in sorted(rows.values(), key=lambda r: (_ORDER.index(r.cells[1]), -r.parameters)):
         name, kind, shape, side, rank, heads, lr, note = row.cells
         times = f"{row.count} x {name}" if row.count > 1 else name
-        lines.append((times, kind + (f" ({note})" if note else ""), shape, f"{row.parameters:,}",
-                      f"{row.parameters / total:.1%}", side, rank, heads, lr, human_bytes(row.state)))  # fmt: skip
+        kind += f" ({note})" if note else ""
+        share = f"{row.parameters / total:.1%}"
+        lines.append((times, kind, shape, f"{row.parameters:,}", share, side, rank, heads, lr, human_bytes(row.state)))
     for kind in _ORDER:
         members = [r for r in rows.values() if r.cells[1] == kind]
         if members:
             count = sum(r.parameters for r in members)
-            lines.append((f"all {kind}", "", "", f"{count:,}", f"{count / total:.1%}", "", "", "", "",
-                          human_bytes(sum(r.state for r in members))))  # fmt: skip
-    return _align(lines)
+            state = human_bytes(sum(r.state for r in members))
+            lines.append((f"all {kind}", "", "", f"{count:,}", f"{count / total:.1%}", "", "", "", "", state))
+    return TextTable(COLUMNS, lines, NUMERIC)
 
 
 _ORDER = ("projected", "plain", "frozen")
@@ -114,24 +122,3 @@ def _heads(m: LogicalMatrix) -> str:
 
 def _join(parts: Iterable[Any]) -> str:
     return " / ".join(dict.fromkeys(map(str, parts))) or "-"
-
-
-def human_bytes(number: float) -> str:
-    """Bytes in the largest binary unit that leaves at least one before the point."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    raise AssertionError
-
-
-def _align(lines: list[tuple[str, ...]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    numeric = {"parameters", "share", "rank", "lr", "state"}
-    text = []
-    for line in lines:
-        cells = (
-            c.rjust(w) if name in numeric else c.ljust(w) for c, w, name in zip(line, widths, COLUMNS, strict=True)
-        )
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)

@@ -122,6 +122,7 @@ def render(report: dict[str, Any]) -> str:
         ("hub", f"{net['endpoint']} {'answers' if net['reachable'] else 'cannot be used: ' + str(net['problem'])}"),
         *((f"extra [{name}]", f"missing: {command}") for name, command in report["missing_extras"].items()),
     ]
+    # Not a table of rich's, which would fold commands and paths that are to be copied.
     return "\n".join(f"{name:<18}{text}" for name, text in lines)
 
 

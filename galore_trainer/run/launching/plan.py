@@ -47,6 +47,7 @@ def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
         ("output", config.output_dir + _taken(config.output_dir)),
         *([("upload", f"model, tokenizer and card to {destination.repo_id}")] if destination else ()),
     ]
+    # Not a table of rich's, which would fold paths and sentences and break what is searched for.
     return "\n".join(f"{name:<14}{text}" for name, text in lines)
 
 

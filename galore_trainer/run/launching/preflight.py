@@ -91,7 +91,7 @@ def check_room(config: RunConfig, arguments: TrainingArguments, model: Any, exam
         examples: that it is trained on.
         processes: that share them.
     """
-    from galore_trainer.hf.table import human_bytes
+    from galore_trainer.tables import human_bytes
 
     each, whole = checkpoint_bytes(config, model, only_model=arguments.save_only_model)
     count = _checkpoints(arguments, examples, processes)

@@ -14,6 +14,7 @@ from galore_trainer.run.memory.per_process import Layout, Sizes, as_kept, share_
 from galore_trainer.run.memory.simulate import StepMemory, simulate_step
 from galore_trainer.run.settings.methods import METHODS, check_backend
 from galore_trainer.run.settings.run_config import RunConfig
+from galore_trainer.tables import TextTable
 
 LAYERWISE = "galore_plus, layer-wise"
 CHOICES = ("adamw", "adamw_8bit", "lora", "dora", "galore_torch", "galore", "galore_plus", LAYERWISE)
@@ -176,24 +177,24 @@ def predict(config: RunConfig, rows: Any, processes: int = 1) -> dict[str, Any]:
 
 
 def as_table(rows: Sequence[Row]) -> str:
+    """The rows in GiB, with what could not be counted below, as plain text."""
+    return str(memory_table(rows))
+
+
+def memory_table(rows: Sequence[Row]) -> TextTable:
     """The rows in GiB, with what could not be counted below."""
     titles = ("method", "rank", "weights", "gradients", "state", "activations", "step", "peak")
-    lines: list[tuple[str, ...]] = [titles]
+    lines = []
     for row in rows:
         m = row.memory
         parts = (m.weights, m.gradients, sum(m.state.values()), m.backward, m.step, m.peak)
         shown = ["-" if part is None else f"{part / GIB:.2f}" for part in parts]
         lines.append(("layerwise" if row.method == LAYERWISE else row.method, str(row.rank or "-"), *shown))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-    text = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
     notes = dict.fromkeys(row.memory.note for row in rows if row.memory.note)
-    return "\n".join([*text, *(f"- {note}" for note in notes)])
+    return TextTable(titles, lines, titles[1:], [f"- {note}" for note in notes])
 
 
-def inspect(config: RunConfig) -> str:
+def inspect(config: RunConfig) -> TextTable:
     """The table of projected, plain and frozen weights that a run would begin with; no weights are loaded.
 
     Raises:

@@ -102,8 +102,8 @@ def write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: d
 
 def summary(result: dict[str, Any], output: Path) -> str:
     """What a user sees at the end: scores, times, memory, files."""
-    from galore_trainer.hf.table import human_bytes
     from galore_trainer.run.results.columns import predicted_peak
+    from galore_trainer.tables import human_bytes
 
     seconds = result["seconds"]
     parts = ", ".join(

@@ -42,7 +42,7 @@ def choose_jobs(configs: Sequence[RunConfig], devices: Sequence[str], environmen
     Raises:
         OptionError: a model that cannot be counted.
     """
-    from galore_trainer.hf.table import human_bytes
+    from galore_trainer.tables import human_bytes
 
     on_gpu = bool(devices) and not all(config.training.get("use_cpu") for config in configs)
     needs: dict[str, int] = {}

@@ -123,7 +123,7 @@ class ProgressCallback(TrainerCallback):
             return
         shown = {key.removeprefix("galore/"): logs[key] for key in SHOWN if logs.get(key) is not None}
         figures = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        if self._bar is None:
+        if self._bar is None:  # a file gets lines of its own: rich writes to it only as a bar stops
             words = [f"step {state.global_step}/{state.max_steps}", figures]
             if "loss" in logs and (rate := self._tokens_per_second()):
                 words.append(f"{rate:.0f} tokens/s")
