@@ -170,7 +170,7 @@ def _loss(model: nn.Module, batch_size: int, length: int, autocast: bool) -> Ten
 
 
 def _give_gradients(model: nn.Module, optimizer: Any) -> None:
-    """Gradients as backward leaves them, for a model that cannot run."""
+    """Give every parameter the gradient that backward would leave, for a model that cannot run on fake tensors."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     if isinstance(optimizer, GaLoreAdamW) and optimizer.config.layerwise:
@@ -186,7 +186,7 @@ def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
     optimizer.make_state()
     for _, state in _projected(optimizer):
         state.update(calls=NEVER // 2, due=NEVER, born=0)
-    if config.layerwise:  # these keep a dense gradient in the step with most of them
+    if config.layerwise:  # weights of one phase keep dense gradients at the same step: count the largest phase
         by_phase: dict[int, list[tuple[Tensor, dict[str, Any]]]] = {}
         for p, state in _projected(optimizer):
             by_phase.setdefault(state["phase"], []).append((p, state))
@@ -199,19 +199,19 @@ def _step(optimizer: GaLoreAdamW, live: LiveBytes) -> int:
     """The peak of the step above what is alive before it: of the update, and of the largest refresh."""
     before = live.now
     weights = [w for w in optimizer.weights_with_gradients() if w.matrices and w.kept is None]
-    together = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
-    buckets = refresh_buckets(weights, optimizer.config, together)
+    elements = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
+    buckets = refresh_buckets(weights, optimizer.config, elements)
     peaks = []
     for bucket in sorted(buckets, key=lambda b: -len(b.pieces) * b.pieces[0].weight.numel())[:3]:
-        with live.watching() as measured:
+        with live.watching() as peak:
             refresh_bucket(bucket, optimizer.config, optimizer.seed)
-        peaks += measured
+        peaks += peak
     for _, state in _projected(optimizer):
         state["due"] = NEVER
     optimizer.max_stack_elements = STACK_ELEMENTS
-    with live.watching() as found:
+    with live.watching() as peak:
         optimizer.step()
-    return max(*peaks, *found, before) - before
+    return max(*peaks, *peak, before) - before
 
 
 def _projected(optimizer: GaLoreAdamW) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -220,7 +220,7 @@ def _projected(optimizer: GaLoreAdamW) -> list[tuple[Tensor, dict[str, Any]]]:
 
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Let fake tensors take the paths that CUDA tensors take: bf16 factors are multiplied as they are."""
+    """Let fake tensors on the CPU take the paths of CUDA tensors: bfloat16 factors are multiplied without a cast."""
     before = set(galore.MULTIPLIES_BF16)
     galore.MULTIPLIES_BF16.add("cpu")
     try:
