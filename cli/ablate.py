@@ -74,8 +74,9 @@ def ablate(
     from galore_trainer.run.study.sweep import ablate as run_study
 
     flags = {"--output-dir": output, "--seeds": seeds, "--jobs": jobs, "--only": only, "--max-cells": max_cells}
-    given = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
-    given += [] if timing else ["--no-timing"]
+    words = [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+    if not timing:
+        words.append("--no-timing")
     outcome = run_study(
         loaded,
         output,
@@ -84,7 +85,7 @@ def ablate(
         max_cells=max_cells,
         keep_models=keep_models,
         timing=timing,
-        command=shlex.join(["galore-ft", "ablate", study, *(overrides or ()), *given]),
+        command=shlex.join(["galore-ft", "ablate", study, *(overrides or ()), *words]),
         say=_say,
     )
     for name, reason in outcome.failed.items():

@@ -76,7 +76,7 @@ def bench(
         raise OptionError("--profile", f"with --device {device}", "a GPU, whose kernels it lists", "Leave it out.")
     if shape is not None and shape not in SHAPES:
         raise OptionError("--shape", shape, f"one of {', '.join(SHAPES)}")
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "shape": shape,
         "layers": layers,
         "model_layers": model_layers,
@@ -85,6 +85,6 @@ def bench(
         "steps": steps,
         "kernels": kernels,
     }
-    settings = {**(SMALL if device == "cpu" else {}), **{k: v for k, v in given.items() if v is not None}}
+    settings = {**(SMALL if device == "cpu" else {}), **{k: v for k, v in options.items() if v is not None}}
     parts = list(CHOICES[:3]) if what == "all" else [what]
     run_bench(Bench(device=device, profile=profile, **settings), parts, json, details, say=typer.echo)

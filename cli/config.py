@@ -36,8 +36,8 @@ def list_configs() -> None:
 @app.command(cls=OptionsOnce)
 def show(name: Name) -> None:
     """Print a packaged configuration, study or launch configuration, to be saved and changed."""
-    others = {**packaged_configs("studies"), **packaged_configs("launch")}
-    typer.echo((others[name] if name in others else read_packaged(name)).rstrip())
+    texts = {**packaged_configs("studies"), **packaged_configs("launch")}
+    typer.echo((texts[name] if name in texts else read_packaged(name)).rstrip())
 
 
 @app.command(cls=OptionsOnce)

@@ -49,11 +49,11 @@ def load(
         wanted = f"a packaged name ({', '.join(packaged_configs())}) or the path of a YAML file"
         raise OptionError("CONFIG", "nothing", wanted, "For example: galore-ft train quickstart.")
     if reach:
-        own = load_own_settings(name, rest, flags)
+        project_settings = load_own_settings(name, rest, flags)
         if "data" in reach:
-            _require_data(own.data)
+            _require_data(project_settings.data)
         if "model" in reach:
-            require_reach(model or own.model_name_or_path)
+            require_reach(model or project_settings.model_name_or_path)
     return load_run_config(name, rest, flags)
 
 

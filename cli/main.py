@@ -1,6 +1,6 @@
-"""The command ``galore-ft``: runs one command line, whatever happens, to an exit code.
+"""The command ``galore-ft``: runs one command line and turns every error into a message and an exit code.
 
-Little is imported here at the top: Ctrl-C during the first second, in which libraries are imported, ends in one word.
+Little is imported at the top, so that Ctrl-C while libraries are imported ends in one word, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return interrupted()
-    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+    except BrokenPipeError:  # the reader of a pipe, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except SystemExit:

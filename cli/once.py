@@ -1,4 +1,4 @@
-"""A command whose options are given once, and whose words are not empty."""
+"""A command that refuses repeated options and empty values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OptionsOnce(TyperCommand):
         """Parse the words of a command line.
 
         Raises:
-            OptionError: an option that stands there twice, or an empty value of an option or an argument.
+            OptionError: an option that is given twice, or an empty value of an option or an argument.
         """
         values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter in () if ctx.resilient_parsing else order:
@@ -32,7 +32,7 @@ class OptionsOnce(TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; Ctrl-C ends it in one word, whatever the version of the parser makes of it."""
+        """Run the command; Ctrl-C ends it in one word under every version of the parser."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

@@ -74,10 +74,10 @@ class Flag:
 
 def all_flags() -> list[Flag]:
     """Every generated option, in the order of the help page."""
-    own = get_type_hints(RunConfig)
+    hints = get_type_hints(RunConfig)
     run_fields = {field.name: field for field in dataclasses.fields(RunConfig)}
     return [
-        *(Flag(name, own[name], _help(run_fields[name], name)) for name in TOP_LEVEL),
+        *(Flag(name, hints[name], _help(run_fields[name], name)) for name in TOP_LEVEL),
         *(Flag(name, hint, help) for name, (hint, help) in TRAINING.items()),
         *_block_flags("galore", GaLoreConfig),
         *_block_flags("lora", LoraSettings),
@@ -90,18 +90,18 @@ def _block_flags(block: str, cls: type) -> list[Flag]:
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every generated option; it receives those that were given as ``flags``, by dotted key."""
+    """Give a command every generated option; ``flags`` holds the values of those that were used, by dotted key."""
     flags = {flag.parameter: flag for flag in all_flags()}
     signature = inspect.signature(command, eval_str=True)
-    own = [parameter for name, parameter in signature.parameters.items() if name != "flags"]
+    declared = [parameter for name, parameter in signature.parameters.items() if name != "flags"]
     generated = [flag.to_parameter() for flag in flags.values()]
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        given = {flag.key: kwargs.pop(name) for name, flag in flags.items()}
-        command(*args, flags={key: value for key, value in given.items() if value is not None}, **kwargs)
+        values = {flag.key: kwargs.pop(name) for name, flag in flags.items()}
+        command(*args, flags={key: value for key, value in values.items() if value is not None}, **kwargs)
 
-    complete = signature.replace(parameters=[*own, *generated])
+    complete = signature.replace(parameters=[*declared, *generated])
     wrapped.__signature__ = complete  # type: ignore[attr-defined]
     wrapped.__annotations__ = {name: parameter.annotation for name, parameter in complete.parameters.items()}
     return wrapped

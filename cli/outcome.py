@@ -1,4 +1,4 @@
-"""What a command ends with: its exit code, and what is said of an error.
+"""The exit code of a command, and the message of an error.
 
 Exit codes: 0 done, 1 the run failed, 2 a command line or configuration that cannot be honoured, 130 interrupted.
 """
@@ -16,8 +16,8 @@ from galore_trainer.run.launching.distributed import is_main_process
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 SECONDS_FOR_RANK_0 = 3.0
 PLAIN = (RuntimeError, OSError, ValueError, ImportError, MemoryError, FloatingPointError)
-"""Errors whose message is a sentence; of others the type is told, too."""
-# How the package of an error begins -> what happened, in words that its own message lacks.
+"""Errors whose message is a sentence; for others the type is printed, too."""
+# Beginning of the name of an error's package -> what happened, where the message itself does not say it.
 LEADS = {
     "httpx": "the network failed",  # and httpx2
     "httpcore": "the network failed",
@@ -40,7 +40,7 @@ def interrupted() -> int:
 def report_error(error: BaseException, *, debug: bool) -> int:
     """Say what went wrong and return the exit code.
 
-    A traceback is shown with ``--debug``, and of a failed assertion of this program, which is to be reported.
+    A traceback is shown with ``--debug``, and for a failed assertion of this program, which is a bug to report.
     """
     usage = hasattr(error, "format_message") and hasattr(error, "show")  # the command-line parser's own
     if (no_path := _no_path(error)) is not None:
@@ -48,7 +48,7 @@ def report_error(error: BaseException, *, debug: bool) -> int:
     code = USAGE if usage or isinstance(error, OptionError) else FAILED
     rank = "" if is_main_process() else f" on rank {os.environ['RANK']}"
     if rank and code == USAGE:
-        # Most such errors are found by every rank: rank 0 tells, and its launcher ends the others meanwhile.
+        # Most such errors occur on every rank: rank 0 prints them, and its launcher ends the others meanwhile.
         time.sleep(SECONDS_FOR_RANK_0)
     if debug or (isinstance(error, AssertionError) and "site-packages" not in _raised_in(error)[0]):
         import traceback

@@ -1,4 +1,4 @@
-"""Messages of libraries about parts that a run does not use; each is named here and left out, all others are shown."""
+"""Messages of libraries about parts that a run does not use: those listed here are hidden, all others are shown."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import re
 import warnings
 
-# Logger -> how its message begins. transformers' Trainer imports peft, which imports bitsandbytes, and accelerate
-# imports DeepSpeed, whatever a run uses.
+# Logger -> beginnings of its messages. Every run imports bitsandbytes (transformers' Trainer imports peft, which
+# imports it) and DeepSpeed (accelerate imports it).
 LEFT_OUT = {
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     "DeepSpeed": (
@@ -19,8 +19,8 @@ LEFT_OUT = {
     "transformers.trainer_utils": ("mtime may not be reliable on this filesystem",),
     "transformers.modeling_layers": ("Caching is incompatible with gradient checkpointing",),
 }
-# Beginnings of warnings: names that transformers has changed, and that older versions know alone; what setuptools says
-# when DeepSpeed builds its extensions.
+# Beginnings of warnings: names that transformers deprecates and that older versions need; setuptools while DeepSpeed
+# builds its extensions.
 WARNINGS = (
     "`is_gradient_checkpointing` is deprecated",
     "`gradient_checkpointing_enable` is deprecated",
@@ -30,10 +30,10 @@ WARNINGS = (
 
 
 def hush() -> None:
-    """Leave these messages out of what this process prints; calling it again changes nothing."""
+    """Hide these messages in this process; calling it again changes nothing."""
     for name, starts in LEFT_OUT.items():
         logger = logging.getLogger(name)
-        if not any(isinstance(known, _Filter) for known in logger.filters):
+        if not any(isinstance(existing, _Filter) for existing in logger.filters):
             logger.addFilter(_Filter(starts))
     for start in WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(start))

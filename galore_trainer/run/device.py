@@ -17,7 +17,7 @@ def device_type(*, use_cpu: bool = False) -> str:
 
 
 def uses_bf16(setting: bool | str | None, device_type: str) -> bool:
-    """What ``bf16`` of a run's configuration means on a device: ``auto`` asks whether the hardware computes in it."""
+    """Whether a run computes in bfloat16 on a device: ``auto`` means where the hardware supports it."""
     if setting != "auto":
         return bool(setting)
     import torch
@@ -28,12 +28,12 @@ def uses_bf16(setting: bool | str | None, device_type: str) -> bool:
 
 
 def use_one_device(arguments: TrainingArguments) -> str | None:
-    """Keep a run that nobody launched on several processes to one GPU; a sentence on it where there are more.
+    """Restrict a run that was not launched on several processes to one GPU; return a warning where there are more.
 
     The Trainer would split each batch over all GPUs in one process (``torch.nn.DataParallel``), which copies the model
     at every step.
     """
     if arguments.n_gpu < 2:
         return None
-    found, arguments._n_gpu = arguments.n_gpu, 1
-    return f"{found} GPUs are visible, this run uses one: for all of them, galore-ft train ... --num-processes {found}"
+    count, arguments._n_gpu = arguments.n_gpu, 1
+    return f"{count} GPUs are visible, this run uses one: for all of them, galore-ft train ... --num-processes {count}"

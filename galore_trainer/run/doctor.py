@@ -54,13 +54,13 @@ def machine() -> dict[str, Any]:
     from galore_trainer.run.models.model import cache_dir
     from galore_trainer.run.results.artifacts import environment
 
-    here = environment()
-    count = here["accelerators"]
+    facts = environment()
+    count = facts["accelerators"]
     return {
-        "platform": here["platform"],
-        "device": f"{count} x {here['device']}" if count > 1 else here["device"],
+        "platform": facts["platform"],
+        "device": f"{count} x {facts['device']}" if count > 1 else facts["device"],
         "bf16": uses_bf16("auto", device_type()),
-        "cores": here["cores"],
+        "cores": facts["cores"],
         "memory_gib": _memory(),
         "disk_free_gib": {str(path): _free(path) for path in dict.fromkeys((Path.cwd(), cache_dir()))},
     }
@@ -76,8 +76,8 @@ def missing_extras() -> dict[str, str]:
         if extra is None or extra[1] == "dev":
             continue
         needed = Requirement(text)
-        found = version(needed.name)
-        if found is None or not needed.specifier.contains(found, prereleases=True):
+        installed = version(needed.name)
+        if installed is None or not needed.specifier.contains(installed, prereleases=True):
             missing.setdefault(extra[1], []).append(f"'{needed.name}{needed.specifier}'")
     return {extra: f"pip install {' '.join(names)}" for extra, names in missing.items()}
 
@@ -107,17 +107,17 @@ def hub() -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """The report as aligned text lines."""
-    here, model, net = report["machine"], report["embedded_model"], report["hub"]
+    machine, model, net = report["machine"], report["embedded_model"], report["hub"]
     lines = [
         (DISTRIBUTION, report["galore-trainer"] or "not installed"),
         ("python", report["python"]),
-        *((name, found or "not installed") for name, found in report["packages"].items()),
-        ("platform", here["platform"]),
-        ("device", here["device"]),
-        ("bf16", "native" if here["bf16"] else "not native: 'bf16: auto' trains in float32"),
-        ("cores", str(here["cores"])),
-        ("memory", "unknown" if here["memory_gib"] is None else f"{here['memory_gib']:g} GiB"),
-        *(("disk free", f"{free:g} GiB at {path}") for path, free in here["disk_free_gib"].items()),
+        *((name, installed or "not installed") for name, installed in report["packages"].items()),
+        ("platform", machine["platform"]),
+        ("device", machine["device"]),
+        ("bf16", "native" if machine["bf16"] else "not native: 'bf16: auto' trains in float32"),
+        ("cores", str(machine["cores"])),
+        ("memory", "unknown" if machine["memory_gib"] is None else f"{machine['memory_gib']:g} GiB"),
+        *(("disk free", f"{free:g} GiB at {path}") for path, free in machine["disk_free_gib"].items()),
         ("embedded model", model["where"] if model["present"] else f"missing. {model['way_out']}"),
         ("hub", f"{net['endpoint']} {'answers' if net['reachable'] else 'cannot be used: ' + str(net['problem'])}"),
         *((f"extra [{name}]", f"missing: {command}") for name, command in report["missing_extras"].items()),

@@ -17,7 +17,7 @@ from galore_trainer.errors import OptionError
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, text as UTF-8: no reader, crash or full disk ever meets half of it.
+    """Write a file as a whole or not at all, text as UTF-8: neither a crash nor a full disk leaves half a file.
 
     Raises:
         OSError: nothing was written; the old content, if any, is still there.
@@ -37,21 +37,21 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have a folder's entries written to the disk, so that what was renamed into it outlasts a power cut."""
+    """Flush a folder's entries to the disk, so that a file renamed into it survives a power cut."""
     if os.name != "posix":
         return
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without this operation
             raise
     finally:
         os.close(number)
 
 
 def check_writable(option: str, path: str | Path) -> None:
-    """Refuse a file that could not be written after hours of work: a folder of its name, a place without permission.
+    """Refuse a path that cannot be written, before hours of work: a folder of that name, or no permission.
 
     Args:
         option: that named the file, for the error.

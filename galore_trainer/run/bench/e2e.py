@@ -46,21 +46,21 @@ def bench_e2e(bench: Bench) -> dict[str, Any]:
             with CopiedSvd():
                 optimizer.step()
         methods[title] = training_step(model, optimizer, batches)
-    ours = galore_plus(bench, model, subspace_iterations=1)
-    methods["GaLore+"] = training_step(model, ours, batches)
+    galore = galore_plus(bench, model, subspace_iterations=1)
+    methods["GaLore+"] = training_step(model, galore, batches)
     residual = galore_plus(bench, model, residual_percent=bench.residual_percent, residual_warmup_steps=0)
     methods["GaLore+, residual"] = training_step(model, residual, batches)
-    own = make_model(bench, bench.model_layers)
-    layerwise = galore_plus(bench, own, layerwise=True, update_proj_gap=bench.gap, subspace_iterations=1)
-    methods["GaLore+, layer-wise"] = training_step(own, layerwise, batches)
+    layerwise_model = make_model(bench, bench.model_layers)
+    layerwise = galore_plus(bench, layerwise_model, layerwise=True, update_proj_gap=bench.gap, subspace_iterations=1)
+    methods["GaLore+, layer-wise"] = training_step(layerwise_model, layerwise, batches)
     for method, title in (("lora", "LoRA"), ("dora", "DoRA")):
         if method not in missing:
             adapted = with_adapters(bench, make_model(bench, bench.model_layers), dora=method == "dora")
             methods[title] = training_step(adapted, peer(bench, "adamw", adapted), batches)
     timings = take_turns(methods, bench.rounds, bench.torch_device)
     _gradients(model, next(batches), keep=True)
-    refresh = take_turns({"refresh": lambda: ours.refresh_now()}, REFRESH_ROUNDS, bench.torch_device)["refresh"]
-    svd = svd_ms(p.grad for _, p in ours.projected_weights() if p.grad is not None)
+    refresh = take_turns({"refresh": galore.refresh_now}, REFRESH_ROUNDS, bench.torch_device)["refresh"]
+    svd = svd_ms(p.grad for _, p in galore.projected_weights() if p.grad is not None)
     model.zero_grad()
     staggered = galore_plus(bench, model, stagger_refresh=True, update_proj_gap=bench.gap, subspace_iterations=1)
     step = training_step(model, staggered, batches)

@@ -77,18 +77,20 @@ def take_turns(methods: Mapping[str, Step], rounds: int, device: torch.device) -
     return {name: Timing(*(tuple(x) for x in zip(*pairs, strict=True))) for name, pairs in times.items()}
 
 
-def ratio(one: Timing, other: Timing | float, *, plus: float = 0.0, other_plus: float = 0.0) -> dict[str, float]:
+def ratio(
+    numerator: Timing, denominator: Timing | float, *, plus: float = 0.0, other_plus: float = 0.0
+) -> dict[str, float]:
     """``ratio`` with the quartiles ``low`` and ``high`` of the rounds' own ratios.
 
     Args:
-        one: above the line.
-        other: below it; a plain number of milliseconds has no spread.
+        numerator: above the line.
+        denominator: below it; a plain number of milliseconds has no spread.
         plus, other_plus: milliseconds that are added to each call.
     """
-    below = [other] * len(one.ms) if isinstance(other, float) else other.ms
-    each = [(a + plus) / (b + other_plus) for a, b in zip(one.ms, below, strict=True)]
-    low, high = quartiles(each)
-    return {"ratio": statistics.median(each), "low": low, "high": high}
+    below = [denominator] * len(numerator.ms) if isinstance(denominator, float) else denominator.ms
+    ratios = [(a + plus) / (b + other_plus) for a, b in zip(numerator.ms, below, strict=True)]
+    low, high = quartiles(ratios)
+    return {"ratio": statistics.median(ratios), "low": low, "high": high}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -96,8 +98,8 @@ def copy_bandwidth(device: torch.device) -> float:
     size = 1 << (31 if device.type == "cuda" else 24)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = take_turns({"copy": lambda: target.copy_(source)}, 12, device)["copy"]
-    return 2e3 * size / found.median
+    timing = take_turns({"copy": lambda: target.copy_(source)}, 12, device)["copy"]
+    return 2e3 * size / timing.median
 
 
 def percentile(values: Sequence[float], share: float) -> float:

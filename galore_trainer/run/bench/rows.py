@@ -1,4 +1,4 @@
-"""The ratios that ``bench all`` reports, each with the most that it should be."""
+"""The ratios that ``bench all`` reports, each with its upper bound."""
 
 from __future__ import annotations
 
@@ -13,42 +13,45 @@ from galore_trainer.run.bench.step import bench_step
 from galore_trainer.run.bench.weights import Bench
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {"step": bench_step, "refresh": bench_refresh, "e2e": bench_e2e}
-Found = dict[str, dict[str, Any]]
+Parts = dict[str, dict[str, Any]]
 
 
-def _step(found: Found, name: str, other: str | None) -> dict[str, float]:
-    timings = found["step"]["timings"]
-    return ratio(timings[name], timings[other] if other else found["step"]["floor"])
+def _step(parts: Parts, name: str, other: str | None) -> dict[str, float]:
+    timings = parts["step"]["timings"]
+    return ratio(timings[name], timings[other] if other else parts["step"]["floor"])
 
 
-def _e2e(found: Found, other: str, gap: int, *, svd: bool = False) -> dict[str, float]:
+def _e2e(parts: Parts, other: str, gap: int, *, svd: bool = False) -> dict[str, float]:
     """GaLore+ with its share of a refresh, over another method with its share of SVDs."""
-    own = found["e2e"]
+    e2e = parts["e2e"]
     return ratio(
-        own["timings"]["GaLore+"],
-        own["timings"][other],
-        plus=spread(own["refresh"], gap),
-        other_plus=own["svd"] / gap if svd else 0.0,
+        e2e["timings"]["GaLore+"],
+        e2e["timings"][other],
+        plus=spread(e2e["refresh"], gap),
+        other_plus=e2e["svd"] / gap if svd else 0.0,
     )
 
 
-def _refresh(found: Found) -> dict[str, float]:
-    return ratio(found["refresh"]["timings"][USUAL], found["refresh"]["svd"])
+def _refresh(parts: Parts) -> dict[str, float]:
+    return ratio(parts["refresh"]["timings"][USUAL], parts["refresh"]["svd"])
 
 
-def _refresh_share(found: Found, gap: int) -> dict[str, float]:
-    share = ratio(found["e2e"]["timings"]["forward and backward"], spread(found["e2e"]["refresh"], gap))
+def _refresh_share(parts: Parts, gap: int) -> dict[str, float]:
+    share = ratio(parts["e2e"]["timings"]["forward and backward"], spread(parts["e2e"]["refresh"], gap))
     return {"ratio": 1 / share["ratio"], "low": 1 / share["high"], "high": 1 / share["low"]}
 
 
-def _tail(found: Found) -> dict[str, float]:
-    times = found["e2e"]["staggered"]
+def _tail(parts: Parts) -> dict[str, float]:
+    times = parts["e2e"]["staggered"]
     halves = [percentile(half, 0.99) / statistics.median(half) for half in (times[::2], times[1::2])]
     return {"ratio": percentile(times, 0.99) / statistics.median(times), "low": min(halves), "high": max(halves)}
 
 
-def told_of_tails(e2e: dict[str, Any]) -> list[str]:
-    """Steps that refreshed a weight and steps that did not: what the second kind says of its tail is the machine's."""
+def lines_of_tails(e2e: dict[str, Any]) -> list[str]:
+    """Median and 99th percentile of steps that refreshed a weight, and of steps that did not.
+
+    The tail of the second kind is noise of the machine.
+    """
     pairs = list(zip(e2e["refreshed"], e2e["staggered"], strict=True))
     text = []
     for kind, title in ((True, "steps that refresh a weight"), (False, "steps that refresh none")):
@@ -59,13 +62,13 @@ def told_of_tails(e2e: dict[str, Any]) -> list[str]:
     return text
 
 
-def _layerwise(found: Found, gap: int) -> dict[str, float]:
-    timings = found["e2e"]["timings"]
-    below = spread(found["e2e"]["refresh"], gap)  # layer-wise mode refreshes within its steps
+def _layerwise(parts: Parts, gap: int) -> dict[str, float]:
+    timings = parts["e2e"]["timings"]
+    below = spread(parts["e2e"]["refresh"], gap)  # layer-wise mode refreshes within its steps
     return ratio(timings["GaLore+, layer-wise"], timings["GaLore+"], other_plus=below)
 
 
-ROWS: list[tuple[str, str, float, Callable[[Found, int], dict[str, float]]]] = [
+ROWS: list[tuple[str, str, float, Callable[[Parts, int], dict[str, float]]]] = [
     ("step", "step: GaLore+ / bandwidth floor", 1.35, lambda f, _: _step(f, "GaLore+", None)),
     ("step", "step: GaLore+ / AdamW fused", 0.50, lambda f, _: _step(f, "GaLore+", "AdamW fused")),
     ("step", "step: GaLore+, residual / AdamW fused", 0.85, lambda f, _: _step(f, "GaLore+, residual", "AdamW fused")),
@@ -78,22 +81,22 @@ ROWS: list[tuple[str, str, float, Callable[[Found, int], dict[str, float]]]] = [
     ("e2e", "training: GaLore+ / DoRA", 0.42, lambda f, gap: _e2e(f, "DoRA", gap)),
     ("e2e", "training: GaLore+ layer-wise / GaLore+", 1.05, _layerwise),
 ]
-"""Part, name, bound, and how the ratio comes from what the parts found and the gap."""
+"""Part, name, bound, and how the ratio comes from the parts' figures and the gap."""
 
 
-def rows_of(found: Found, bench: Bench, **told: Any) -> list[dict[str, Any]]:
-    """The rows of the parts that ran: name, ratio, bound, low, high, unit, and what is ``told`` of all.
+def rows_of(parts: Parts, bench: Bench, **common: Any) -> list[dict[str, Any]]:
+    """The rows of the parts that ran: name, ratio, bound, low, high, unit, and the fields ``common`` to all rows.
 
-    A peer that is missing leaves its row with a ratio of None and says so in ``note``.
+    Where a peer is missing, the ratio of its row is None and ``note`` names the peer.
     """
     rows = []
     for part, name, bound, take in ROWS:
-        if part not in found:
+        if part not in parts:
             continue
         row: dict[str, Any] = {"name": name, "ratio": None, "bound": bound, "low": None, "high": None, "unit": "ratio"}
         try:
-            row |= take(found, bench.gap)
+            row |= take(parts, bench.gap)
         except KeyError as missing:
             row["note"] = f"{missing.args[0]} was not timed"
-        rows.append({**row, **told})
+        rows.append({**row, **common})
     return rows

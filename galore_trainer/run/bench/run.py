@@ -1,4 +1,4 @@
-"""Run parts of the benchmark, tell what they found, write it."""
+"""Run parts of the benchmark, print and write their results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from galore_trainer.run.bench.measure import Timing
-from galore_trainer.run.bench.rows import PARTS, rows_of, told_of_tails
+from galore_trainer.run.bench.rows import PARTS, lines_of_tails, rows_of
 from galore_trainer.run.bench.step import line_of, lines
 from galore_trainer.run.bench.weights import Bench
 from galore_trainer.run.files import check_writable, write_file
@@ -41,32 +41,33 @@ def run_bench(
         if path is not None:
             check_writable(option, path)
     where = environment()
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for part in parts:
         say(f"{part}: {_describe(part, bench)}")
-        found[part] = PARTS[part](bench)
-        for line in lines(found[part]):
+        results[part] = PARTS[part](bench)
+        for line in lines(results[part]):
             say(line)
-        if "refresh" in found[part]:
-            say(line_of("refresh of all weights", found[part]["refresh"]))
-        if "svd" in found[part]:
-            say(f"{'SVDs of all weights':<36}{found[part]['svd']:10.1f} ms   each shape timed once")
-        for line in told_of_tails(found[part]) if "refreshed" in found[part] else ():
-            say(line)
-        for name, text in found[part].pop("profiles", {}).items():
+        if "refresh" in results[part]:
+            say(line_of("refresh of all weights", results[part]["refresh"]))
+        if "svd" in results[part]:
+            say(f"{'SVDs of all weights':<36}{results[part]['svd']:10.1f} ms   each shape timed once")
+        if "refreshed" in results[part]:
+            for line in lines_of_tails(results[part]):
+                say(line)
+        for name, text in results[part].pop("profiles", {}).items():
             say(f"{name}\n{text}")
         gc.collect()
         if bench.device == "cuda":
             torch.cuda.empty_cache()
     device = torch.cuda.get_device_name() if bench.device == "cuda" else "cpu"
-    rows = rows_of(found, bench, device=device, commit=where.get("commit"))
+    rows = rows_of(results, bench, device=device, commit=where.get("commit"))
     for row in rows:
-        told = row.get("note") or f"{row['ratio']:.4g}  ({row['low']:.4g} to {row['high']:.4g})"
-        say(f"{row['name']:<56}{told}  at most {row['bound']:.4g}")
+        text = row.get("note") or f"{row['ratio']:.4g}  ({row['low']:.4g} to {row['high']:.4g})"
+        say(f"{row['name']:<56}{text}  at most {row['bound']:.4g}")
     if rows_file is not None:
         write_file(rows_file, json.dumps(rows, indent=1) + "\n")
     if details_file is not None:
-        content = {"bench": dataclasses.asdict(bench), "environment": where, "device": device, "found": _plain(found)}
+        content = {"bench": dataclasses.asdict(bench), "environment": where, "device": device, "found": _plain(results)}
         write_file(details_file, json.dumps(content, indent=1) + "\n")
     return rows
 
@@ -81,4 +82,4 @@ def _describe(part: str, bench: Bench) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Timing):
         return value.to_dict()
-    return {key: _plain(each) for key, each in value.items()} if isinstance(value, dict) else value
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value

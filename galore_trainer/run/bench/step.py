@@ -1,4 +1,4 @@
-"""The optimizer's step alone, on the linear weights of some layers; gradients are there already."""
+"""The optimizer's step alone, on the linear weights of some layers, with gradients made beforehand."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def bench_step(bench: Bench) -> dict[str, Any]:
                 with CopiedSvd():
                     optimizer.step()
             methods[title] = optimizer.step
-    ours = galore_plus(bench, model)
+    galore = galore_plus(bench, model)
     sparse = {"residual_percent": bench.residual_percent, "residual_warmup_steps": 0}
     methods |= {
-        "GaLore+": ours.step,
+        "GaLore+": galore.step,
         "GaLore+, residual": galore_plus(bench, model, **sparse).step,
         "GaLore+, without kernels": galore_plus(bench, model, kernels="torch").step,
         "GaLore+, residual, without kernels": galore_plus(bench, model, kernels="torch", **sparse).step,
@@ -58,7 +58,7 @@ def bench_step(bench: Bench) -> dict[str, Any]:
         "timings": timings,
         "bandwidth": bandwidth,
         "missing": missing,
-        "floor": 1e3 * least_bytes(ours) / bandwidth,
+        "floor": 1e3 * least_bytes(galore) / bandwidth,
     }
 
 
@@ -74,21 +74,22 @@ def _profile(step: Step) -> str:
     """Which kernels a step spends its time in."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    return str(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=60))
+    return str(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=60))
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(part: dict[str, Any]) -> list[str]:
     """The timings as text."""
-    text = [line_of(name, timing) for name, timing in found["timings"].items()]
-    if "floor" in found:
-        text.append(f"{'floor':<36}{found['floor']:10.3f} ms   at {found['bandwidth'] / 1e12:.3f} TB/s, a plain copy")
-    return text + [f"{name}: left out, {why}" for name, why in found["missing"].items()]
+    text = [line_of(name, timing) for name, timing in part["timings"].items()]
+    if "floor" in part:
+        text.append(f"{'floor':<36}{part['floor']:10.3f} ms   at {part['bandwidth'] / 1e12:.3f} TB/s, a plain copy")
+    return text + [f"{name}: left out, {why}" for name, why in part["missing"].items()]
 
 
 def line_of(name: str, timing: Timing) -> str:
     """Median, quartiles and the host's share of one method."""
-    told = timing.to_dict()
-    return f"{name:<36}{told['ms']:10.3f} ms   ({told['low']:.3f} to {told['high']:.3f}), host {told['host_ms']:.3f} ms"
+    figures = timing.to_dict()
+    quartiles = f"({figures['low']:.3f} to {figures['high']:.3f})"
+    return f"{name:<36}{figures['ms']:10.3f} ms   {quartiles}, host {figures['host_ms']:.3f} ms"

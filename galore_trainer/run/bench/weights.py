@@ -75,10 +75,12 @@ class Bench:
 
 def missing_peers(bench: Bench) -> dict[str, str]:
     """Methods that cannot be timed here, and why."""
-    found = {m: f"{package} is not installed" for m, package in PEERS.items() if not importlib.util.find_spec(package)}
+    missing = {
+        m: f"{package} is not installed" for m, package in PEERS.items() if not importlib.util.find_spec(package)
+    }
     if bench.device != "cuda":
-        found["adamw_8bit"] = "bitsandbytes' 8-bit AdamW needs a GPU"
-    return found
+        missing["adamw_8bit"] = "bitsandbytes' 8-bit AdamW needs a GPU"
+    return missing
 
 
 def make_model(bench: Bench, layers: int, *, vocabulary: int | None = None) -> PreTrainedModel:
@@ -147,16 +149,16 @@ def with_adapters(bench: Bench, model: Any, *, dora: bool) -> Any:
 
 
 class CopiedSvd:
-    """While entered, torch's SVD is computed once for each shape and handed out again: only for timing what follows."""
+    """Computes torch's SVD once for each shape and returns copies of it: use it only before what is timed."""
 
     def __enter__(self) -> None:
         """Put the copying function in the place of torch's."""
-        self._svd, known = torch.linalg.svd, dict[Any, Any]()
+        self._svd, copies = torch.linalg.svd, dict[Any, Any]()
 
         def copied(matrix: torch.Tensor, **options: Any) -> Any:
-            if matrix.shape not in known:
-                known[matrix.shape] = self._svd(matrix, **options)
-            return known[matrix.shape]
+            if matrix.shape not in copies:
+                copies[matrix.shape] = self._svd(matrix, **options)
+            return copies[matrix.shape]
 
         torch.linalg.svd = copied
 

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: a manifest seals each once it is whole, and resume takes the newest good one."""
+"""Checkpoints: a manifest seals each one once it is complete, and resume takes the newest one without damage."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def damage(checkpoint: Path) -> str | None:
         return f"its {MANIFEST} {error}"
     except (OSError, ValueError, RecursionError):
         return f"its {MANIFEST} cannot be read"
-    found = (_damage_of_file(checkpoint / name, name, size, crc) for name, (size, crc) in files.items())
-    return next((wrong for wrong in found if wrong), None)
+    problems = (_damage_of_file(checkpoint / name, name, size, crc) for name, (size, crc) in files.items())
+    return next((problem for problem in problems if problem), None)
 
 
 def is_sealed(checkpoint: Path) -> bool:
@@ -63,14 +63,14 @@ def is_sealed(checkpoint: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name tells."""
+    """The step in a checkpoint's name."""
     match = NAME.fullmatch(checkpoint.name)
     assert match, checkpoint
     return int(match[1])
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Whatever bears a checkpoint's name in a run's folder, newest first; it may be damaged, or no folder."""
+    """Every path with a checkpoint's name in a run's folder, newest first; it may be damaged, or not a folder."""
     if not output_dir.is_dir():
         return []
     named = [output_dir / name for name in os.listdir(output_dir) if NAME.fullmatch(name)]
@@ -95,15 +95,15 @@ def choose_checkpoint(resume: str, output_dir: Path) -> tuple[Path | None, list[
     """
     if resume != "auto":
         path = Path(resume).expanduser()
-        if wrong := damage(path) or _misfit(path):
-            way_out = f"{wrong[0].upper()}{wrong[1:]}. Use --resume auto for the newest good checkpoint."
+        if problem := damage(path) or _misfit(path):
+            way_out = f"{problem[0].upper()}{problem[1:]}. Use --resume auto for the newest good checkpoint."
             raise OptionError("resume", resume, "auto or a whole checkpoint-N folder", way_out)
         _require_state(resume, path)
         return path, [f"resuming from {path}"]
     notes: list[str] = []
     for path in checkpoints(output_dir):
-        if wrong := damage(path) or _misfit(path):
-            notes.append(f"{path.name} is not used: {wrong}")
+        if problem := damage(path) or _misfit(path):
+            notes.append(f"{path.name} is not used: {problem}")
             continue
         _require_state(resume, path)
         return path, [*notes, f"resuming from {path}"]
@@ -121,10 +121,10 @@ def make_way(output_dir: Path, start: Path | None) -> list[str]:
     Returns:
         What to tell the user.
     """
-    own = start is not None and start.resolve().parent == output_dir.resolve() and NAME.fullmatch(start.name)
+    in_this_run = start is not None and start.resolve().parent == output_dir.resolve() and NAME.fullmatch(start.name)
     notes = []
     for path in checkpoints(output_dir):
-        if own and step_of(path) <= step_of(start):  # type: ignore[arg-type]
+        if in_this_run and step_of(path) <= step_of(start):  # type: ignore[arg-type]
             continue
         target = output_dir / ASIDE / path.name
         remove(target)
@@ -137,7 +137,7 @@ def make_way(output_dir: Path, start: Path | None) -> list[str]:
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest checkpoints beyond ``limit``, as the Trainer does, once ``newest`` is sealed.
 
-    The newest one and the best one always stay; what is not sealed goes first. As many more may lie aside.
+    The newest one and the best one always stay; unsealed ones are removed first. ``ASIDE`` may hold as many more.
 
     Args:
         newest: the checkpoint that was just sealed.
@@ -147,11 +147,11 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 0:
         return
     kept = {newest.name, *([Path(best).name] if best else [])}
-    others = [path for path in checkpoints(newest.parent) if path.name not in kept]
-    sealed = [path for path in others if is_sealed(path)]
-    stay = sealed[: max(limit - len(kept), 0)]
+    removable = [path for path in checkpoints(newest.parent) if path.name not in kept]
+    sealed = [path for path in removable if is_sealed(path)]
+    remaining = sealed[: max(limit - len(kept), 0)]
     aside = sorted(checkpoints(newest.parent / ASIDE), key=lambda path: path.lstat().st_mtime, reverse=True)
-    for path in [*(path for path in others if path not in stay), *aside[limit:]]:
+    for path in [*(path for path in removable if path not in remaining), *aside[limit:]]:
         remove(path)
 
 
@@ -174,7 +174,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, int]]:
     """Size and CRC-32 by name.
 
     Raises:
-        OSError, ValueError, RecursionError: it is no manifest, or vouches for nothing.
+        OSError, ValueError, RecursionError: it is no manifest, or lists no file.
     """
     if not path.is_file():  # a pipe would never end
         raise _Malformed("is no file")
@@ -203,7 +203,7 @@ def _damage_of_file(path: Path, name: str, size: int, crc: int) -> str | None:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    except ValueError:  # no name that a file could have
+    except ValueError:  # no file can have such a name
         return f"{name!r} is missing"
 
 
@@ -220,7 +220,7 @@ def saved_step(checkpoint: Path) -> int:
 
 
 def _misfit(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint whose files are as they were written: the step it tells of; None for nothing."""
+    """What is wrong with the step that an undamaged checkpoint states; None for nothing."""
     try:
         step = saved_step(checkpoint)
     except ValueError as error:

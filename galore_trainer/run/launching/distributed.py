@@ -1,4 +1,4 @@
-"""What a run does otherwise on several processes: waiting for each other, and models whose weights are cut."""
+"""Runs on several processes: the main process, barriers, and models whose weights are sharded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
 def is_main_process() -> bool:
-    """Whether this process writes a run's files and speaks for it: the only one, or rank 0 of a launcher's.
+    """Whether this process writes the run's files and messages: the only process, or rank 0 of a launcher.
 
     It is asked before TrainingArguments exist. ``accelerate.PartialState`` would start the process group there, with
     timeouts and a backend of its own.
@@ -33,33 +33,28 @@ def is_main_process() -> bool:
 
 
 def end_with_launcher() -> None:
-    """End this process as torchrun, which started it, ends: killed itself, that could not end it (on Linux)."""
+    """End this process when torchrun, which started it, ends, even where torchrun was killed (on Linux)."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
 
 
 def die_with_parent() -> None:
-    """Have the system kill this process once the one that started it has ended; does nothing but on Linux."""
+    """Have Linux kill this process when its parent has ended; does nothing on other systems."""
     if _LIBC is not None:
         set_parent_death_signal = 1
         _LIBC.prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def shards_state(arguments: TrainingArguments) -> bool:
-    """Whether a process keeps a part of the optimizer's state alone: FSDP and DeepSpeed."""
+def shards_weights(arguments: TrainingArguments) -> bool:
+    """Whether each process keeps only a part of the weights: FSDP and DeepSpeed's ZeRO-3."""
     from galore_trainer.hf.backend import training_backend
 
-    return training_backend(arguments) in SHARDED
-
-
-def cuts_weights(arguments: TrainingArguments) -> bool:
-    """Whether a process keeps a part of the weights alone: FSDP and DeepSpeed's ZeRO-3."""
     zero = _zero(arguments)
-    return zero.is_zero3() if zero else shards_state(arguments)
+    return zero.is_zero3() if zero else training_backend(arguments) in SHARDED
 
 
 def check_sharding(arguments: TrainingArguments, checkpoint: Path | None) -> None:
-    """Refuse before training what would fail after it, or what a checkpoint of another launch cannot give.
+    """Refuse a launch that could not save a whole model, or that does not fit the checkpoint of another launch.
 
     Raises:
         OptionError: a DeepSpeed configuration under which no whole model can be saved; a checkpoint that was written
@@ -80,19 +75,19 @@ def check_sharding(arguments: TrainingArguments, checkpoint: Path | None) -> Non
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse a launch that asks for FSDP or DeepSpeed where accelerate trains under DDP without a word.
+    """Refuse a launch that asks for FSDP or DeepSpeed where accelerate silently uses DDP.
 
     Raises:
         OptionError: with the way out.
     """
     from galore_trainer.hf.backend import training_backend
 
-    asked, kind = training_backend(trainer.args), trainer.accelerator.distributed_type.value
-    if asked in SHARDED and kind != asked.upper():
+    wanted, used = training_backend(trainer.args), trainer.accelerator.distributed_type.value
+    if wanted in SHARDED and used != wanted.upper():
         raise OptionError(
             "backend",
-            f"{asked} on {trainer.args.device.type}",
-            f"{asked}, for which accelerate uses {kind}",
+            f"{wanted} on {trainer.args.device.type}",
+            f"{wanted}, for which accelerate uses {used}",
             "FSDP needs GPUs; DeepSpeed runs on CPUs with use_cpu=true and without ACCELERATE_USE_CPU.",
         )
 
@@ -101,15 +96,15 @@ def check_trainer(trainer: Trainer) -> None:
 def scored_model(
     model: PreTrainedModel, arguments: TrainingArguments, source: str, dtype: Dtype
 ) -> Iterator[PreTrainedModel]:
-    """The model that this process scores by itself: the trained one where it is whole, else another one from a file.
+    """The model that this process scores: the trained one where it is whole, else one loaded from a file.
 
     Args:
         model: that is trained.
         arguments: of the Trainer.
-        source: what to load where weights are cut, as for ``load_model``.
+        source: what to load where weights are sharded, as for ``load_model``.
         dtype: of its weights.
     """
-    if not cuts_weights(arguments):
+    if not shards_weights(arguments):
         yield model
         return
     from galore_trainer.run.models.model import load_model
@@ -120,7 +115,7 @@ def scored_model(
 
 
 def save_whole_model(trainer: Trainer, folder: Path) -> None:
-    """Save a model that ``from_pretrained`` loads, gathered where its weights are cut; all processes call it."""
+    """Save a model that ``from_pretrained`` loads, gathered where its weights are sharded; all processes call it."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(folder))
@@ -129,7 +124,7 @@ def save_whole_model(trainer: Trainer, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_zero3(arguments: TrainingArguments) -> Iterator[None]:
-    """Let transformers load and run models whole; under ZeRO-3 it would cut them and wait for the other processes."""
+    """Let transformers load and run whole models; under ZeRO-3 it would shard them and wait for the other processes."""
     if not _zero(arguments):
         yield
         return

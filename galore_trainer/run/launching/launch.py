@@ -1,4 +1,4 @@
-"""One run on several processes: what ``accelerate launch`` is told, and what it could not honour."""
+"""One run on several processes: the command line of ``accelerate launch``, and settings that it could not honour."""
 
 from __future__ import annotations
 
@@ -46,15 +46,17 @@ class Launch:
         options = ["--config_file", str(self.file), "--num_processes", str(self.processes)]
         return [*options, "--module", "galore_trainer.cli", *without_launch_options(words)]
 
-    def environment(self, own: Mapping[str, str]) -> dict[str, str]:
-        """What the processes' environment has beyond ``own``, that of this process."""
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """Variables that the processes get beyond ``inherited``, the environment of this process."""
         tools = str(Path(sys.executable).parent)  # ninja stands beside python, perhaps in an environment not activated
-        added = {"PATH": os.pathsep.join([tools, own["PATH"]]) if own.get("PATH") else tools}
-        if self.backend == "deepspeed" and "PYTHONWARNINGS" not in own:  # two lines at every step, about torch's names
+        added = {"PATH": os.pathsep.join([tools, inherited["PATH"]]) if inherited.get("PATH") else tools}
+        if self.backend == "deepspeed" and "PYTHONWARNINGS" not in inherited:
+            # torch would print two lines at every step about deprecated names
             added["PYTHONWARNINGS"] = "ignore::FutureWarning:torch.distributed.c10d_logger"
         if self.on_cpu:
-            threads = {"OMP_NUM_THREADS": str(threads_each(self.processes))} if "OMP_NUM_THREADS" not in own else {}
-            added |= {"DS_ACCELERATOR": "cpu", **threads}
+            added["DS_ACCELERATOR"] = "cpu"
+            if "OMP_NUM_THREADS" not in inherited:
+                added["OMP_NUM_THREADS"] = str(threads_each(self.processes))
         return added
 
 
@@ -86,8 +88,8 @@ def plan_launch(config: RunConfig, *, num_processes: int | None, launch_config: 
         raise OptionError(PROCESSES, num_processes, "at least 1", "Leave it out for one process here.")
     name = launch_config or DEFAULT
     file = _find(name)
-    found = _read(name, file)
-    kind = found.distributed_type.value
+    settings = _read(name, file)
+    kind = settings.distributed_type.value
     backend = _BACKENDS.get(kind, "ddp")
     if backend == "deepspeed":
         require_package(CONFIG, name, "deepspeed", "deepspeed")
@@ -96,15 +98,15 @@ def plan_launch(config: RunConfig, *, num_processes: int | None, launch_config: 
     on_cpu = device_type(use_cpu=bool(config.training.get("use_cpu"))) == "cpu"
     if on_cpu and backend == "fsdp":
         raise OptionError(CONFIG, name, "GPUs: accelerate runs FSDP on them alone", f"Here, use {CONFIG} zero3 or ddp.")
-    own = found.num_processes if found.num_processes > 0 else None
-    processes = num_processes or own or _all_devices(name, on_cpu)
-    machines = max(found.num_machines, 1)
-    if not on_cpu and processes > (most := _device_count() * machines):
+    configured = settings.num_processes if settings.num_processes > 0 else None
+    processes = num_processes or configured or _all_devices(name, on_cpu)
+    machines = max(settings.num_machines, 1)
+    if not on_cpu and processes > (limit := _device_count() * machines):
         raise OptionError(
             PROCESSES,
             processes,
-            f"at most {most}, one for each visible GPU",
-            f"Use {PROCESSES} {most}, or use_cpu=true to try it on the CPU.",
+            f"at most {limit}, one for each visible GPU",
+            f"Use {PROCESSES} {limit}, or use_cpu=true to try it on the CPU.",
         )
     return Launch(name=name, file=file, backend=backend, processes=processes, on_cpu=on_cpu)
 
@@ -168,16 +170,16 @@ def _read(name: str, file: Path) -> Any:
     wanted = "a configuration of accelerate"
     try:
         read_mapping(file.read_text(encoding="utf-8"), name)  # with limits that accelerate's reader does not have
-        found = load_config_from_file(str(file))
+        settings = load_config_from_file(str(file))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         way_out = f"{' '.join(str(error).split()).rstrip('.')}. 'accelerate config' writes one."
         raise OptionError(CONFIG, name, wanted, way_out) from error
-    kind = getattr(found.distributed_type, "value", None)
-    several = isinstance(found, ClusterConfig) and kind in (*_BACKENDS, "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
+    kind = getattr(settings.distributed_type, "value", None)
+    several = isinstance(settings, ClusterConfig) and kind in (*_BACKENDS, "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
     if not several:
         way_out = f"Use {CONFIG} {DEFAULT}, which serves CPUs too (use_cpu=true)."
         raise OptionError(f"{CONFIG} {name}: distributed_type", kind, "MULTI_GPU, FSDP or DEEPSPEED", way_out)
-    return found
+    return settings
 
 
 def _all_devices(name: str, on_cpu: bool) -> int:
@@ -194,9 +196,9 @@ def _device_count() -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Pass on to the processes of the run what has them save a checkpoint; afterwards all handlers are as before.
+    """Pass SIGINT and SIGTERM on to the processes of the run, which then save a checkpoint; restore all handlers.
 
-    For SIGTERM torchrun would give them half a minute.
+    After SIGTERM torchrun itself would kill them within half a minute.
     """
     import psutil
 

@@ -1,4 +1,4 @@
-"""What a run will need at its end, or beside its training: asked for before anything is trained."""
+"""Checks before training: the method, the trackers, the model, the output folder, and room on the disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OFFLINE = ("offline", "disabled", "dryrun")  # of WANDB_MODE
 
 
 def check_all(config: RunConfig, processes: int | None = None) -> None:
-    """Look for whatever a run would stop at before its first step, or at its end; loads no weights, writes nothing.
+    """Check what would stop a run before its first step or at its end; loads no weights, writes nothing.
 
     Args:
         config: of the run.
@@ -48,9 +48,9 @@ def check_output(config: RunConfig) -> None:
     """Raise ``OptionError`` where a run's folder cannot be written."""
     output = Path(config.output_dir).expanduser()
     check_folder(output)
-    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OptionError("output_dir", str(output), "a folder to write in", f"Nothing can be written in {there}.")
+    folder = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OptionError("output_dir", str(output), "a folder to write in", f"Nothing can be written in {folder}.")
 
 
 def check_trackers(arguments: TrainingArguments) -> None:
@@ -65,7 +65,7 @@ def _check_tracker(name: str) -> None:
     missing = name in integrations.INTEGRATION_TO_CALLBACK and name not in (
         *integrations.get_available_reporting_integrations(),
         "azure_ml",
-        "flyte",  # which it does not always tell
+        "flyte",  # the list may omit these two
     )
     try:
         if missing:
@@ -93,17 +93,20 @@ def check_room(config: RunConfig, arguments: TrainingArguments, model: Any, exam
     """
     from galore_trainer.tables import human_bytes
 
-    each, whole = checkpoint_bytes(config, model, only_model=arguments.save_only_model)
+    size, model_size = checkpoint_bytes(config, model, only_model=arguments.save_only_model)
     count = _checkpoints(arguments, examples, processes)
     output = Path(config.output_dir).expanduser()
-    there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
-    own = sum(path.stat().st_size for folder in checkpoints(output) for path in folder.rglob("*") if path.is_file())
-    needed, free = count * each + whole, shutil.disk_usage(there).free + own  # as a run removes its older ones
+    folder = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    replaced = sum(
+        path.stat().st_size for folder in checkpoints(output) for path in folder.rglob("*") if path.is_file()
+    )
+    needed = count * size + model_size
+    free = shutil.disk_usage(folder).free + replaced  # a run removes its older checkpoints
     if needed > free:
         raise OptionError(
             "output_dir",
             str(output),
-            f"room for {human_bytes(needed)}: {count} checkpoints of {human_bytes(each)}, and the model",
+            f"room for {human_bytes(needed)}: {count} checkpoints of {human_bytes(size)}, and the model",
             f"{human_bytes(free)} are free: free some space, lower save_total_limit, or give another --output-dir.",
         )
 
@@ -138,22 +141,22 @@ def _checkpoints(arguments: TrainingArguments, examples: int, processes: int) ->
     strategy = SaveStrategy(arguments.save_strategy)
     if strategy == SaveStrategy.NO:
         return 0
-    steps, every = count_steps(arguments, examples, processes)
+    steps, interval = count_steps(arguments, examples, processes)
     if strategy == SaveStrategy.STEPS:  # a share of all steps where it is below 1
-        every = math.ceil(arguments.save_steps if arguments.save_steps >= 1 else steps * arguments.save_steps)
-    saves = 1 if strategy == SaveStrategy.BEST else max(math.ceil(steps / max(every, 1)), 1)
+        interval = math.ceil(arguments.save_steps if arguments.save_steps >= 1 else steps * arguments.save_steps)
+    saves = 1 if strategy == SaveStrategy.BEST else max(math.ceil(steps / max(interval, 1)), 1)
     limit = arguments.save_total_limit
     return min(saves, limit + 1) if limit and limit > 0 else saves
 
 
 def _model(config: RunConfig, arguments: TrainingArguments) -> Any:
-    """A run's model without weights, prepared for its method; None where that could not be told without its weights."""
+    """A run's model without weights, prepared for its method; None where that needs the weights."""
     import torch
 
     from galore_trainer.run.memory.estimate import empty_model
     from galore_trainer.run.models.model import EMBEDDED, find_embedded_gguf, is_converted, load_tokenizer
 
-    if config.model_name_or_path == EMBEDDED and not is_converted():  # which would take half a minute
+    if config.model_name_or_path == EMBEDDED and not is_converted():  # converting would take half a minute
         find_embedded_gguf()
         return None
     load_tokenizer(config.model_name_or_path)

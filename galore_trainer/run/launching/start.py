@@ -18,7 +18,7 @@ LOCK = ".run.lock"
 
 @contextlib.contextmanager
 def own_folder(output: Path) -> Iterator[None]:
-    """Keep other runs out of a run's folder; the lock ends with the process, however that ends.
+    """Lock a run's folder against other runs; the lock ends with the process, even where that is killed.
 
     A folder in which nothing was written is removed afterwards, and the lock of one that no run began in.
 
@@ -28,7 +28,7 @@ def own_folder(output: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     check_folder(output)
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    new_folders = [folder for folder in (output, *output.parents) if not folder.exists()]
     new = not (output / LOCK).exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -48,15 +48,15 @@ def own_folder(output: Path) -> Iterator[None]:
     finally:
         if new and not (output / RESOLVED_CONFIG).is_file():
             (output / LOCK).unlink(missing_ok=True)
-        if made and not is_taken(output):
+        if new_folders and not is_taken(output):
             (output / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # parents that others use by now
-                for folder in made:
+            with contextlib.suppress(OSError):  # parents that other runs use
+                for folder in new_folders:
                     folder.rmdir()
 
 
 def check_folder(output: Path) -> None:
-    """Raise ``OptionError`` where a file stands in the way of a run's folder."""
+    """Raise ``OptionError`` where a run's folder, or a folder above it, is a file."""
     first = next(folder for folder in (output, *output.parents) if folder.exists() or folder.is_symlink())
     if not first.is_dir():
         raise OptionError("output_dir", str(output), "a folder", f"{first} is none: choose another.")
@@ -114,7 +114,7 @@ def choose_start(
 
 
 def _read_saved(saved: Path, resume: str, say: Callable[[str], None]) -> RunConfig | None:
-    """The configuration a run began with; None, with a word, where ``auto`` is to go on without it."""
+    """The configuration that a run began with; None, after a message, where ``auto`` goes on without it."""
     try:
         return load_run_config(saved)
     except OptionError as error:
@@ -124,10 +124,10 @@ def _read_saved(saved: Path, resume: str, say: Callable[[str], None]) -> RunConf
         return None
 
 
-def _check_resumable(now: RunConfig, saved: RunConfig, say: Callable[[str], None]) -> None:
-    """Refuse what would make saved state meaningless; tell of every other difference."""
-    before, after = (_flat(c.to_dict()) for c in (saved, now))
-    block = METHODS[now.method].block
+def _check_resumable(current: RunConfig, saved: RunConfig, say: Callable[[str], None]) -> None:
+    """Refuse a difference under which saved state has no meaning; report every other difference."""
+    before, after = (_flat(c.to_dict()) for c in (saved, current))
+    block = METHODS[current.method].block
     fields = dataclasses.fields(BLOCKS[block]) if block else ()
     fixed = {f"{block}.{field.name}" for field in fields if field.metadata["trajectory"]}
     fixed |= {"method", "model_name_or_path", "dtype", "seed"}

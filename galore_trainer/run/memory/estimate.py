@@ -1,4 +1,4 @@
-"""What a run would need of a device's memory, method by method, from the model's configuration alone."""
+"""The device memory that a run would need, for each method, from the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def estimate(
                 "--methods", method, "galore_plus", f"Layer-wise mode runs alone or under DDP, not {layout.name}."
             )
         block = METHODS[method.split(",")[0]].block
-        own = config.lora.rank if block == "lora" else config.galore.rank
-        for rank in (ranks or (own,)) if block else (0,):
+        default_rank = config.lora.rank if block == "lora" else config.galore.rank
+        for rank in (ranks or (default_rank,)) if block else (0,):
             rows.append(Row(method, rank, estimate_one(config, method, rank, layout)))
     return rows
 
@@ -152,7 +152,7 @@ def method_settings(galore: GaLoreConfig, method: str, rank: int) -> GaLoreConfi
 
 
 def predict(config: RunConfig, rows: Any, processes: int = 1) -> dict[str, Any]:
-    """What a run's own memory was to be: ``peak_bytes``, of them ``weights_bytes``, for rows of ``length`` tokens.
+    """The predicted memory of a run: ``peak_bytes``, of them ``weights_bytes``, for rows of ``length`` tokens.
 
     Args:
         config: of the run.
@@ -188,8 +188,8 @@ def memory_table(rows: Sequence[Row]) -> TextTable:
     for row in rows:
         m = row.memory
         parts = (m.weights, m.gradients, sum(m.state.values()), m.backward, m.step, m.peak)
-        shown = ["-" if part is None else f"{part / GIB:.2f}" for part in parts]
-        lines.append(("layerwise" if row.method == LAYERWISE else row.method, str(row.rank or "-"), *shown))
+        cells = ["-" if part is None else f"{part / GIB:.2f}" for part in parts]
+        lines.append(("layerwise" if row.method == LAYERWISE else row.method, str(row.rank or "-"), *cells))
     notes = dict.fromkeys(row.memory.note for row in rows if row.memory.note)
     return TextTable(titles, lines, titles[1:], [f"- {note}" for note in notes])
 
@@ -228,13 +228,13 @@ def _model_config(config: RunConfig) -> Any:
 
     source = resolve_model(config.model_name_or_path)
     with _explained(config):
-        found = AutoConfig.from_pretrained(source.path, **source.options)
-        _check_sizes(config, found.get_text_config(decoder=True))
-    return found
+        model_config = AutoConfig.from_pretrained(source.path, **source.options)
+        _check_sizes(config, model_config.get_text_config(decoder=True))
+    return model_config
 
 
 def _build(text: Any, config: RunConfig) -> Any:
-    """The model on the device that is set; a model without content, so that only its shapes take memory."""
+    """Build the model without weights on torch's default device."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -247,7 +247,7 @@ def _build(text: Any, config: RunConfig) -> Any:
 
 
 def _check_sizes(config: RunConfig, text: Any) -> None:
-    """Refuse a configuration of which transformers would build a model that cannot run, or never end."""
+    """Refuse a configuration whose model could not run, or would take transformers too long to build."""
     layers, heads, keys = (
         getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     )
@@ -297,28 +297,28 @@ def adam_state(model: Any, *, eight_bit: bool) -> dict[str, int]:
     for p in model.parameters():
         if p.requires_grad:
             quantized = eight_bit and id(p) not in embeddings and p.numel() >= SMALL
-            each = 1 + 4 / 256 if quantized else EMBEDDING_BITS // 8 if eight_bit else p.element_size()
-            total += int(2 * each * p.numel())
+            bytes_each = 1 + 4 / 256 if quantized else EMBEDDING_BITS // 8 if eight_bit else p.element_size()
+            total += int(2 * bytes_each * p.numel())
     return {"plain": total}
 
 
 def _galore_torch_memory(model: Any, galore: GaLoreConfig) -> tuple[dict[str, int], int]:
-    """That package keeps basis and moments in the gradient's dtype, and those of other parameters too.
+    """Bytes of galore-torch's state by kind, and the peak of its step; all of it has the gradient's dtype.
 
-    Its step makes a denominator and an update for each parameter, and lets go of the last one's as it makes the next's.
+    Its step allocates a denominator and an update for each parameter, and frees them while it allocates the next ones.
     """
     from galore_trainer.targets.groups import plan_weights
 
-    found, last, step = {"basis": 0, "moments": 0, "plain": 0}, 0, 0
+    state, last, step = {"basis": 0, "moments": 0, "plain": 0}, 0, 0
     for weight in plan_weights(model, galore):
         size = weight.parameter.element_size()
         if weight.kind == "projected":
             for kind, number in weight.state_bytes(galore).items():
                 if number:
-                    found[kind] += number * size // 4
+                    state[kind] += number * size // 4
         elif weight.kind == "plain":
-            own = size * weight.parameter.numel()
-            found["plain"] += 2 * own
+            entry = size * weight.parameter.numel()
+            state["plain"] += 2 * entry
             if weight.parameter.dim() > 1:  # vectors, which are not decayed, have a group of their own
-                step, last = max(step, 2 * last + own, last + 2 * own), own
-    return found, step
+                step, last = max(step, 2 * last + entry, last + 2 * entry), entry
+    return state, step

@@ -1,4 +1,4 @@
-"""What each of several processes holds: a step that was counted on one, shared out as DDP, FSDP2 and ZeRO do it.
+"""The memory of one of several processes: a step counted on one process, divided as DDP, FSDP2 and ZeRO divide it.
 
 Buffers are those of the packaged launch configurations (``configs/launch``) at the defaults of torch 2.11 to 2.13,
 accelerate 1.15 and DeepSpeed 0.19.8. Against four GPUs: ``results/scaling``.
@@ -88,7 +88,8 @@ def share_out(
         return dataclasses.replace(memory, gradients=memory.gradients + (averaged if n > 1 else 0))  # its buckets
     state = {kind: size if kind == "basis" else size // n for kind, size in memory.state.items()}
     if layout.backend == "fsdp":
-        # the root's weights stay gathered; of layers two are, with the gradient of one, twice on its way
+        # The root's weights stay gathered. Two layers are gathered at a time, and the gradient of one of them is held
+        # twice while it is reduced.
         gathered = element * (sizes.outside + 4 * sizes.layer if sizes.layer else 3 * sizes.outside)
         return _replace(memory, memory.weights // n, state, memory.gradients // n, gathered, memory.step)
     stage = int(layout.name[-1])
@@ -99,9 +100,11 @@ def share_out(
     gradients = memory.gradients // n if stage > 1 else memory.gradients
     bucket = element * min(BUCKET, sizes.trained)
     gathered = bucket
-    if stage == 3:  # the bucket stays
+    if stage == 3:  # ZeRO-3 keeps the bucket
         gradients, gathered = gradients + bucket, min(element * LIVE, memory.weights)
-    copies = 0 if adamw else 2 * MASTER * min(STACK_ELEMENTS, sizes.trained)  # rows and gradients put together
+    copies = (
+        0 if adamw else 2 * MASTER * min(STACK_ELEMENTS, sizes.trained)
+    )  # of rows and gradients that are put together
     unflattened = MASTER * min(sizes.trained // n, LIVE if stage == 3 else sizes.trained)  # the optimizer's gradient
     step = memory.step + copies + unflattened
     return _replace(memory, weights + master, state, gradients, gathered, step)

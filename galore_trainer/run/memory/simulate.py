@@ -57,7 +57,7 @@ class StepMemory:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the bytes of storages that operations return, as long as they live."""
+    """Counts the bytes of all living storages that operations returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ class LiveBytes(TorchDispatchMode):
     @contextlib.contextmanager
     def watching(self) -> Iterator[list[int]]:
         """The peak inside the block, as the only element of a list, filled when the block ends."""
-        found: list[int] = []
+        peak: list[int] = []
         self.peak = self.now
-        yield found
-        found.append(self.peak)
+        yield peak
+        peak.append(self.peak)
 
 
 def simulate_step(
@@ -116,7 +116,7 @@ def simulate_step(
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         model = make_model()
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is told in ``note``
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # ``note`` says what failed
     with warnings.catch_warnings(), _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")
         _make_fake(model)
@@ -125,37 +125,38 @@ def simulate_step(
         with live:
             live.count([*model.parameters(), *model.buffers()])
             weights = live.now
-            ours = isinstance(optimizer, GaLoreAdamW)
-            state, step = (_make_state(optimizer), 0) if ours else optimizer
-            live.now += 0 if ours else sum(state.values())
+            is_galore = isinstance(optimizer, GaLoreAdamW)
+            state, step = (_make_state(optimizer), 0) if is_galore else optimizer
+            if not is_galore:
+                live.now += sum(state.values())
             before = live.now
             backward, note = None, ""
             try:
-                with live.watching() as found:
+                with live.watching() as peak:
                     for _ in range(2 if accumulates else 1):
                         _loss(model, batch_size, length, autocast).backward()
-                backward = found[0] - live.now
-            except Exception as error:  # an architecture that cannot run on fake tensors, whatever it raises
+                backward = peak[0] - live.now
+            except Exception as error:  # some architectures cannot run on fake tensors
                 note = f"activations could not be counted: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
                 model.zero_grad()
                 _give_gradients(model, optimizer)
             gradients = live.now - before
-            step = _step(optimizer, live) if ours else step
+            step = _step(optimizer, live) if is_galore else step
     return StepMemory(weights=weights, state=state, gradients=gradients, backward=backward, step=step, note=note)
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Put fake tensors in the place of those on the meta device, tied ones together."""
+    """Replace tensors on the meta device by fake ones; tied weights stay tied."""
     memo: dict[int, Tensor] = {}
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, value in own.items():
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
                 if value is not None:
                     if id(value) not in memo:
                         fake = torch.empty(value.shape, dtype=value.dtype)
                         grad = value.requires_grad
                         memo[id(value)] = nn.Parameter(fake, grad) if isinstance(value, nn.Parameter) else fake
-                    own[name] = memo[id(value)]  # type: ignore[assignment]
+                    tensors[name] = memo[id(value)]  # type: ignore[assignment]
 
 
 def _loss(model: nn.Module, batch_size: int, length: int, autocast: bool) -> Tensor:
@@ -169,7 +170,7 @@ def _loss(model: nn.Module, batch_size: int, length: int, autocast: bool) -> Ten
 
 
 def _give_gradients(model: nn.Module, optimizer: Any) -> None:
-    """Gradients as backward leaves them, for a model that cannot run."""
+    """Give every parameter the gradient that backward would leave, for a model that cannot run on fake tensors."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     if isinstance(optimizer, GaLoreAdamW) and optimizer.config.layerwise:
@@ -185,7 +186,7 @@ def _make_state(optimizer: GaLoreAdamW) -> dict[str, int]:
     optimizer.make_state()
     for _, state in _projected(optimizer):
         state.update(calls=NEVER // 2, due=NEVER, born=0)
-    if config.layerwise:  # these keep a dense gradient in the step with most of them
+    if config.layerwise:  # weights of one phase keep dense gradients at the same step: count the largest phase
         by_phase: dict[int, list[tuple[Tensor, dict[str, Any]]]] = {}
         for p, state in _projected(optimizer):
             by_phase.setdefault(state["phase"], []).append((p, state))
@@ -198,19 +199,19 @@ def _step(optimizer: GaLoreAdamW, live: LiveBytes) -> int:
     """The peak of the step above what is alive before it: of the update, and of the largest refresh."""
     before = live.now
     weights = [w for w in optimizer.weights_with_gradients() if w.matrices and w.kept is None]
-    together = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
-    buckets = refresh_buckets(weights, optimizer.config, together)
+    elements = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
+    buckets = refresh_buckets(weights, optimizer.config, elements)
     peaks = []
     for bucket in sorted(buckets, key=lambda b: -len(b.pieces) * b.pieces[0].weight.numel())[:3]:
-        with live.watching() as measured:
+        with live.watching() as peak:
             refresh_bucket(bucket, optimizer.config, optimizer.seed)
-        peaks += measured
+        peaks += peak
     for _, state in _projected(optimizer):
         state["due"] = NEVER
     optimizer.max_stack_elements = STACK_ELEMENTS
-    with live.watching() as found:
+    with live.watching() as peak:
         optimizer.step()
-    return max(*peaks, *found, before) - before
+    return max(*peaks, *peak, before) - before
 
 
 def _projected(optimizer: GaLoreAdamW) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -219,7 +220,7 @@ def _projected(optimizer: GaLoreAdamW) -> list[tuple[Tensor, dict[str, Any]]]:
 
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Let fake tensors take the paths that CUDA tensors take: bf16 factors are multiplied as they are."""
+    """Let fake tensors on the CPU take the paths of CUDA tensors: bfloat16 factors are multiplied without a cast."""
     before = set(galore.MULTIPLIES_BF16)
     galore.MULTIPLIES_BF16.add("cpu")
     try:

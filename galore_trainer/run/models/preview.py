@@ -1,4 +1,4 @@
-"""What the model will see: examples with the tokens it is trained on, counts, lengths, and what is too long."""
+"""A preview of a run's data: examples with the tokens that are trained on, counts, lengths, and what is too long."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def preview(config: RunConfig, count: int = 2) -> str:
     for example in data.train[:count]:
         encoded = encode(tokenizer, example, config.max_length)
         parts += ["", *show_example(tokenizer, example.id, encoded)]
-    parts += ["", *_summary(measured, config.max_length, every=step)]
+    parts += ["", *_summary(measured, config.max_length, stride=step)]
     return "\n".join(parts)
 
 
@@ -69,13 +69,13 @@ def histogram(lengths: list[int], *, bins: int = 8, width: int = 40) -> list[str
     ]
 
 
-def _summary(encoded: list[dict[str, Any]], max_length: int, *, every: int) -> list[str]:
+def _summary(encoded: list[dict[str, Any]], max_length: int, *, stride: int) -> list[str]:
     if not encoded:
         return ["No training examples."]
     lengths = [len(item["input_ids"]) for item in encoded]
     trained = sum(label != -100 for item in encoded for label in item["labels"])
     long = sum(bool(item["truncated"]) for item in encoded)
-    sample = f" (every {every}th example measured)" if every > 1 else ""
+    sample = f" (every {stride}th example measured)" if stride > 1 else ""
     return [
         f"tokens per example: {min(lengths)} to {max(lengths)}, mean {sum(lengths) / len(lengths):.0f}, "
         f"of which {trained / len(lengths):.0f} trained on{sample}",

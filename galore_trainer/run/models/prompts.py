@@ -1,7 +1,8 @@
 """From an example to token ids: what the model reads, what it is trained on, and how examples make a batch.
 
 The text of the prompt fixes its ids (special tokens are written out in it), so training and generation read the same.
-Padding is a matter of position, never of id: where pad is eos, as in SmolLM2, masking by id would unteach stopping.
+Padding is masked by position, never by id: where the padding token is the end token, as in SmolLM2, masking by id
+would teach the model not to stop.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PLAIN_TURN = {"system": "{}\n\n", "user": "Question: {}\n", "assistant": "Answer
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], name: str = "these turns"
 ) -> str:
-    """Write the turns as the model shall read them, up to where the assistant begins to write.
+    """Write the turns as the model reads them, up to where the assistant begins to write.
 
     With a chat template, that template; else ``Question: ...`` and ``Answer:``, after the begin token if the tokenizer
     sets one by itself. Encode the result with ``add_special_tokens=False``.
@@ -45,7 +46,7 @@ def render_prompt(
             if not text:
                 raise ValueError("it writes nothing")
             return text
-        except Exception as error:  # whatever a template does, it is the template's
+        except Exception as error:  # a template is a program and may raise anything
             raise _template_error(tokenizer, [m["role"] for m in messages], name, error) from error
     begin = tokenizer("")["input_ids"][:1]
     prefix = str(tokenizer.bos_token) if begin and begin[0] == tokenizer.bos_token_id else ""

@@ -1,4 +1,4 @@
-"""A report's figures: score and loss against what was varied, where time goes, projection error against its price."""
+"""A report's plots: score and loss against what was varied, time by part, projection error against its cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from galore_trainer.run.report.pages import Plot
-from galore_trainer.run.report.runs import Gathered, Group, cell_values, is_number, score_interval
+from galore_trainer.run.report.runs import Group, ReportData, cell_values, is_number, score_interval
 from galore_trainer.run.results.artifacts import smoothed
 from galore_trainer.run.results.columns import PARTS, Column, columns
 from galore_trainer.run.results.shapes import LARGEST
@@ -47,9 +47,9 @@ STYLE: Any = {
 }
 
 
-def make_plots(found: Gathered) -> dict[str, Plot]:
+def make_plots(data: ReportData) -> dict[str, Plot]:
     """Every figure for which the runs have data, by the section it belongs to: quality, loss, time, projection."""
-    makers: dict[str, Callable[[Gathered], tuple[Figure, str] | None]] = {
+    makers: dict[str, Callable[[ReportData], tuple[Figure, str] | None]] = {
         "quality": _score,
         "loss": _losses,
         "time": _time,
@@ -60,7 +60,7 @@ def make_plots(found: Gathered) -> dict[str, Plot]:
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a name in other letters
         for section, make in makers.items():
-            drawn = make(found)
+            drawn = make(data)
             if drawn is not None:
                 plots[section] = _export(names[section], *drawn)
     return plots
@@ -69,61 +69,63 @@ def make_plots(found: Gathered) -> dict[str, Plot]:
 # ------------------------------------------------------------------------------------------ the figures
 
 
-def _score(found: Gathered) -> tuple[Figure, str] | None:
-    table = columns(run.result for run in found.runs)
-    shown = [table[key] for key in ("score", "eval_loss") if any(_values(found, table[key]))]
+def _score(data: ReportData) -> tuple[Figure, str] | None:
+    table = columns(run.result for run in data.runs)
+    shown = [table[key] for key in ("score", "eval_loss") if any(_values(data, table[key]))]
     if not shown:
         return None
-    axis = _numeric_axis(found)
-    figure = _figure(9.0, 3.4 if axis else 1.3 + 0.34 * len(found.groups))
+    axis = _numeric_axis(data)
+    figure = _figure(9.0, 3.4 if axis else 1.3 + 0.34 * len(data.groups))
     panels = figure.subplots(1, len(shown), squeeze=False, sharey=axis is None)[0]
     for panel, column in zip(panels, shown, strict=True):
-        _against_values(panel, found, column, axis)
+        _against_values(panel, data, column, axis)
     if axis is None:
-        panels[0].set_yticks(range(len(found.groups)), [group.name for group in found.groups])
+        panels[0].set_yticks(range(len(data.groups)), [group.name for group in data.groups])
         panels[0].invert_yaxis()
     what = axis[0] if axis else "cell"
-    return figure, f"{' and '.join(column.title for column in shown)} for each {what}; {_bars(found)}"
+    return figure, f"{' and '.join(column.title for column in shown)} for each {what}; {_bars(data)}"
 
 
-def _against_values(panel: Axes, found: Gathered, column: Column, axis: tuple[str, list[float]] | None) -> None:
+def _against_values(panel: Axes, data: ReportData, column: Column, axis: tuple[str, list[float]] | None) -> None:
     """One figure of merit: along a numeric axis, or one line of the plot for each cell."""
-    values = _values(found, column)
+    values = _values(data, column)
     places = axis[1] if axis else [float(i) for i in range(len(values))]
-    known = [i for i, one in enumerate(values) if one]
-    means = [column.factor * statistics.fmean(values[i]) for i in known]
-    errors = [_error(found.groups[i], column, values[i]) for i in known]
+    present = [i for i, cell in enumerate(values) if cell]
+    means = [column.factor * statistics.fmean(values[i]) for i in present]
+    errors = [_error(data.groups[i], column, values[i]) for i in present]
     spread = [list(side) for side in zip(*errors, strict=True)]
-    at = [places[i] for i in known]
-    seeds = [(places[i], column.factor * value) for i in known for value in values[i] if len(values[i]) > 1]
+    positions = [places[i] for i in present]
+    seeds = [(places[i], column.factor * value) for i in present for value in values[i] if len(values[i]) > 1]
     points: dict[str, Any] = {"facecolors": "none", "edgecolors": INK, "s": 20, "zorder": 5, "linewidths": 0.8}
     bars: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "markersize": 6, "capsize": 3, "zorder": 4}
     if axis:
-        panel.errorbar(at, means, yerr=spread, linewidth=1.6, **bars)
-        panel.scatter(*zip(*seeds, strict=True), **points) if seeds else None
-        _scale(panel, at)
-        panel.set_xticks(at, labels=[f"{tick:g}" for tick in at])
+        panel.errorbar(positions, means, yerr=spread, linewidth=1.6, **bars)
+        if seeds:
+            panel.scatter(*zip(*seeds, strict=True), **points)
+        _scale(panel, positions)
+        panel.set_xticks(positions, labels=[f"{tick:g}" for tick in positions])
         panel.set_xticks([], minor=True)
         panel.set(xlabel=axis[0], title=column.title)
         panel.set_ylim(*_from_zero(*panel.get_ylim()))
     else:
-        panel.errorbar(means, at, xerr=spread, linestyle="none", **bars)
-        panel.scatter([v for _, v in seeds], [p for p, _ in seeds], **points) if seeds else None
+        panel.errorbar(means, positions, xerr=spread, linestyle="none", **bars)
+        if seeds:
+            panel.scatter([v for _, v in seeds], [p for p, _ in seeds], **points)
         panel.set(title=column.title)
         panel.margins(y=0.12)
         panel.set_xlim(*_from_zero(*panel.get_xlim()))
 
 
-def _time(found: Gathered) -> tuple[Figure, str] | None:
-    table = columns(run.result for run in found.runs)
-    groups = [group for group in found.groups if cell_values(found, group, table["seconds_per_step"])]
+def _time(data: ReportData) -> tuple[Figure, str] | None:
+    table = columns(run.result for run in data.runs)
+    groups = [group for group in data.groups if cell_values(data, group, table["seconds_per_step"])]
     if not groups:
         return None
     figure = _figure(9.0, 1.2 + 0.38 * len(groups))
     panel = figure.subplots()
     left = [0.0] * len(groups)
     for (key, name), colour in zip(PARTS.items(), COLOURS, strict=False):
-        widths = [statistics.fmean(cell_values(found, group, table[key]) or [0.0]) for group in groups]
+        widths = [statistics.fmean(cell_values(data, group, table[key]) or [0.0]) for group in groups]
         panel.barh(range(len(groups)), widths, left=left, height=0.62, color=colour, label=name)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for i, total in enumerate(left):
@@ -133,18 +135,16 @@ def _time(found: Gathered) -> tuple[Figure, str] | None:
     panel.grid(axis="y", visible=False)
     panel.margins(x=0.08)
     panel.set_xlim(left=0.0)
-    how = "exclusive pass" if found.exclusive_pass else "mean over seeds"
+    how = "exclusive pass" if data.exclusive_pass else "mean over seeds"
     panel.set(xlabel="seconds per step", title=f"Where time goes ({how})")
     figure.legend(loc="outside upper right", ncols=len(PARTS))
     return figure, f"Seconds per training step by part, {how}: {', '.join(PARTS.values())}"
 
 
-def _projection(found: Gathered) -> tuple[Figure, str] | None:
-    table = columns(run.result for run in found.runs)
+def _projection(data: ReportData) -> tuple[Figure, str] | None:
+    table = columns(run.result for run in data.runs)
     price, error = table["refresh_seconds"], table["projection_error"]
-    points = [
-        (group.name, cell_values(found, group, price), cell_values(found, group, error)) for group in found.groups
-    ]
+    points = [(group.name, cell_values(data, group, price), cell_values(data, group, error)) for group in data.groups]
     points = [point for point in points if point[1] and point[2]]
     if not points:
         return None
@@ -170,14 +170,14 @@ def _projection(found: Gathered) -> tuple[Figure, str] | None:
         xlabel=price.title, ylabel="projection error (mean over matrices)", title="What a refresh costs and gives"
     )
     figure.legend(loc="outside right upper")
-    absent = [group.name for group in found.groups if group.runs and group.name not in [name for name, _, _ in points]]
-    told = f"; not shown, without a projection or without its time: {', '.join(absent)}" if absent else ""
-    return figure, f"Projection error against the time of one refresh of all matrices{told}"
+    absent = [group.name for group in data.groups if group.runs and group.name not in [name for name, _, _ in points]]
+    note = f"; not shown, without a projection or without its time: {', '.join(absent)}" if absent else ""
+    return figure, f"Projection error against the time of one refresh of all matrices{note}"
 
 
-def _losses(found: Gathered) -> tuple[Figure, str] | None:
+def _losses(data: ReportData) -> tuple[Figure, str] | None:
     kinds = {"loss": "training loss, smoothed", "eval_loss": "eval loss during training"}
-    curves = {kind: [(group, list(_curve(group, kind))) for group in found.groups] for kind in kinds}
+    curves = {kind: [(group, list(_curve(group, kind))) for group in data.groups] for kind in kinds}
     shown = [kind for kind in kinds if any(len(curve) > 1 for _, curve in curves[kind])]
     if not shown:
         return None
@@ -194,7 +194,7 @@ def _losses(found: Gathered) -> tuple[Figure, str] | None:
             panel.plot(steps, values, color=COLOURS[i % len(COLOURS)], linestyle=style, linewidth=1.5, label=label)
         panel.set(xlabel="step", ylabel="nats per token", title=kinds[kind], yscale="log")
         _plain_numbers(panel.yaxis)
-    figure.legend(loc="outside lower center", ncols=min(len(found.groups), 4))
+    figure.legend(loc="outside lower center", ncols=min(len(data.groups), 4))
     return figure, f"{' and '.join(kinds[kind] for kind in shown).capitalize()} against the step, mean over seeds"
 
 
@@ -208,10 +208,10 @@ def _curve(group: Group, kind: str) -> Iterator[tuple[int, float]]:
 # ------------------------------------------------------------------------------------------ axes
 
 
-def _numeric_axis(found: Gathered) -> tuple[str, list[float]] | None:
+def _numeric_axis(data: ReportData) -> tuple[str, list[float]] | None:
     """Name and positions of the one numeric setting that was varied; None where cells are names."""
-    keys = list(dict.fromkeys(key for group in found.groups for key in group.values))
-    values = [group.values.get(keys[0]) if keys else None for group in found.groups]
+    keys = list(dict.fromkeys(key for group in data.groups for key in group.values))
+    values = [group.values.get(keys[0]) if keys else None for group in data.groups]
     if len(keys) != 1 or len(values) < 2 or not all(is_number(value) for value in values):
         return None
     return short_names(keys)[keys[0]], [float(value) for value in values if value is not None]
@@ -240,8 +240,8 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _values(found: Gathered, column: Column) -> list[list[float]]:
-    return [cell_values(found, group, column) for group in found.groups]
+def _values(data: ReportData, column: Column) -> list[list[float]]:
+    return [cell_values(data, group, column) for group in data.groups]
 
 
 def _error(group: Group, column: Column, values: Sequence[float]) -> tuple[float, float]:
@@ -252,8 +252,8 @@ def _error(group: Group, column: Column, values: Sequence[float]) -> tuple[float
     return (column.factor * _deviation(values),) * 2
 
 
-def _bars(found: Gathered) -> str:
-    several = any(len(group.runs) > 1 for group in found.groups)
+def _bars(data: ReportData) -> str:
+    several = any(len(group.runs) > 1 for group in data.groups)
     return "bars: standard deviation over seeds" if several else "bars: 95 % interval of the score"
 
 

@@ -1,4 +1,4 @@
-"""What a report is about: runs read from their folders, grouped into cells that differ in more than the seed."""
+"""The runs of a report, read from their folders and grouped into cells; the runs of a cell differ in the seed alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import wilson_interval
 from galore_trainer.run.results.columns import Column, Result
+from galore_trainer.run.results.result import LOG, RESULT
 from galore_trainer.run.results.shapes import LARGEST, check_result, read_log
 from galore_trainer.run.settings.methods import methods_reading
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
 from galore_trainer.run.study.grid import comparable, short_names, show_value
-from galore_trainer.run.study.record import FAILED, FINISHED, RESULT, STUDY_FILE, TIMING, read_result, read_study_file
+from galore_trainer.run.study.record import FAILED, FINISHED, STUDY_FILE, TIMING, read_result, read_study_file
 
-LOG = "log.jsonl"
 ABSENT = object()
 # Settings that change nothing of what a run computes.
 NEUTRAL = {
@@ -60,8 +60,8 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gathered:
-    """Everything a report says.
+class ReportData:
+    """The content of a report.
 
     Attributes:
         title, question: of the study, or of the comparison.
@@ -86,7 +86,7 @@ class Gathered:
         return [run for group in self.groups for run in group.runs]
 
 
-def gather(folders: Sequence[str | Path]) -> Gathered:
+def gather(folders: Sequence[str | Path]) -> ReportData:
     """Read the folder of one study, or the folders of runs.
 
     Raises:
@@ -100,7 +100,7 @@ def gather(folders: Sequence[str | Path]) -> Gathered:
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """The settings that matter to a run, by dotted key: not its seed, not what its method leaves alone."""
+    """The settings that matter to a run, by dotted key, without its seed and what its method does not read."""
     return {
         key: value
         for key, value in comparable(run.result["config"]).items()
@@ -110,27 +110,27 @@ def settings(run: Run) -> dict[str, Any]:
 
 def differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """The settings to which cells give different values, with each cell's; ``ABSENT`` where it has none."""
-    found = [settings(group.runs[0]) for group in groups if group.runs]
-    keys = dict.fromkeys(key for one in found for key in one)
-    columns = {key: [one.get(key, ABSENT) for one in found] for key in keys}
+    by_cell = [settings(group.runs[0]) for group in groups if group.runs]
+    keys = dict.fromkeys(key for chosen in by_cell for key in chosen)
+    columns = {key: [chosen.get(key, ABSENT) for chosen in by_cell] for key in keys}
     return {key: values for key, values in columns.items() if len({_key(v) for v in values if v is not ABSENT}) > 1}
 
 
 def common(runs: Sequence[Run]) -> dict[str, Any]:
     """The settings to which all runs that have them give one value, nested as in YAML."""
-    every = [settings(run) for run in runs]
+    by_run = [settings(run) for run in runs]
     nested: dict[str, Any] = {}
-    for key in dict.fromkeys(key for one in every for key in one):
-        values = [one[key] for one in every if key in one]
+    for key in dict.fromkeys(key for chosen in by_run for key in chosen):
+        values = [chosen[key] for chosen in by_run if key in chosen]
         if all(value == values[0] for value in values):
             block, _, name = key.rpartition(".")
             (nested.setdefault(block, {}) if block else nested)[name] = values[0]
     return nested
 
 
-def cell_values(found: Gathered, group: Group, column: Column) -> list[float]:
+def cell_values(data: ReportData, group: Group, column: Column) -> list[float]:
     """A column's figures of one cell, one a seed; a single one where times come from the timing pass."""
-    if column.group == "time" and found.exclusive_pass:
+    if column.group == "time" and data.exclusive_pass:
         runs = group.runs[:1]
         values = [column.read(run.result, group.timing) for run in runs]
     else:
@@ -153,7 +153,7 @@ def score_interval(group: Group) -> tuple[float, float] | None:
 # ------------------------------------------------------------------------------------------ a study
 
 
-def _study(folder: Path) -> Gathered:
+def _study(folder: Path) -> ReportData:
     record = read_study_file(folder / STUDY_FILE)
     commands = record.get("commands") or []
     groups, unfinished, shared = [], [], False
@@ -186,7 +186,7 @@ def _study(folder: Path) -> Gathered:
     if not results:
         reasons = dict.fromkeys(reason for group in groups for reason in group.failures.values())
         raise OptionError("RUNS", str(folder), "at least one finished run", " ".join(reasons))
-    return Gathered(
+    return ReportData(
         title=record.get("title") or record["name"],
         question=record.get("question") or "",
         task=_task({group.name: group.runs for group in groups}),
@@ -200,7 +200,7 @@ def _study(folder: Path) -> Gathered:
 # ------------------------------------------------------------------------------------------ any runs
 
 
-def _comparison(folders: Sequence[Path]) -> Gathered:
+def _comparison(folders: Sequence[Path]) -> ReportData:
     runs, unfinished = [], []
     for folder in folders:
         result = read_result(folder)
@@ -219,15 +219,15 @@ def _comparison(folders: Sequence[Path]) -> Gathered:
         raise OptionError("RUNS", unfinished, "finished runs alone", way_out)
     task = _task({str(run.folder): [run] for run in runs})
     unset = _training_defaults(runs)
-    together: dict[tuple[Any, ...], list[Run]] = {}
+    by_settings: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        together.setdefault(
+        by_settings.setdefault(
             tuple((key, _key(value)) for key, value in sorted({**unset, **settings(run)}.items())), []
         ).append(run)
-    groups = [Group(name="", values={}, runs=tuple(members)) for members in together.values()]
+    groups = [Group(name="", values={}, runs=tuple(members)) for members in by_settings.values()]
     named = _name(groups)
     commands = tuple(f"galore-ft train {run.folder}/{RESOLVED_CONFIG} --output-dir NEW" for run in runs)
-    return Gathered(
+    return ReportData(
         title="Comparison" if len(named) > 1 else f"{runs[0].result['method']} on {task}",
         question="",
         task=task,
@@ -269,8 +269,10 @@ def is_number(value: Any) -> bool:
 
 def _training_defaults(runs: Sequence[Run]) -> dict[str, Any]:
     """What transformers takes for fields that some runs set and others leave to it."""
-    every = [settings(run) for run in runs]
-    partly = {key for one in every for key in one if "." not in key and not all(key in other for other in every)}
+    by_run = [settings(run) for run in runs]
+    partly = {
+        key for chosen in by_run for key in chosen if "." not in key and not all(key in other for other in by_run)
+    }
     if not partly:
         return {}
     from transformers import TrainingArguments

@@ -1,4 +1,4 @@
-"""The README.md of a trained model: what it came from, how it was trained, what it scores, and how to load it."""
+"""The README.md of a trained model: its base, how it was trained, its scores, and how to load it."""
 
 from __future__ import annotations
 

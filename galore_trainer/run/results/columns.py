@@ -1,4 +1,4 @@
-"""What a table says of a run: one declared column for each figure, how it is read, and how it is shown."""
+"""The columns of a report's tables: how each figure is read from a run's result, and how it is shown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = {"forward_backward": "forward + backward", "update": "update", "refresh"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-    """One figure.
+    """A column: one figure of each run.
 
     Args:
         key: as a study's ``metrics:`` name it.
@@ -63,7 +63,7 @@ def columns(results: Iterable[Result] = ()) -> dict[str, Column]:
     scores = [result["score_after"] for result in results if result.get("score_after")]
     texts = [key for key in METRICS if not results or any(key in score for score in scores)]
     kinds = dict.fromkeys(kind for result in results for kind in result.get("optimizer_state_bytes", {}))
-    found = [
+    table = [
         _score(scores),
         *(Column(key=key, title=METRICS[key], group="quality", read=_after(key), digits=4, missing=_skipped(key))
           for key in texts if not (key == "bleu" and scores)),
@@ -90,7 +90,7 @@ def columns(results: Iterable[Result] = ()) -> dict[str, Column]:
         Column(key="sharing_excess", title="sharing excess, ratio", group="projection", digits=3,
                read=_projection("sharing_excess"), missing=_UNDIAGNOSED),
     ]  # fmt: skip
-    return {column.key: column for column in found}
+    return {column.key: column for column in table}
 
 
 def metric_names() -> tuple[str, ...]:
@@ -132,12 +132,12 @@ def projects(result: Result) -> bool:
 
 
 def predicted_peak(result: Result) -> float | None:
-    """The peak that was told beforehand, counted as the measured one is: on a CPU without the weights."""
-    told = result.get("predicted_memory") or {}
-    beside = 0 if "weights included" in result["peak_memory"]["meaning"] else told.get("weights_bytes")
-    if told.get("peak_bytes") is None or beside is None:
+    """The peak that was predicted beforehand, counted as the measured one is: on a CPU without the weights."""
+    predicted = result.get("predicted_memory") or {}
+    beside = 0 if "weights included" in result["peak_memory"]["meaning"] else predicted.get("weights_bytes")
+    if predicted.get("peak_bytes") is None or beside is None:
         return None
-    return float(told["peak_bytes"] - beside)
+    return float(predicted["peak_bytes"] - beside)
 
 
 def timed_steps(result: Result) -> int:
@@ -191,8 +191,8 @@ def _per_step(part: str) -> Read:
 
 
 def _fine_tuning(result: Result, timed: Result) -> float | None:
-    each = _per_step("training")(result, timed)
-    return None if each is None else each * result["steps"]
+    per_step = _per_step("training")(result, timed)
+    return None if per_step is None else per_step * result["steps"]
 
 
 def _digits(value: float, significant: int) -> int:

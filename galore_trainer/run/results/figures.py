@@ -1,4 +1,4 @@
-"""What a run tells of its optimizer: bytes of state by kind, what projection lost, seconds of refreshes, parameters."""
+"""Figures of a run's optimizer and model: bytes of state by kind, projection error, seconds by part, parameters."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def state_bytes(optimizer: Any) -> dict[str, int]:
     A tensor that several parameters share, such as the code book of bitsandbytes, counts once.
     """
     kinds: dict[str, int] = {}
-    seen = set()
+    counted = set()
     projected = {id(p) for g in (optimizer.param_groups if optimizer else ()) if "rank" in g for p in g["params"]}
     for p, state in optimizer.state.items() if optimizer else ():  # ZeRO-3 empties groups between steps
         for value in state.values():
             kind = "plain" if id(p) not in projected else "moments" if torch.is_tensor(value) else "basis"
             for tensor in _tensors(value):
-                if tensor.data_ptr() not in seen:
-                    seen.add(tensor.data_ptr())
+                if tensor.data_ptr() not in counted:
+                    counted.add(tensor.data_ptr())
                     kinds[kind] = kinds.get(kind, 0) + tensor.numel() * tensor.element_size()
     return kinds or {"plain": 0}
 

@@ -1,7 +1,7 @@
 """``push_to_hub``: the trained model, its tokenizer and its card go to the hub, once, after training.
 
-The Trainer would upload its whole output folder instead: predictions, settings with local paths, and a card that does
-not know what the model was trained on. So it is not asked to.
+The Trainer's own upload is not used: it would send the whole output folder, with predictions, local paths, and a card
+that does not say what the model was trained on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from galore_trainer.run.settings.run_config import RunConfig
 
 OPTION = "push_to_hub"
-# Weights, configurations, vocabularies, chat templates, the card; training_args.bin, which names local paths, is none.
+# Weights, configurations, vocabularies, chat templates, the card. Not training_args.bin, which names local paths.
 UPLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
 
 

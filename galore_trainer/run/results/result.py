@@ -1,4 +1,4 @@
-"""What a run tells of itself once it is over: ``result.json``, the summary, the files beside the model."""
+"""The result of a finished run: ``result.json``, the summary on the terminal, the files beside the model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ RESULT, LOG = "result.json", "log.jsonl"
 
 
 def seconds(trainer: Trainer, timing: Any) -> dict[str, float]:
-    """Seconds of training by part, without those of diagnosis, which is no part of the method."""
+    """Seconds of training by part, without the diagnosis of refreshes, which is not part of the method."""
     from galore_trainer.run.results.figures import optimizer_seconds
 
-    mine = timing.stopwatch.seconds()
+    measured = timing.stopwatch.seconds()
     parts = ("diagnosis", "refresh", "update", "plain")
     diagnosis, refresh, *updates = (optimizer_seconds(trainer.optimizer, part) for part in parts)
-    step = mine.get("step", 0.0) - diagnosis
+    step = measured.get("step", 0.0) - diagnosis
     # DeepSpeed takes its step inside the backward pass, where the Trainer's callbacks do not see it.
-    optimizer = max(mine.get("optimizer", 0.0) - diagnosis, refresh + sum(updates))
+    optimizer = max(measured.get("optimizer", 0.0) - diagnosis, refresh + sum(updates))
     return {"training": step, "forward_backward": step - optimizer, "refresh": refresh, "update": optimizer - refresh}
 
 
@@ -117,10 +117,10 @@ def summary(result: dict[str, Any], output: Path) -> str:
     lines.append(f"time    training {seconds['training']:.0f} s: {parts}; evaluation {seconds['evaluation']:.0f} s")
     state = human_bytes(sum(result["optimizer_state_bytes"].values()))
     peak = result["peak_memory"]["peak_bytes"]
-    told = f"; peak {human_bytes(peak)} {result['peak_memory']['meaning']}" if peak is not None else ""
+    memory = f"; peak {human_bytes(peak)} {result['peak_memory']['meaning']}" if peak is not None else ""
     if (predicted := predicted_peak(result)) is not None:
-        told += f", predicted {human_bytes(predicted)}"
-    lines.append(f"memory  optimizer state {state}{told}")
+        memory += f", predicted {human_bytes(predicted)}"
+    lines.append(f"memory  optimizer state {state}{memory}")
     adapter = f" {ADAPTER}/," if METHODS[result["method"]].block == "lora" else ""
     lines.append(f"files   {output}: model/,{adapter} {RESULT}, {LOG}, predictions.jsonl, loss.png, {RESOLVED_CONFIG}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What ``result.json``, ``study.json`` and ``log.jsonl`` must hold, checked field by field: anyone may change them."""
+"""Checks of ``result.json``, ``study.json`` and ``log.jsonl`` field by field, as users may edit these files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from galore_trainer.config import check_type
 from galore_trainer.errors import OptionError
 
-LARGEST = 1e100  # of a figure; means, units and axes multiply it
+LARGEST = 1e100  # larger figures overflow in means, units and axes
 WAY_OUT = "Leave this folder out, or make the file anew with the command that wrote it."
 
 
@@ -166,15 +166,15 @@ def _fits(value: Any, field: Field) -> bool:
         check_type("", value, field.hint)
     except OptionError:
         return False
-    return all(_is_number(one, field.low) for one in _numbers(value, field.hint))
+    return all(_is_number(number, field.low) for number in _numbers(value, field.hint))
 
 
 def _numbers(value: Any, hint: Any) -> list[float]:
-    """The numbers that a field holds; what stands in a mapping of anything is not looked at."""
+    """The numbers that a field holds; values of an untyped mapping are not checked."""
     if isinstance(value, Mapping):
         return list(value.values()) if hint == dict[str, float] else []
     values = value if isinstance(value, list) else [value]
-    return [one for one in values if isinstance(one, int | float) and not isinstance(one, bool)]
+    return [number for number in values if isinstance(number, int | float) and not isinstance(number, bool)]
 
 
 def _is_number(value: float, low: float | None) -> bool:
@@ -183,12 +183,12 @@ def _is_number(value: float, low: float | None) -> bool:
 
 
 def _check_text(path: Path, data: Any) -> None:
-    """Refuse halves of characters, which JSON can hold and no file can."""
+    """Refuse lone surrogates, which JSON can hold and UTF-8 cannot."""
     try:
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        at = _short(error.object[max(error.start - 20, 0) : error.end + 20])
-        raise OptionError(str(path), at, "whole characters", WAY_OUT) from None
+        excerpt = _short(error.object[max(error.start - 20, 0) : error.end + 20])
+        raise OptionError(str(path), excerpt, "whole characters", WAY_OUT) from None
 
 
 def _short(value: Any) -> Any:

@@ -72,7 +72,7 @@ def evaluate_examples(
     predictions_path: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score a model in memory on the first ``config.eval.limit`` examples; it is left as it was found.
+    """Score a model in memory on the first ``config.eval.limit`` examples; it is left as it was.
 
     Returns:
         ``task``; all the recipe's ``score`` reports but ``per_example``, ``n`` among it; ``metric``, ``extract``,
@@ -101,7 +101,7 @@ def evaluate_examples(
         progress=progress,
     )
     scores = score(task, predictions, list(examples))
-    found = scores.pop("per_example", [{}] * len(examples))
+    verdicts = scores.pop("per_example", [{}] * len(examples))
     rows = encode_all(tokenizer, examples, config.max_length)
     loss = mean_loss(
         model, tokenizer, rows.rows, config.training.get("per_device_eval_batch_size", LOSS_BATCH_SIZE), bf16=bf16
@@ -109,7 +109,7 @@ def evaluate_examples(
     extract = config.eval.extract
     if predictions_path is not None:
         lines = []
-        for example, prompt, prediction, verdict in zip(examples, prompts, predictions, found, strict=True):
+        for example, prompt, prediction, verdict in zip(examples, prompts, predictions, verdicts, strict=True):
             line = {"id": example.id, "prompt": prompt, "prediction": prediction, "answer": example.answer}
             lines.append(json.dumps({**line, **_verdict(verdict, extract)}, ensure_ascii=False) + "\n")
         write_file(predictions_path, "".join(lines))
@@ -227,7 +227,7 @@ def _greedy(model: PreTrainedModel, max_new_tokens: int, stops: Sequence[int], p
     """Replace the model's generation settings, whose sampling options would be merged into ours, for a while."""
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    settings = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -239,11 +239,11 @@ def _greedy(model: PreTrainedModel, max_new_tokens: int, stops: Sequence[int], p
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = settings
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's end token, and those the model's authors end a turn with."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    others = own if isinstance(own, list) else [] if own is None else [own]
-    return [tokenizer.eos_token_id, *(i for i in others if i != tokenizer.eos_token_id)]
+    model_ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = model_ends if isinstance(model_ends, list) else [] if model_ends is None else [model_ends]
+    return [tokenizer.eos_token_id, *(i for i in ends if i != tokenizer.eos_token_id)]

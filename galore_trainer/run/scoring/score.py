@@ -73,8 +73,8 @@ def _reference_groups(source: str) -> list[list[str]]:
     if "references" in rows[0].fields:
         return [_texts(row) for row in rows]
     if not nlg.recognises(rows[0].fields.keys()):
-        found = ", ".join(map(str, rows[0].fields))
-        raise OptionError(REFERENCES, source, f"the columns mr and ref, or references; it has {found}")
+        columns = ", ".join(map(str, rows[0].fields))
+        raise OptionError(REFERENCES, source, f"the columns mr and ref, or references; it has {columns}")
     return [list(example.references) for example in gather(nlg.parse(rows).examples)]
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from galore_trainer.run.settings.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
-MANY_STEPS = 1 << 20  # so that no number of warm-up or decay steps is too large for the trial of a schedule
-# Fields that newer transformers know by another name; both are taken as the user wrote them.
+MANY_STEPS = 1 << 20  # the trial of a schedule must be longer than any warm-up or decay
+# Fields that newer versions of transformers rename. The user may write either name.
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -31,7 +31,7 @@ RUN_DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,
     "disable_tqdm": True,
 }
-"""TrainingArguments fields a run sets below the user's own; progress is shown by ``progress.py``."""
+"""TrainingArguments fields a run sets below the user's own; ``training/progress.py`` shows progress."""
 
 
 def run_arguments(config: RunConfig) -> TrainingArguments:
@@ -62,7 +62,7 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     """
     cls, below = arguments_class(config)
     fields = {**below, **more, **config.training}
-    fields.pop("push_to_hub", None)  # publish.py uploads the model; the Trainer would upload all of output_dir
+    fields.pop("push_to_hub", None)  # results/publish.py uploads the model; the Trainer would upload all of output_dir
     device = device_type(use_cpu=bool(fields.get("use_cpu")))
     if fields.get("bf16") == "auto":
         fields["bf16"] = not fields.get("fp16") and uses_bf16("auto", device)
@@ -83,8 +83,8 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
         way_out = f"It says: {one_line(error)}"
         raise OptionError(option, got, "settings that transformers accepts", way_out) from error
     _check_scheduler(arguments)
-    if told := use_one_device(arguments):
-        logger.warning(told)
+    if warning := use_one_device(arguments):
+        logger.warning(warning)
     return arguments
 
 
@@ -104,30 +104,32 @@ def arguments_class(config: RunConfig) -> tuple[type[TrainingArguments], dict[st
     require_package("trainer", "trl", "trl", "trl")
     from trl import SFTConfig
 
-    theirs = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
-    ours = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init and f.default != theirs[f.name]}
+    trl_defaults = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
+    defaults = {
+        f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init and f.default != trl_defaults[f.name]
+    }
     packed, padding_free = (config.training.get(name, False) for name in ("packing", "padding_free"))
-    # No row is longer than max_length, so that nothing is cut; without padding or packing TRL wants it to be None.
+    # No row exceeds max_length, so TRL truncates nothing. With padding-free batches and no packing TRL wants None.
     length = config.max_length if packed or not padding_free else None
-    return SFTConfig, {**ours, "max_length": length, "completion_only_loss": True}
+    return SFTConfig, {**defaults, "max_length": length, "completion_only_loss": True}
 
 
 def _check_scheduler(arguments: TrainingArguments) -> None:
-    """Make the learning rate's schedule once, so that a setting it does not take is refused before training."""
+    """Build the learning rate's schedule once, so that an unknown setting is refused before training."""
     import torch
     from transformers import get_scheduler
 
-    given, kind = arguments.lr_scheduler_kwargs, arguments.lr_scheduler_type
+    written, kind = arguments.lr_scheduler_kwargs, arguments.lr_scheduler_type
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=arguments.learning_rate)
     try:
-        settings = dict((json.loads(given) if isinstance(given, str) else given) or {})
+        settings = dict((json.loads(written) if isinstance(written, str) else written) or {})
         get_scheduler(
             kind, optimizer, num_warmup_steps=1, num_training_steps=MANY_STEPS, scheduler_specific_kwargs=settings
         )
     except Exception as error:
         name = getattr(kind, "value", kind)
         way_out = f"It says: {one_line(error)}"
-        raise OptionError("lr_scheduler_kwargs", given, f"settings of the schedule {name!r}", way_out) from error
+        raise OptionError("lr_scheduler_kwargs", written, f"settings of the schedule {name!r}", way_out) from error
 
 
 def check_method(config: RunConfig, arguments: TrainingArguments) -> None:

@@ -1,4 +1,4 @@
-"""Which keys a configuration may hold, what fits under each, and what to say about one that it may not hold."""
+"""The keys that a configuration may hold, the type of each, and the error for any other key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from galore_trainer.run.settings.yaml_io import parse_value
 
 FROM_PYTHON = "TRL's trainer takes GaLore+ from Python, too: SFTTrainer(..., **galore_plugin(config, args))."
 
-# What trl.SFTConfig adds and 'trainer: trl' passes on: whatever leaves the encoding of the examples as it is.
+# Fields that trl.SFTConfig adds and 'trainer: trl' passes on: those that do not change how examples are encoded.
 TRL_HINTS: dict[str, Any] = {
     "packing": bool,
     "packing_strategy": Literal["bfd", "bfd_split"],  # "wrapped" cuts answers and lets examples see each other
@@ -118,10 +118,10 @@ def refuse_key(key: str, value: Any, known: Iterable[str], *, option: str = "", 
         place: where it was written, for example ``gsm8k.yaml, line 7``.
     """
     option = option or key
-    seen = _seen(option, place)
+    place_text = _written_at(option, place)
     for table, wanted in REFUSED:
         if key in table:
-            return OptionError(option, value, wanted, table[key].format(value=_as_yaml(value)) + seen)
+            return OptionError(option, value, wanted, table[key].format(value=_as_yaml(value)) + place_text)
     known = list(known)
     block = key.partition(".")[0] + "."
     siblings = [name for name in known if name.startswith(block)]
@@ -132,19 +132,19 @@ def refuse_key(key: str, value: Any, known: Iterable[str], *, option: str = "", 
     elif siblings:
         way_out = f"{block[:-1]!r} takes {', '.join(name.removeprefix(block) for name in siblings)}."
     else:
-        own = ", ".join(name for name in known if "." not in name and name not in training_hints())
-        way_out = f"The top level takes {own}, the blocks, and every field of transformers.TrainingArguments."
-    return OptionError(option, value, "a known key", way_out + seen)
+        top_level = ", ".join(name for name in known if "." not in name and name not in training_hints())
+        way_out = f"The top level takes {top_level}, the blocks, and every field of transformers.TrainingArguments."
+    return OptionError(option, value, "a known key", way_out + place_text)
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str | None:
     """The known key that ``key`` most likely means: the same last name elsewhere, else the closest spelling."""
     block, _, leaf = key.rpartition(".")
-    here = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == block}
+    in_block = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == block}
     anywhere = {name.rpartition(".")[2]: name for name in reversed(list(known))}
     if leaf in anywhere:
         return anywhere[leaf]
-    for names in (here, anywhere):
+    for names in (in_block, anywhere):
         if close := difflib.get_close_matches(leaf, names, n=1, cutoff=0.7):
             return names[close[0]]
     return None
@@ -161,7 +161,7 @@ def coerce(option: str, value: Any, hint: Any, *, written: str | None = None, pl
         place: where it was written, for the error.
 
     Raises:
-        OptionError: nothing that ``value`` can stand for fits.
+        OptionError: no reading of ``value`` fits the type.
     """
     for candidate in _readings(value, written):
         try:
@@ -170,7 +170,7 @@ def coerce(option: str, value: Any, hint: Any, *, written: str | None = None, pl
             continue
         return candidate
     quote = "Put it in quotes." if not isinstance(value, str | list | dict) and _takes_text(hint) else ""
-    raise OptionError(option, value, describe_type(hint), (quote + _seen(option, place)).strip())
+    raise OptionError(option, value, describe_type(hint), (quote + _written_at(option, place)).strip())
 
 
 def _readings(value: Any, written: str | None) -> Iterable[Any]:
@@ -200,7 +200,7 @@ def _plain(hint: Any) -> Any:
     return functools.reduce(operator.or_, map(_plain, arguments))
 
 
-def _seen(option: str, place: str) -> str:
+def _written_at(option: str, place: str) -> str:
     return f" ({place})" if place and not place.startswith(option) else ""
 
 

@@ -44,7 +44,7 @@ class MethodSpec:
         resumable: its optimizer state can be loaded again.
         sharded: runs under FSDP and DeepSpeed.
         prepare: dotted name of the function that puts the method into a Trainer: (model, config, arguments) to
-            ``training.methods.Prepared``; it raises ``OptionError`` for what does not fit.
+            ``training.methods.PreparedModel``; it raises ``OptionError`` for what does not fit.
         finish: dotted name of the function that is called with (trainer, config, output folder) after training, before
             the model is saved.
     """

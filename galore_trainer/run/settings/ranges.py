@@ -1,4 +1,4 @@
-"""Which values the trainers' own settings may have: what no run could use is refused before anything is loaded."""
+"""Ranges of the trainers' own settings: a number that no run could use is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from galore_trainer.config import check_integers
 from galore_trainer.errors import OptionError
 
-MOST = 2**31 - 1  # of counts: batches, steps, epochs and processes are 32-bit numbers somewhere below
+MOST = 2**31 - 1  # limit of counts: libraries store batches, steps, epochs and processes as 32-bit numbers
 LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 
 
 class Range(NamedTuple):
-    """Whether a number is allowed, and what is, in words."""
+    """A test of a number, and the allowed numbers in words."""
 
     allows: Callable[[float], bool]
     wanted: str
@@ -90,12 +90,12 @@ def check_range(key: str, value: Any, *, option: str = "", place: str = "") -> N
         OptionError: naming the range.
     """
     check_integers(option or key, value)
-    known = RANGES.get(key, FINITE)
+    allowed = RANGES.get(key, FINITE)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or known.allows(value):
+    if not number or allowed.allows(value):
         return
-    seen = f"({place})" if place and not place.startswith(option or key) else ""
-    raise OptionError(option or key, value, known.wanted, f"{known.way_out} {seen}".strip())
+    place_text = f"({place})" if place and not place.startswith(option or key) else ""
+    raise OptionError(option or key, value, allowed.wanted, f"{allowed.way_out} {place_text}".strip())
 
 
 def check_best_metric(metric: Any, trainer: str) -> None:

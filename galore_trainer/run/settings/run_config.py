@@ -1,4 +1,4 @@
-"""``RunConfig``: everything one run is told, from defaults, a YAML file and the command line, in that order."""
+"""``RunConfig``: all settings of one run, from defaults, a YAML file and the command line, in that order."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class RunConfig:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check every field, the training arguments' names and types, and that the method is what it says."""
+        """Check every field, the training arguments' names and types, and that no field contradicts the method."""
         check_fields("", self)
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key).strip():
@@ -138,9 +138,9 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested as in YAML: own keys and training arguments at the top, then the blocks; ``from_dict`` undoes it."""
-        own = {name: getattr(self, name) for name in OWN}
+        top_level = {name: getattr(self, name) for name in OWN}
         blocks = {name: dataclasses.asdict(getattr(self, name)) for name in BLOCKS}
-        return {**own, **self.training, **blocks, **({"methods": self.methods} if self.methods else {})}
+        return {**top_level, **self.training, **blocks, **({"methods": self.methods} if self.methods else {})}
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, which ``load_run_config`` reads back to an equal one."""
@@ -220,9 +220,9 @@ def trainer_hints() -> dict[str, Any]:
 @functools.cache
 def own_keys() -> dict[str, Any]:
     """The dotted keys that this project declares, with their types."""
-    own = get_type_hints(RunConfig)
+    hints = get_type_hints(RunConfig)
     blocks = {f"{name}.{key}": hint for name, cls in BLOCKS.items() for key, hint in get_type_hints(cls).items()}
-    return {**{key: own[key] for key in OWN}, **blocks}
+    return {**{key: hints[key] for key in OWN}, **blocks}
 
 
 @functools.cache
@@ -240,21 +240,24 @@ def _resolve(
         sources = [[s for s in source if _LEAF.sub("", s.key) in hints] for source in sources]
     else:
         hints = known_keys()
-    file, given = (collect(source, hints, _check_method) for source in sources)
-    method = given.own.get("method", file.own.get("method", RunConfig.method))
-    for key in given.own:
+    file, command_line = (collect(source, hints, _check_method) for source in sources)
+    method = command_line.values.get("method", file.values.get("method", RunConfig.method))
+    for key in command_line.values:
         readers = methods_reading(key)
         if readers and method not in readers:
             block = key.partition(".")[0]
             raise OptionError(
                 key,
-                given.places[key],
+                command_line.places[key],
                 f"no {block} setting under method {method!r}, which would ignore it",
                 f"Remove it, or use --method {' or '.join(readers)}.",
             )
-    methods = {m: {**file.methods.get(m, {}), **given.methods.get(m, {})} for m in (*file.methods, *given.methods)}
+    methods = {
+        m: {**file.methods.get(m, {}), **command_line.methods.get(m, {})}
+        for m in (*file.methods, *command_line.methods)
+    }
     output_dir = {"output_dir": f"runs/{Path(document.name).stem}-{method}"}
-    values = {**output_dir, **METHOD_DEFAULTS[method], **file.own, **methods.pop(method, {}), **given.own}
+    values = {**output_dir, **METHOD_DEFAULTS[method], **file.values, **methods.pop(method, {}), **command_line.values}
 
     blocks: dict[str, dict[str, Any]] = {"": {}, **{name: {} for name in BLOCKS}}
     for key, value in values.items():

@@ -19,7 +19,7 @@ _FLAGS = {"model_name_or_path": "--model"}
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One value as somebody wrote it.
+    """One value as the user wrote it.
 
     Args:
         key: dotted, for example ``galore.rank`` or ``methods.adamw.learning_rate``.
@@ -35,10 +35,16 @@ class Setting:
 
 
 @dataclasses.dataclass
-class Layer:
-    """Values of one source: for every method, and for one method alone, by dotted key."""
+class Source:
+    """What one file or one command line sets.
 
-    own: dict[str, Any]
+    Attributes:
+        values: for every method, by dotted key.
+        methods: {method: {dotted key: value}} for single methods.
+        places: where each key was written.
+    """
+
+    values: dict[str, Any]
     methods: dict[str, dict[str, Any]]
     places: dict[str, str]
 
@@ -78,7 +84,7 @@ def flag_name(key: str, *, negated: bool = False) -> str:
     return _FLAGS.get(key, f"--no-{leaf}" if negated else f"--{leaf}")
 
 
-def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method: Callable[[str], Any]) -> Layer:
+def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method: Callable[[str], Any]) -> Source:
     """Check and sort the settings of one source.
 
     Args:
@@ -89,27 +95,27 @@ def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method:
     Raises:
         OptionError: a key that is unknown, that is set twice, or whose value is of another type.
     """
-    layer = Layer({}, {}, {})
+    source = Source({}, {}, {})
     for setting in settings:
-        if setting.key in layer.places:
-            both = f"{layer.places[setting.key]} and {setting.place}"
+        if setting.key in source.places:
+            both = f"{source.places[setting.key]} and {setting.place}"
             raise OptionError(setting.key, both, "one value", "Remove one of the two.")
-        layer.places[setting.key] = setting.place
+        source.places[setting.key] = setting.place
         head, _, rest = setting.key.partition(".")
         if head == "methods":
             method, dot, key = rest.partition(".")
             check_method(method)
             if not dot:  # a method without settings of its own
                 continue
-            target = layer.methods.setdefault(method, {})
+            target = source.methods.setdefault(method, {})
         else:
-            key, target = setting.key, layer.own
+            key, target = setting.key, source.values
         if key not in hints or (head == "methods" and key == "method"):
             known = [k for k in hints if not (head == "methods" and k == "method")]
             raise refuse_key(key, setting.value, known, option=setting.key, place=setting.place)
         target[key] = coerce(setting.key, setting.value, hints[key], written=setting.written, place=setting.place)
         check_range(key, target[key], option=setting.key, place=setting.place)
-    return layer
+    return source
 
 
 def _flatten(data: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -117,7 +123,9 @@ def _flatten(data: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[t
         path = (*above, name)
         key = ".".join(path)
         empty = value is None or value == {}
-        if not _BLOCK.fullmatch(key) or (empty and _METHOD.fullmatch(key)):  # of an empty one the name is checked
+        if not _BLOCK.fullmatch(key) or (
+            empty and _METHOD.fullmatch(key)
+        ):  # the name of an empty block is checked, too
             yield path, value
         elif isinstance(value, Mapping):
             yield from _flatten(value, path)

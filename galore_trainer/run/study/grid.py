@@ -118,13 +118,13 @@ def load_study(study: str | Path, overrides: Sequence[str] = (), seeds: Sequence
 
     cells: list[Cell] = []
     slugs: set[str] = set()
-    seen: list[tuple[str, dict[str, Any]]] = []
+    earlier: list[tuple[str, dict[str, Any]]] = []
     for name, values in zip(_names(points), (values for _, values in points), strict=True):
         config = _resolve(document.name, base, name, values, common)
-        if twin := next((other for other, settings in seen if settings == comparable(config)), None):
+        if twin := next((other for other, settings in earlier if settings == comparable(config)), None):
             both = f"{twin!r} and {name!r}"
             raise OptionError("grid", both, "cells that differ", f"Both say the same: remove one ({document.name}).")
-        seen.append((name, comparable(config)))
+        earlier.append((name, comparable(config)))
         configs = {s: dataclasses.replace(config, training={**config.training, "seed": s}) for s in seeds}
         cells.append(Cell(name=name, slug=_slug(name, slugs), values=values, configs=configs))
     methods = {config.method for cell in cells for config in cell.configs.values()}
@@ -144,7 +144,7 @@ def load_study(study: str | Path, overrides: Sequence[str] = (), seeds: Sequence
 
 
 def comparable(config: RunConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that make two runs of one seed the same run, by dotted key: all but where files go."""
+    """The settings that define a run of one seed, by dotted key: all but where files go."""
     data = config.to_dict() if isinstance(config, RunConfig) else config
     kept = {key: value for key, value in data.items() if key not in ("output_dir", "methods")}
     return dict(sorted(_flat(kept)))
@@ -217,8 +217,8 @@ def _points(document: Document, data: Mapping[str, Any]) -> Iterator[tuple[str |
         place = f"cells[{i}]"
         name = entry.get(NAME)
         check_type(f"{place}.{NAME}", name, str | None)
-        own = {key: value for key, value in entry.items() if key != NAME}
-        paired = {s.key: s.value for s in file_settings(Document(f"{document.name}, {place}", own, {}))}
+        settings_of_cell = {key: value for key, value in entry.items() if key != NAME}
+        paired = {s.key: s.value for s in file_settings(Document(f"{document.name}, {place}", settings_of_cell, {}))}
         if data.get("cells") and not paired:
             raise OptionError(place, entry, "at least one setting", f"For example galore.rank: 16. ({document.name})")
         if both := sorted(axes.keys() & paired.keys()):
@@ -252,8 +252,8 @@ def _check_seeds(seeds: Sequence[int]) -> None:
 
 def _resolve(study: str, base: str, name: str, values: Mapping[str, Any], common: Mapping[str, Setting]) -> RunConfig:
     def texts(settings: Mapping[str, Setting]) -> list[str]:
-        given = [f"{s.key}={s.written if s.written is not None else _as_text(s.value)}" for s in settings.values()]
-        return [*given, *(f"{key}={_as_text(value)}" for key, value in values.items())]
+        words = [f"{s.key}={s.written if s.written is not None else _as_text(s.value)}" for s in settings.values()]
+        return [*words, *(f"{key}={_as_text(value)}" for key, value in values.items())]
 
     try:
         method = load_run_config(base, texts({k: s for k, s in common.items() if not methods_reading(k)})).method
@@ -274,10 +274,14 @@ def _names(points: Sequence[tuple[str | None, dict[str, Any]]]) -> list[str]:
     """A name for every cell: its own, and the values that tell it from others of that name."""
     short = short_names(list(dict.fromkeys(key for _, values in points for key in values)))
     names = []
-    for given, values in points:
-        alike = [other for name, other in points if name == given]
-        shown = [key for key in values if given is None or any(other.get(key) != values[key] for other in alike)]
-        names.append(", ".join([*([given] if given else []), *(f"{short[k]} {show_value(values[k])}" for k in shown)]))
+    for cell_name, values in points:
+        same_name = [other for name, other in points if name == cell_name]
+        shown = [
+            key for key in values if cell_name is None or any(other.get(key) != values[key] for other in same_name)
+        ]
+        names.append(
+            ", ".join([*([cell_name] if cell_name else []), *(f"{short[k]} {show_value(values[k])}" for k in shown)])
+        )
     return names
 
 

@@ -1,4 +1,4 @@
-"""The runs of a study on disk: which are there, which are to do, and the file that says so."""
+"""The record of a study on disk: its runs, the status of each, and the file ``study.json``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.run.files import write_json
+from galore_trainer.run.results.result import RESULT
 from galore_trainer.run.results.shapes import check_result, check_study
 from galore_trainer.run.settings.methods import ADAPTER
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig, load_run_config
 from galore_trainer.run.study.grid import Cell, Study, comparable
 
-STUDY_FILE, RESULT, TIMING = "study.json", "result.json", "timing"
+STUDY_FILE, TIMING = "study.json", "timing"
 FINISHED, FAILED, INTERRUPTED, RUNNING, WAITING = "finished", "failed", "interrupted", "running", "waiting"
 TIMING_STEPS = 400
 
@@ -62,8 +63,8 @@ class Record:
         self.timings: list[Job] = []
         self._cells = [self._cell(cell) for cell in study.cells]
         slugs = {cell["slug"] for cell in self._cells}
-        gone = [{**cell, "runs": _started(cell["runs"])} for cell in self._old_cells.values()]
-        self._cells += [cell for cell in gone if cell["slug"] not in slugs and cell["runs"]]
+        earlier = [{**cell, "runs": _started(cell["runs"])} for cell in self._old_cells.values()]
+        self._cells += [cell for cell in earlier if cell["slug"] not in slugs and cell["runs"]]
         order = {seed: i for i, seed in enumerate(study.seeds)}
         self.runs.sort(key=lambda job: order[job.entry["seed"]])  # every cell once before any a second time
 

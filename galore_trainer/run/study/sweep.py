@@ -1,4 +1,4 @@
-"""Running a study: each cell and seed is a process of its own, so that one that fails costs the others nothing."""
+"""Running a study: each cell and seed is a separate process, so that a failure does not end the other runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EXIT_INTERRUPTED = 130
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can(no|')t allocate memory|MemoryError|_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED", re.I
 )
-"""What libraries say where memory does not suffice; cuBLAS cannot begin."""
+"""Messages of libraries that are out of memory; the last one is of cuBLAS, which cannot start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Child:
     exclusive: bool
     log_start: int
     device: str | None
-    beside: int = 0  # the most that had the device at a time, this one aside
+    beside: int = 0  # most other runs on the device at a time
 
 
 def ablate(
@@ -153,7 +153,7 @@ class _Sweep:
     ) -> None:
         self.record, self.environment, self.keep_models, self.say = record, environment, keep_models, say
         self.devices = visible_devices(environment)
-        self.most: dict[str | None, int] = {}  # runs at a time on a device whose memory did not suffice for more
+        self.most: dict[str | None, int] = {}  # limit of runs at a time on a device that was out of memory
         self.total, self.done, self.stopping = 0, 0, False
 
     def run(self, jobs: Sequence[Job], parallel: int) -> None:
@@ -191,8 +191,8 @@ class _Sweep:
         self.say(f"start {job.entry['folder']}")
         with job.folder.with_suffix(".log").open("ab") as log:
             end = log.seek(0, os.SEEK_END)
-            own = {} if device is None else {VISIBLE: device}
-            process = start_process(command, log, _shared_cores(self.environment, parallel) | own)
+            device_choice = {} if device is None else {VISIBLE: device}
+            process = start_process(command, log, _shared_cores(self.environment, parallel) | device_choice)
         return _Child(job, process, time.perf_counter(), parallel == 1, end, device)
 
     def _collect(self, running: list[_Child]) -> list[Job]:
@@ -218,22 +218,22 @@ class _Sweep:
             entry.update(status=FINISHED, steps=result["steps"])
             timing = job.folder.name == TIMING
             score = in_words(result["score_after"]) if result["score_after"] and not timing else ""
-            told = f"finished in {seconds:.0f} s{': ' if score else ''}{score}"
+            text = f"finished in {seconds:.0f} s{': ' if score else ''}{score}"
             if timing or not self.keep_models:
                 remove_weights(job.folder)
         else:
             lines = _log_of(child)
             entry.update(status=INTERRUPTED if stopped else FAILED, log_tail=lines[-LOG_LINES:])
             entry["reason"] = None if stopped else failure(code, lines)
-            told = "interrupted" if stopped else f"failed: {entry['reason']} ({job.folder.with_suffix('.log')})"
+            text = "interrupted" if stopped else f"failed: {entry['reason']} ({job.folder.with_suffix('.log')})"
         self.record.save()
-        self.say(f"[{self.done}/{self.total}] {entry['folder']} {told}")
+        self.say(f"[{self.done}/{self.total}] {entry['folder']} {text}")
         return True
 
     def _wants_room(self, child: _Child, survivors: int) -> bool:
-        """Have a run for which the memory did not suffice beside others wait; False where it ended otherwise.
+        """Make a run that was out of memory beside others wait; False where it ended for another reason.
 
-        Its place goes to no other run: the device has no more at a time than have survived there.
+        Its place is not filled: from now on the device has at most as many runs at a time as have survived there.
         """
         lines = _log_of(child)
         if not out_of_memory(child.process.returncode, lines):
@@ -276,10 +276,10 @@ def out_of_memory(code: int, lines: Sequence[str]) -> bool:
 
 def failure(code: int, lines: Sequence[str]) -> str:
     """Why a run failed, in one line, from its exit code and its log."""
-    said = [line.strip() for line in lines if line.strip() and "--debug" not in line]
-    word = next((line for line in reversed(said) if line.startswith(("Failed", "Error"))), said[-1] if said else "")
+    text = [line.strip() for line in lines if line.strip() and "--debug" not in line]
+    word = next((line for line in reversed(text) if line.startswith(("Failed", "Error"))), text[-1] if text else "")
     word = re.sub(r"^(Failed|Error)( on rank \d+)?: ", "", word)
-    if code >= 0 and out_of_memory(code, said):
+    if code >= 0 and out_of_memory(code, text):
         return f"out of memory: {word}"
     if code < 0:
         name = signal.Signals(-code).name
@@ -301,7 +301,7 @@ def start_process(command: list[str], log: IO[bytes], environment: dict[str, str
 
 
 def _prepare_child() -> None:
-    """Hear SIGINT even where this process was started with it ignored, and (on Linux) die with this process."""
+    """Receive SIGINT even where the parent ignores it, and (on Linux) end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent()
 
@@ -313,14 +313,14 @@ def _start_flags(job: Job) -> list[str]:
 
 
 def _shared_cores(environment: dict[str, str], parallel: int) -> dict[str, str]:
-    """The environment of a run: runs side by side share the cores instead of fighting for them."""
+    """The environment of a run: runs side by side divide the cores among them."""
     shared = {"OMP_NUM_THREADS": str(threads_each(parallel))} if parallel > 1 else {}
     return {"PYTHONUNBUFFERED": "1", **shared, **environment}
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that a batch system's end is a soft one too."""
+    """Treat SIGTERM as Ctrl-C, so that runs save a checkpoint when a batch system ends the sweep."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

@@ -12,8 +12,8 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.run_config import RunConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-SHARE = 0.9  # of what is free: allocators leave gaps
-PROCESS = {"cuda": 600 << 20, "cpu": 800 << 20}  # of a process before it has a model: CUDA's context, the libraries
+SHARE = 0.9  # of the free memory: allocators leave gaps
+PROCESS = {"cuda": 600 << 20, "cpu": 800 << 20}  # bytes of a process without a model: libraries, CUDA's context
 FREE = (
     "import json, torch; print(json.dumps([torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]))"
 )
@@ -25,7 +25,7 @@ def visible_devices(environment: dict[str, str]) -> list[str]:
         return [name.strip() for name in environment[VISIBLE].split(",") if name.strip()]
     import torch
 
-    return [str(i) for i in range(torch.cuda.device_count())]  # counts without taking hold of a device
+    return [str(i) for i in range(torch.cuda.device_count())]  # does not create a context on a device
 
 
 def choose_jobs(configs: Sequence[RunConfig], devices: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
@@ -50,14 +50,14 @@ def choose_jobs(configs: Sequence[RunConfig], devices: Sequence[str], environmen
         same = str({**config.to_dict(), "output_dir": "", "seed": 0})
         if same not in needs:
             needs[same] = run_bytes(config) + PROCESS["cuda" if on_gpu else "cpu"]
-    most = max(needs.values(), default=1)
+    largest = max(needs.values(), default=1)
     free = _free_of_devices(environment) if on_gpu else [_free_of_system()]
-    jobs = sum(int(SHARE * each) // most for each in free)
+    jobs = sum(int(SHARE * available) // largest for available in free)
     if not on_gpu:
         jobs = min(jobs, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     jobs = max(min(jobs, len(configs)), 1)
     where = f"{len(free)} GPUs with {human_bytes(min(free))}" if on_gpu else f"{human_bytes(free[0])} of memory"
-    return jobs, f"{jobs} at a time: the largest run takes about {human_bytes(most)}, and {where} are free"
+    return jobs, f"{jobs} at a time: the largest run takes about {human_bytes(largest)}, and {where} are free"
 
 
 def run_bytes(config: RunConfig) -> int:

@@ -1,4 +1,4 @@
-"""What a sweep would do: which runs, how many steps, and how long, as far as finished runs tell."""
+"""The plan of a sweep: its runs, their steps, and an estimate of the time from finished runs."""
 
 from __future__ import annotations
 

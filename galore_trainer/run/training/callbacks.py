@@ -1,4 +1,4 @@
-"""What a run adds to the Trainer's loop: where time goes, sealed checkpoints, a soft Ctrl-C, a file of logs."""
+"""Callbacks of a run: seconds by part, sealed checkpoints, Ctrl-C with a checkpoint, a file of logs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class SealCallback(TrainerCallback):
             else:
                 seal(folder)
                 rotate(folder, self.limit, state.best_model_checkpoint)
-        PartialState().wait_for_everyone()  # a process that ended while this one reads would end it, too
+        PartialState().wait_for_everyone()  # the launcher ends processes that still read
 
 
 class RunIsOver(Exception):
@@ -126,7 +126,7 @@ class InterruptCallback(TrainerCallback):
             self._heard_at = self._heard_at or now
             if not first and launched and now - self._heard_at < BURST:
                 return
-            if speaks:  # not by print, which a signal may have interrupted
+            if speaks:  # print is not reentrant: the signal may have interrupted it
                 after = "saving a checkpoint after this step (again to stop at once)"
                 text = f"interrupted: {after}" if first else "stopped at once, without a checkpoint of this step"
                 os.write(2, f"\n{text}\n".encode())
@@ -145,7 +145,7 @@ class InterruptCallback(TrainerCallback):
         heard = self._heard_at is not None
         if not PartialState().use_distributed:
             return heard
-        if self._group is None:  # of its own, on the CPU: no step waits for the GPU
+        if self._group is None:  # a separate group on the CPU, so that no step waits for the GPU
             self._group = torch.distributed.new_group(backend="gloo")
         votes = torch.tensor(int(heard))
         torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=self._group)

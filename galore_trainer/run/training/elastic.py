@@ -1,4 +1,4 @@
-"""A checkpoint of a run goes on under another launch: made whole by one process, then cut by the new ones."""
+"""Export and import of a checkpoint for another launch: one process makes it whole, the new processes shard it."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def check_import(checkpoint: str) -> None:
 
 
 def _check(checkpoint: str) -> None:
-    """Refuse a checkpoint that changed since it was sealed; a Trainer of one's own seals none."""
+    """Refuse a checkpoint that changed since it was sealed; only runs of ``galore-ft`` seal checkpoints."""
     folder = Path(checkpoint).expanduser()
-    wrong = damage(folder) if (folder / MANIFEST).is_file() else None
-    if wrong:
-        raise OptionError("checkpoint", checkpoint, "a whole checkpoint", f"{wrong[0].upper()}{wrong[1:]}.")
+    problem = damage(folder) if (folder / MANIFEST).is_file() else None
+    if problem:
+        raise OptionError("checkpoint", checkpoint, "a whole checkpoint", f"{problem[0].upper()}{problem[1:]}.")

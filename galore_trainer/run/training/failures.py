@@ -1,4 +1,4 @@
-"""How a run fails: a sentence that names the cause and the last good checkpoint, and nothing broken left behind."""
+"""Errors of a run in one sentence with the cause and the last good checkpoint; unfinished checkpoints are removed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system answers where a disk is full, a quota is used up, or a file may not grow further."""
 
 TORCH = re.compile(r"inline_container|PytorchStreamWriter|ios\w*::clear")
-"""What torch says where C++ could not write, whatever the reason."""
+"""Messages of torch where its C++ code could not write, whatever the reason."""
 
 
 def disk_limit(error: BaseException) -> str | None:
-    """In the system's words, which limit of the disk an error comes from; None for any other error.
+    """The limit of the disk that an error comes from, in the system's words; None for any other error.
 
-    Torch and safetensors tell it in texts of their own, which other libraries wrap.
+    Torch and safetensors report it in texts of their own, which other libraries wrap.
     """
     seen: list[BaseException] = []
-    at: BaseException | None = error
-    while at is not None and at not in seen:
-        seen.append(at)
-        text = str(at)
-        number = at.errno if isinstance(at, OSError) else None
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        text = str(cause)
+        number = cause.errno if isinstance(cause, OSError) else None
         if match := re.search(r"\(os error (\d+)\)", text):  # as Rust writes it
             number = int(match[1])
         for limit in LIMITS:
@@ -36,13 +36,13 @@ def disk_limit(error: BaseException) -> str | None:
                 return os.strerror(limit)
         if TORCH.search(text) and "Reader" not in text:
             return "torch could not finish a file"
-        at = at.__cause__ or at.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
 @contextlib.contextmanager
 def explained(output: Path, *unfinished: str) -> Iterator[None]:
-    """Turn what ends a run into one sentence: a full disk, or numbers that are no longer finite.
+    """Turn a full disk, and losses or weights that are not finite, into an error of one sentence.
 
     Checkpoints that were not finished are removed.
 
@@ -59,14 +59,16 @@ def explained(output: Path, *unfinished: str) -> Iterator[None]:
         limit = disk_limit(error)
         if limit is None and not isinstance(error, FloatingPointError):
             raise
-        good = newest_whole(output)
+        newest = newest_whole(output)
         broken = [path for path in checkpoints(output) if not is_sealed(path)]
-        broken = [path for path in broken if good is None or step_of(path) > step_of(good)]
+        broken = [path for path in broken if newest is None or step_of(path) > step_of(newest)]
         for path in [*broken, *(output / name for name in unfinished if limit)]:
             remove(path)
         if limit is None:
-            kept = f"the last good checkpoint is {good.name}" if good else "no checkpoint was good yet"
+            kept = f"the last good checkpoint is {newest.name}" if newest else "no checkpoint was good yet"
             raise RuntimeError(f"training has failed: {error} ({kept})") from error
-        gone = f"{broken[0].name} could not be finished and was removed; " if broken else ""
-        kept = f"{good.name} is whole: free some space, then --resume auto" if good else "no checkpoint was whole yet"
-        raise RuntimeError(f"the disk is full or limited ({limit}): {gone}{kept}") from error
+        removed = f"{broken[0].name} could not be finished and was removed; " if broken else ""
+        kept = (
+            f"{newest.name} is whole: free some space, then --resume auto" if newest else "no checkpoint was whole yet"
+        )
+        raise RuntimeError(f"the disk is full or limited ({limit}): {removed}{kept}") from error

@@ -1,4 +1,4 @@
-"""Stops a run whose numbers are no longer finite, before a checkpoint of them takes the place of a good one."""
+"""Stops a run whose losses or weights are not finite, before such a checkpoint replaces a good one."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 LAST = 2
-"""Steps without a finite loss that training may not end with; the optimizer skips a single bad batch."""
+"""Training fails if its last so many steps had no finite loss; the optimizer skips a single bad batch."""
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """The names of weights that hold an infinity or NaN, as far as they lie on this process; waits for the device."""
+    """Names of the weights that hold an infinity or NaN in the part on this process; waits for the device."""
     weights = {name: local(p.detach()) for name, p in model.named_parameters()}
-    weights = {name: own for name, own in weights.items() if own.is_floating_point() and own.numel()}
+    weights = {name: weight for name, weight in weights.items() if weight.is_floating_point() and weight.numel()}
     if torch.isfinite(nn.utils.get_total_norm(weights.values())):  # the fastest pass; large numbers overflow in it
         return []
-    return [name for name, own in weights.items() if not torch.isfinite(own).all()]
+    return [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
 
 
 class FiniteCallback(TrainerCallback):
-    """Looks at every step's loss without waiting for the device, and at the weights where that is due.
+    """Checks every step's loss without waiting for the device, and the weights at certain times.
 
     Weights that are not finite end training at once. A loss that is not finite has gradients that are not, which
-    ``GaLoreAdamW`` skips: ten such steps in a row end training; no checkpoint is kept of one. Weights are looked at
-    after such a step, with every log, before a checkpoint is sealed, at the start and at the end.
+    ``GaLoreAdamW`` skips: ten such steps in a row end training, and no checkpoint of such a step is kept. Weights are
+    checked after such a step, with every log, before a checkpoint is sealed, at the start and at the end.
 
     Raises:
         FloatingPointError: naming the step, and weights.
@@ -47,7 +47,7 @@ class FiniteCallback(TrainerCallback):
         self._steps = 0
 
     def watch(self, trainer: Trainer) -> None:
-        """Note what each forward pass of a Trainer returns."""
+        """Record the loss of each forward pass of a Trainer."""
         step = trainer.training_step
 
         def noting(*args: Any, **kwargs: Any) -> Tensor:
@@ -63,7 +63,7 @@ class FiniteCallback(TrainerCallback):
             self._check_weights(kwargs["model"], f"in the checkpoint of step {state.global_step}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count; act on what has reached the host."""
+        """Count steps without a finite loss, and act on the counts that have reached the host."""
         losses, self._losses = torch.stack(self._losses), []  # of its micro-batches
         bad = (~torch.isfinite(losses).all()).int()
         self._row = bad if self._row is None else (self._row + 1) * bad
@@ -85,7 +85,7 @@ class FiniteCallback(TrainerCallback):
         self._check_weights(kwargs["model"], f"after step {state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse to end well with weights or losses that are not finite."""
+        """Fail where the final weights or the last losses are not finite."""
         self._check_weights(kwargs["model"], f"after step {state.global_step}")
         row = self.in_a_row()
         if row and (row >= LAST or row == self._steps):

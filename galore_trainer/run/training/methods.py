@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from galore_trainer.run.settings.run_config import RunConfig
 
 
-class Prepared(NamedTuple):
+class PreparedModel(NamedTuple):
     """A model as it goes into the Trainer, and the Trainer's further keyword arguments."""
 
     model: Any
     plugin: dict[str, Any]
 
 
-def prepare_adamw(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+def prepare_adamw(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
     """Leave the model as it is: AdamW is the Trainer's own optimizer."""
-    return Prepared(model, {})
+    return PreparedModel(model, {})
 
 
-def prepare_galore(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+def prepare_galore(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
     """Give the Trainer ``GaLoreAdamW``.
 
     Raises:
@@ -38,18 +38,18 @@ def prepare_galore(model: Any, config: RunConfig, arguments: TrainingArguments) 
     from galore_trainer.targets.groups import plan_weights
 
     plan_weights(model, config.galore)  # refuses now what the Trainer would meet after the first scoring
-    return Prepared(model, galore_plugin(config.galore, arguments))
+    return PreparedModel(model, galore_plugin(config.galore, arguments))
 
 
-def prepare_adamw_8bit(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+def prepare_adamw_8bit(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
     """Give the Trainer the 8-bit AdamW of bitsandbytes."""
     from bitsandbytes.optim import AdamW
 
     # optim_bits rather than AdamW8bit: the Trainer then keeps 32 bits for embeddings, as bitsandbytes asks for
-    return Prepared(model, {"optimizer_cls_and_kwargs": (AdamW, {**_adam(arguments), "optim_bits": 8})})
+    return PreparedModel(model, {"optimizer_cls_and_kwargs": (AdamW, {**_adam(arguments), "optim_bits": 8})})
 
 
-def prepare_galore_torch(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+def prepare_galore_torch(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
     """Give the Trainer the optimizer of galore-torch.
 
     Raises:
@@ -59,10 +59,10 @@ def prepare_galore_torch(model: Any, config: RunConfig, arguments: TrainingArgum
 
     settings = {"config": config.galore, "weight_decay": arguments.weight_decay, **_adam(arguments)}
     torch_groups(model, config.galore, lr=arguments.learning_rate, weight_decay=0.0)  # refuses now, as above
-    return Prepared(model, {"optimizer_cls_and_kwargs": (GaLoreTorchFactory, settings)})
+    return PreparedModel(model, {"optimizer_cls_and_kwargs": (GaLoreTorchFactory, settings)})
 
 
-def prepare_lora(model: Any, config: RunConfig, arguments: TrainingArguments) -> Prepared:
+def prepare_lora(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
     """Put the adapters of ``lora`` or ``dora`` into the model.
 
     Raises:
@@ -70,7 +70,7 @@ def prepare_lora(model: Any, config: RunConfig, arguments: TrainingArguments) ->
     """
     from galore_trainer.run.models.adapters import add_adapters
 
-    return Prepared(add_adapters(model, config.lora, seed=arguments.seed, dora=config.method == "dora"), {})
+    return PreparedModel(add_adapters(model, config.lora, seed=arguments.seed, dora=config.method == "dora"), {})
 
 
 def merge_lora(trainer: Trainer, config: RunConfig, output: Path) -> None:

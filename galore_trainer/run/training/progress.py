@@ -1,4 +1,4 @@
-"""How far a run is: one live line on a terminal, plain lines of names and values elsewhere."""
+"""Progress of a run: one live line on a terminal, plain lines of names and values elsewhere."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Pace:
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows how far training is.
+    """Shows the progress of training.
 
     Args:
         rows: encoded examples, whose mean length gives the tokens of a step.
@@ -66,8 +66,8 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, rows: Any, *, live: bool) -> None:
         self.live, self.pace = live, Pace()
-        every = max(len(rows) // SAMPLE, 1)
-        lengths = [len(rows[i]["input_ids"]) for i in range(0, len(rows), every)]
+        stride = max(len(rows) // SAMPLE, 1)
+        lengths = [len(rows[i]["input_ids"]) for i in range(0, len(rows), stride)]
         self._tokens_per_row = sum(lengths) / max(len(lengths), 1)
         self._tokens_per_step = self._start = 0.0
         self._bar: Progress | None = None

@@ -15,11 +15,11 @@ from galore_trainer.run.launching.checkpoints import ASIDE, checkpoints, make_wa
 from galore_trainer.run.launching.distributed import (
     check_sharding,
     check_trainer,
-    cuts_weights,
     end_with_launcher,
     is_main_process,
     save_whole_model,
     scored_model,
+    shards_weights,
 )
 from galore_trainer.run.launching.preflight import check_room, check_trackers
 from galore_trainer.run.launching.start import choose_start, own_folder
@@ -76,7 +76,7 @@ def train(config: RunConfig, *, resume: str | None = None, overwrite: bool = Fal
             return _run(config, ready, output, resume=resume, overwrite=overwrite)
 
 
-def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None, overwrite: bool) -> RunResult:
+def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | None, overwrite: bool) -> RunResult:
     trainer, arguments, say, main = ready.trainer, ready.trainer.args, ready.say, ready.say.main
     data, model, tokenizer, checkpoint = ready.data, ready.model, ready.tokenizer, ready.checkpoint
     timing, interrupt = ready.timing, ready.interrupt
@@ -115,7 +115,8 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
         evaluation_seconds += before["seconds"]
         say(f"before training: {in_words(before)}")
 
-    resumed_from = saved_step(checkpoint) if checkpoint else None  # which may be removed as training goes on
+    # Read now: the checkpoint may be removed while training goes on.
+    resumed_from = saved_step(checkpoint) if checkpoint else None
     memory = PeakMemory(arguments.device)
     with interrupt.listening(), ready.progress.showing():
         _train(trainer, checkpoint, say)
@@ -126,7 +127,7 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
         if not METHODS[config.method].resumable:
             go_on = "it cannot resume"
         say(f"interrupted at step {trainer.state.global_step}; {go_on}")
-        trainer.accelerator.wait_for_everyone()  # a launcher ends the others once one process has ended
+        trainer.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
         return RunResult(output, result_path, True, {})
     peak = memory.report()
     finish = METHODS[config.method].finish
@@ -169,8 +170,8 @@ def _run(config: RunConfig, ready: Prepared, output: Path, *, resume: str | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What a process of a run has before the first step."""
+class PreparedRun:
+    """What each process of a run has before the first step."""
 
     trainer: Trainer
     model: Any
@@ -184,8 +185,8 @@ class Prepared:
     destination: Destination | None
 
 
-def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = False) -> Prepared:
-    """Check what ``train`` was asked for, load data and model, make the Trainer; changes nothing on disk."""
+def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = False) -> PreparedRun:
+    """Check the settings, load data and model, and build the Trainer; changes nothing on disk."""
     from accelerate import PartialState
 
     from galore_trainer.run.training.progress import Say
@@ -215,13 +216,13 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     if bad := not_finite(model):
         wanted = "a model of finite weights"
         raise OptionError("model_name_or_path", config.model_name_or_path, wanted, f"Not finite: {some_of(bad)}.")
-    if not cuts_weights(arguments):  # else each process gets its part from the backend
+    if not shards_weights(arguments):  # else the backend gives each process its part
         model.to(arguments.device)  # type: ignore[arg-type]
         if arguments.device.type == "cpu":
             leave_files(model)
     trainer, timing, interrupt, progress = _make_trainer(config, arguments, model, tokenizer, data, output, say)
     check_trainer(trainer)
-    return Prepared(trainer, model, tokenizer, data, checkpoint, timing, interrupt, progress, say, destination)
+    return PreparedRun(trainer, model, tokenizer, data, checkpoint, timing, interrupt, progress, say, destination)
 
 
 def _clear(output: Path) -> None:
@@ -268,13 +269,16 @@ def _make_trainer(
         raise OptionError("data.source", config.data.source, "at least one example to train on")
     held_out = encode_all(tokenizer, data.eval, config.max_length).rows if data.eval else None
     model, plugin = resolve(METHODS[config.method].prepare)(model, config, arguments)
-    if say.main and not cuts_weights(arguments):
+    if say.main and not shards_weights(arguments):
         check_room(config, arguments, model, len(rows), arguments.world_size)
     timing, interrupt, finite = TimingCallback(arguments.device), InterruptCallback(), FiniteCallback()
-    limit, arguments.save_total_limit = arguments.save_total_limit, None  # SealCallback's, see there
+    limit, arguments.save_total_limit = (
+        arguments.save_total_limit,
+        None,
+    )  # SealCallback rotates checkpoints, not the Trainer
     trainer = build_trainer(config, arguments, model, tokenizer, rows, held_out, **plugin)
-    for theirs in (PrinterCallback, TheirProgress):
-        trainer.remove_callback(theirs)
+    for callback_class in (PrinterCallback, TheirProgress):
+        trainer.remove_callback(callback_class)
     finite.watch(trainer)
     progress = ProgressCallback(trainer.train_dataset, live=on_terminal() and not config.training.get("disable_tqdm"))
     log = LogCallback(output / LOG)
@@ -284,7 +288,7 @@ def _make_trainer(
 
 
 def _train(trainer: Trainer, checkpoint: Path | None, say: Say) -> None:
-    """Train to the end; of a run that is over, load what it came to."""
+    """Train to the end; for a run whose last step is done, load its best model where that is asked for."""
     from galore_trainer.run.training.callbacks import RunIsOver
 
     try:

@@ -1,4 +1,4 @@
-"""The two loops a run can be trained by: transformers' ``Trainer`` and TRL's ``SFTTrainer``, on the same examples."""
+"""The two trainers of a run: transformers' ``Trainer`` and TRL's ``SFTTrainer``, on the same examples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = Sequence[dict[str, list[int]]]
 def build_trainer(
     config: RunConfig, arguments: Any, model: Any, tokenizer: Any, rows: Rows, held_out: Rows | None, **plugin: Any
 ) -> Trainer:
-    """Build the loop that ``config.trainer`` names.
+    """Build the trainer that ``config.trainer`` names.
 
     Args:
         config: the run.
@@ -68,7 +68,7 @@ def _sft_trainer(**settings: Any) -> Trainer:
 
 
 def _data_set(rows: Rows | None) -> Any:
-    """Our rows as TRL reads them: it makes labels of a mask that is 1 where the loss is."""
+    """Rows as TRL reads them: it makes labels from a mask that is 1 where the loss is taken."""
     from datasets import Dataset
 
     if rows is None:
