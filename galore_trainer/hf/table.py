@@ -89,7 +89,7 @@ def _weights(optimizer: GaLoreAdamW, model: nn.Module | None) -> Iterable[tuple[
         factor = scale_of(group, optimizer.config) if group["projected"] else 1.0
         lr = group.get("initial_lr", group["lr"]) * factor
         matrices = group.get("matrices", [()] * len(group["names"]))
-        for name, shape, m in zip(group["names"], optimizer.shapes_of(group), matrices, strict=True):
+        for name, shape, m in zip(group["names"], optimizer.placement.shapes(group), matrices, strict=True):
             seen.add(name)
             yield Weight(name, _stand_in(shape, trained=True), tuple(m), optimizer.notes.get(name, "")), f"{lr:.3g}"
     for full_name, p in model.named_parameters() if model is not None else ():

@@ -90,7 +90,7 @@ class Shard:
         entries, columns = math.prod(shape), shape[-1] if len(shape) > 1 else 1
         return cls(rows=entries // columns if columns else 0, columns=columns, start=0, stop=entries)
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         """Whether this process holds the weight by itself."""
         return self.ranks is None

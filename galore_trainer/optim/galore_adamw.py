@@ -15,9 +15,9 @@ from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import Placement
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim import param_groups, refresh
-from galore_trainer.optim.guards import Retries, check_bases, total_skips, usable_flags
-from galore_trainer.optim.kept import Directions, KeptGradient, KeptWhole, sketch_matrices
-from galore_trainer.optim.layerwise import Averager, ProjectedGradient, attach, drop_projected, is_zero, norms_of
+from galore_trainer.optim.guards import Retries, Watch, compare_bases, total_skips
+from galore_trainer.optim.kept import Directions, KeptWhole
+from galore_trainer.optim.layerwise import Averager, ProjectedGradient, attach_group, drop_projected, is_zero
 from galore_trainer.optim.local import LocalWeight, Moved, exchange, moved_together
 from galore_trainer.optim.ops_triton import check_wanted
 from galore_trainer.optim.plain import make_plain_state, move_plain
@@ -26,8 +26,16 @@ from galore_trainer.optim.residual import make_support
 from galore_trainer.optim.state_dict import pack, unpack
 from galore_trainer.optim.state_forms import bare, bytes_by_kind, prepare_state
 from galore_trainer.optim.step import count, update
-from galore_trainer.optim.watch import Watch
-from galore_trainer.optim.weights import local_weights, model_weights, named_states, states_of, weights_with_gradients
+from galore_trainer.optim.weights import (
+    kept_gradients,
+    local_weights,
+    model_weights,
+    named_states,
+    smallest_gradient,
+    states_of,
+    weights_with_gradients,
+    whole_weight,
+)
 from galore_trainer.timing import Stopwatch
 
 
@@ -107,7 +115,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             for name in group["names"]:
                 self._places.setdefault(name, len(self._places))
             if self.config.layerwise:
-                self._attach_hooks(group)
+                attach_group(self, len(self.param_groups) - 1)
 
     # ------------------------------------------------------------------ step
 
@@ -127,7 +135,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         moved = self.move(weights)
         self._steps += 1
         skips = any(some.ok.device.type == "cpu" and not some.ok.all() for some in moved if type(some.ok) is Tensor)
-        smallest = functools.partial(_smallest_gradient, weights)
+        smallest = functools.partial(smallest_gradient, weights)
         self._watch.look(self._steps, self._counters, self.model_weights, smallest, skips)
         return loss
 
@@ -142,29 +150,35 @@ class GaLoreAdamW(torch.optim.Optimizer):
             weights: with gradients; of cut ones every process passes the same, in the same order.
         """
         exchange(weights)
-        moving = [w for w in weights if self._prepare(w)]
-        plain = [w for w in moving if not w.matrices]
-        projected = [w for w in moving if w.matrices]
+        plain: list[LocalWeight] = []
+        projected: list[LocalWeight] = []
+        for w in weights:
+            if self._prepare(w):
+                (projected if w.matrices else plain).append(w)
         check_wanted(projected, self.config)
         moved: list[Moved] = []
         if plain:
             with self.stopwatch.measure("plain", plain[0].weight.device):
                 moved += move_plain(plain, self.config, self.seed)
         self._retries.settle()
-        due = [w for w in projected if w.is_due]
+        staying: list[LocalWeight] = []
+        due: list[LocalWeight] = []
+        for w in projected:
+            (due if w.is_due else staying).append(w)
         async_due, checked_due = refresh.part_due(due, self.config)
         norms = refresh.norms_later(checked_due) if checked_due else None  # on their way while the others move
-        moved += self._update([w for w in projected if not w.is_due])
+        moved += self._update(staying)
         self._refresh(async_due, self._retries)
         fit, without_basis = refresh.part_by_norm(checked_due, norms.tolist() if norms is not None else [], self.config)
         self._refresh(fit)
         waiting = {id(w) for w in without_basis}
         moved += self._update([w for w in (*async_due, *checked_due) if id(w) not in waiting])
         for w in without_basis:
-            w.ages, w.ok = (), _usable_at_first(w)
+            w.ages, w.ok = (), refresh.usable_at_first(w)
         moved += moved_together(without_basis)
         count(moved, self.config)
-        drop_projected(w.weight for w in projected)  # their gradients have had their step, and fit nothing any more
+        if self.config.layerwise:
+            drop_projected(w.weight for w in projected)  # their step is over, and they fit nothing any more
         return moved
 
     def _update(self, weights: Sequence[LocalWeight]) -> list[Moved]:
@@ -190,35 +204,25 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     self.excess_errors.update(zip(names, zip(*(x.tolist() for x in figures), strict=True), strict=True))
         for w in weights:
             refresh.count_refresh(w, self.config)
-        self._compare_bases(weights)
-
-    def _compare_bases(self, refreshed: Sequence[LocalWeight]) -> None:
-        """See to it that every process that holds a weight, or a part of it, found the same bases."""
-        by_ranks: dict[Ranks, list[Any]] = {}
-        for w in refreshed:
-            ranks = w.shard.ranks or self.ranks
-            if ranks is not None:
-                matrices = [(m.logical(w.name), m.prefix, w.state) for m in w.matrices]
-                by_ranks.setdefault(ranks, []).extend(matrices)
-        for ranks, matrices in by_ranks.items():
-            check_bases(ranks, matrices)
+        compare_bases(pair for w in weights for pair in w.named_bases(self.ranks))
 
     def _prepare(self, w: LocalWeight) -> bool:
         """Make the state of a weight where there is none; False where that was all that was wanted.
 
         Checkpoint tools make state by a step on zero gradients at the rate 0, which changes nothing else.
         """
+        if w.shard.is_whole and w.state.get("calls"):
+            return True
         makes_state = w.is_fresh and w.group["lr"] == 0.0
         if w.matrices:
-            prepare_state(w, self.config, self._phase(w.name, w.group))
+            prepare_state(w, self.config, self._phase(w))
         elif not w.state:
             make_plain_state(w.weight, w.state, self.config)
         return not makes_state or not (is_zero(w.grad) if w.energy is None else bool(w.energy == 0.0))
 
-    def _phase(self, name: str, group: dict[str, Any]) -> int:
-        """Where in the gap this weight's refreshes lie: 0, or spread evenly over all projected weights."""
-        places = len(self._places)
-        return self._places[name] * param_groups.gap_of(group) // places if self.config.staggers else 0
+    def _phase(self, w: LocalWeight) -> int:
+        """Where in the gap the refreshes of a weight lie: 0, or spread evenly over all projected weights."""
+        return self._places[w.name] * param_groups.gap_of(w.group) // len(self._places) if self.config.staggers else 0
 
     @torch.no_grad()
     def refresh_now(self) -> None:
@@ -238,14 +242,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
         Use: to measure its memory without a step. The next refresh is due at the first step.
         """
         for group in self.param_groups:
-            noted = param_groups.noted_of(self.placement, group)
-            for i, (name, p) in enumerate(zip(group["names"], group["params"], strict=True)):
-                matrices = group["matrices"][i] if group["projected"] else ()
-                w = LocalWeight(name, group, self.state[p], noted.shards[i], p, p, matrices)
-                if not matrices:
+            for i, p in enumerate(group["params"]):
+                w = whole_weight(group, i, p, self.state, self.placement)
+                if not w.matrices:
                     make_plain_state(p, w.state, self.config)
                     continue
-                prepare_state(w, self.config, self._phase(name, group))
+                prepare_state(w, self.config, self._phase(w))
                 w.state.update(refreshes=1 + self.config.sketches_first)
                 make_support(w, self.config)
 
@@ -261,47 +263,25 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if self.config.layerwise:
             self.averager = Averager(ranks, lambda: living.projected_weights() if (living := reference()) else [])
 
-    def _attach_hooks(self, group: dict[str, Any]) -> None:
-        """Hook every trained parameter of the newest group for as long as this optimizer lives."""
-        reference, place = weakref.ref(self), len(self.param_groups) - 1
-        for i, (p, name) in enumerate(zip(group["params"], group["names"], strict=True)):
-
-            def take(_: Tensor, i: int = i) -> ProjectedGradient | None:
-                living = reference()  # ``load_state_dict`` puts new groups there
-                return None if living is None else living.keep_gradient(living.param_groups[place], i)
-
-            if p.requires_grad:
-                weakref.finalize(self, attach(p, name, take).remove)
-
     def keep_gradient(self, group: dict[str, Any], i: int) -> ProjectedGradient | None:
         """What layer-wise mode keeps of the gradient that backward has just made for parameter ``i`` of a group.
 
         Returns:
             None where the next step needs the whole gradient, or refuses it.
         """
-        p, name, noted = group["params"][i], group["names"][i], param_groups.noted_of(self.placement, group)
-        assert p.grad is not None
-        param_groups.check_if_changed(noted, group, i, self.state.get(p))
+        p, name = group["params"][i], group["names"][i]
+        param_groups.check_if_changed(param_groups.noted_of(self.placement, group), group, i, self.state.get(p))
         if p.grad.is_sparse:
             return None
         self._retries.settle()  # a step before may have left a refresh to this one
-        w = LocalWeight(name, group, self.state[p], noted.shards[i], p, p.grad, group["matrices"][i])
-        prepare_state(w, self.config, self._phase(name, group))
+        w = whole_weight(group, i, p.grad, self.state, self.placement)
+        prepare_state(w, self.config, self._phase(w))
         if w.has_basis and w.is_due:
             return None if self.averager is None else ProjectedGradient(p.grad, name, [KeptWhole()], self.averager)
         direction = functools.partial(
-            self._directions.of,
-            row=self._places[name],
-            rows=len(self._places),
-            seed=self.seed,
-            calls=w.state["calls"],
-            like=p.grad,
+            self._directions.of, row=self._places[name], rows=len(self._places), seed=self.seed, calls=w.state["calls"]
         )
-        parts = []  # no stopwatch: it would take the host a fifth of all this, and device time belongs to backward
-        for m in w.matrices:
-            sketches = functools.partial(sketch_matrices, m, self.config, self.seed, m.logical(name), p.device)
-            parts.append(KeptGradient(m, w.state, sketches, direction(m) if w.has_basis else None))
-        return ProjectedGradient(p.grad, name, parts, self.averager)
+        return ProjectedGradient(p.grad, name, kept_gradients(w, self.config, self.seed, direction), self.averager)
 
     # ------------------------------------------------------------------ diagnostics
 
@@ -336,19 +316,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         pairs = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
         return [name for name, p in pairs if p.requires_grad and not self.state.get(p)]
 
-    def shapes_of(self, group: dict[str, Any]) -> list[torch.Size]:
-        """The whole shapes of the weights of one of ``param_groups``, however they are cut."""
-        return self.placement.shapes(group)
-
     def state_of(self, name: str) -> Mapping[str, Any]:
         """The state of a weight by its name; empty before its first step."""
         return next((state for weight, state in self._named_states() if weight == name), {})
 
     def projection_report(self) -> dict[str, Any] | None:
-        """Projection errors of the newest refreshes: ``mean``, ``by_matrix``, and the means of what was diagnosed.
+        """Projection errors of the newest refreshes: ``mean`` and ``by_matrix``; None before the first refresh.
 
-        ``excess`` and ``sharing_excess`` (see ``optim/refresh.py``) are None unless ``diagnose_refreshes`` is set;
-        the whole is None before the first refresh.
+        ``excess`` and ``sharing_excess`` (see ``refresh.diagnose``) are None unless ``diagnose_refreshes`` is set.
         """
         return refresh.projection_report(self.projection_errors, self.excess_errors)
 
@@ -423,17 +398,3 @@ class GaLoreAdamW(torch.optim.Optimizer):
             OptionError: it was made by another method, or a weight is missing.
         """
         put_whole(self.param_groups, self.state, self.placement, saved, weights, self.config)
-
-
-def _smallest_gradient(weights: Sequence[LocalWeight]) -> Tensor | None:
-    """The gradient with the fewest entries, if any is whole."""
-    grads = [w.grad for w in weights if w.shard.is_whole and type(w.grad) is Tensor and w.grad.numel()]
-    return min(grads, key=Tensor.numel, default=None)
-
-
-def _usable_at_first(w: LocalWeight) -> Tensor:
-    """The flag of a weight without a basis; a norm that overflows tells as much as an entry."""
-    if w.ok is not None and not w.shard.is_whole:
-        return w.ok
-    usable = w.grad.usable() if isinstance(w.grad, ProjectedGradient) else usable_flags([w.grad])[0]
-    return usable * torch.isfinite(norms_of([w.grad])[0])

@@ -8,6 +8,7 @@ due in this step keeps its dense gradient; refreshes are spread over the gap, so
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -212,6 +213,24 @@ def attach(
 
     hook.of_galore = True  # type: ignore[attr-defined]
     return p.register_post_accumulate_grad_hook(hook)
+
+
+def attach_group(optimizer: Any, place: int) -> None:
+    """Hook every trained parameter of a projected group for as long as its ``GaLoreAdamW`` lives.
+
+    Args:
+        optimizer: its ``keep_gradient`` gets each gradient.
+        place: of the group among its ``param_groups``; ``load_state_dict`` puts a new mapping there.
+    """
+    reference, group = weakref.ref(optimizer), optimizer.param_groups[place]
+    for i, (p, name) in enumerate(zip(group["params"], group["names"], strict=True)):
+
+        def take(_: Tensor, i: int = i) -> ProjectedGradient | None:
+            living = reference()
+            return None if living is None else living.keep_gradient(living.param_groups[place], i)
+
+        if p.requires_grad:
+            weakref.finalize(optimizer, attach(p, name, take).remove)
 
 
 def is_usable(grad: Tensor) -> Tensor:

@@ -152,10 +152,21 @@ class LocalWeight:
 
     def whole_matrices(self) -> list[Piece]:
         """Every logical matrix of the weight, for what its bases are kept and found with; rows may lie elsewhere."""
+        if len(self.matrices) == 1:  # as most weights have: a step of a small model costs the host more than the device
+            m, part = self.matrices[0], self.kept[0] if self.kept else None
+            return [Piece(self.weight, self.grad, self.name, m, m.prefix, self, part)]
         kept: Sequence[KeptGradient | None] = self.kept or [None] * len(self.matrices)
         return [
             Piece(self.weight, self.grad, m.logical(self.name), m, m.prefix, self, part)
             for m, part in zip(self.matrices, kept, strict=True)
+        ]
+
+    def named_bases(self, ranks: Ranks | None) -> list[tuple[Ranks | None, str, Tensor, int]]:
+        """Of each matrix what ``guards.compare_bases`` takes; ``ranks`` hold the weight too where it is whole."""
+        refreshes, state = self.state["refreshes"], self.state
+        return [
+            (self.shard.ranks or ranks, m.logical(self.name), state[f"{m.prefix}basis"], refreshes)
+            for m in self.matrices
         ]
 
     def pieces_of_state(self, matrix: LogicalMatrix | None = None) -> list[Piece]:

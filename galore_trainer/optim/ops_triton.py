@@ -246,11 +246,14 @@ def buckets_for_triton(
     size = FIRST_ELEMENTS if most is None else most
     for _, alike in itertools.groupby(pieces, key=lambda piece: piece.weight.shape):
         gathered: dict[tuple[Any, ...], list[Piece]] = {}
+        entries_of: dict[tuple[Any, ...], int] = {}
         for piece in alike:
             key = _key(piece, config)
-            members = gathered.setdefault(key, [])
+            if key not in gathered:
+                gathered[key], entries_of[key] = [], entries(piece.matrix)
+            members = gathered[key]
             members.append(piece)
-            if (len(members) + 1) * entries(piece.matrix) > size:
+            if (len(members) + 1) * entries_of[key] > size:
                 del gathered[key]
                 if _takes(members, config, rest):
                     yield Bucket(members)

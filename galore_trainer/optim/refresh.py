@@ -26,7 +26,7 @@ from galore_trainer.kernels import obstacle
 from galore_trainer.optim.bucket import MOMENTS, REFRESH_ELEMENTS, STACK_ELEMENTS, Bucket, bucket_elements, entries
 from galore_trainer.optim.guards import Later, Retries
 from galore_trainer.optim.kept import sketch, sketch_matrices, width_of_sketch
-from galore_trainer.optim.layerwise import norms_of
+from galore_trainer.optim.layerwise import is_usable, norms_of
 from galore_trainer.optim.lenders import lending_rows, norms_of_projection, rows_of_whole, stays
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
 from galore_trainer.optim.ops_triton import wanted
@@ -85,6 +85,13 @@ def part_by_norm(
         if not w.has_basis and (config.sketches_first or not norm < math.inf):  # NaN is not
             without_basis.append(w)
     return fit, without_basis
+
+
+def usable_at_first(w: LocalWeight) -> Tensor:
+    """The flag of a weight without a basis; a norm that overflows tells as much as an entry."""
+    if w.ok is not None and not w.shard.is_whole:
+        return w.ok
+    return is_usable(w.grad) * torch.isfinite(norms_of([w.grad])[0])
 
 
 def _may_fail(piece: Piece, config: GaLoreConfig) -> bool:

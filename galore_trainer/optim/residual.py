@@ -39,9 +39,7 @@ def ages_to_count(w: LocalWeight, config: GaLoreConfig) -> tuple[str, ...]:
     first gradient one step later.
     """
     state = w.state
-    if config.residual_percent == 0.0 or not has_begun(state, config):
-        return (AGE,)
-    if not any(has_residual(matrix, config) for matrix in w.matrices):
+    if not has_begun(state, config) or not any(has_residual(matrix, config) for matrix in w.matrices):
         return (AGE,)
     if RESIDUAL_AGE not in state:
         if not _is_last_of_warm_up(state, config):

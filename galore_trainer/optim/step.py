@@ -78,7 +78,8 @@ def update(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, aske
 def _open(weights: Sequence[LocalWeight], config: GaLoreConfig) -> Iterator[Piece]:
     """Pieces as they are needed, so that the device works while the host goes on."""
     for w in weights:
-        w.ages = residual.ages_to_count(w, config)
+        if config.residual_percent > 0.0:
+            w.ages = residual.ages_to_count(w, config)
         yield from w.open()
 
 

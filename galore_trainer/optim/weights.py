@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.layouts.dtensor import is_dtensor, local
 from galore_trainer.layouts.find import PLAIN_TYPES, Placement
 from galore_trainer.layouts.shard import Shard
+from galore_trainer.optim.kept import KeptGradient, sketch_matrices
 from galore_trainer.optim.layerwise import ProjectedGradient
 from galore_trainer.optim.local import LocalWeight
 from galore_trainer.optim.param_groups import check_groups, check_noted, checked_shard, noted_of
@@ -64,9 +66,16 @@ def weights_with_gradients(
                 )
                 continue
             kept: Any = None
-            if isinstance(grad, ProjectedGradient):
+            if type(grad) is not Tensor and isinstance(grad, ProjectedGradient):
                 grad, kept = (grad, grad.parts) if grad.whole is None else (grad.whole, None)
             yield LocalWeight(names[i], group, states[p], noted.shards[i], p, grad, matrices, kept)
+
+
+def whole_weight(group: dict[str, Any], i: int, grad: Tensor, states: Any, placement: Placement) -> LocalWeight:
+    """Parameter ``i`` of a group, which is whole, with a gradient."""
+    matrices = group["matrices"][i] if group["projected"] else ()
+    p, shard = group["params"][i], noted_of(placement, group).shards[i]
+    return LocalWeight(group["names"][i], group, states[p], shard, p, grad, matrices)
 
 
 def _dtensor(group: dict[str, Any], i: int, grad: Tensor, state: Any, placement: Placement) -> LocalWeight:
@@ -93,6 +102,29 @@ def _in_flat(group: dict[str, Any], flat: Tensor, state: Any, placement: Placeme
         made_in = torch.bfloat16 if part.dtype == torch.bfloat16 else None  # for gradients, whatever adds them up
         own = StateInFlat(state, name)
         yield LocalWeight(name, group, own, part.shard, part.of(weight), part.of(grad), matrices, factors=made_in)
+
+
+def smallest_gradient(weights: Sequence[LocalWeight]) -> Tensor | None:
+    """The gradient with the fewest entries, if any is whole."""
+    grads = [w.grad for w in weights if w.shard.is_whole and type(w.grad) is Tensor and w.grad.numel()]
+    return min(grads, key=Tensor.numel, default=None)
+
+
+def kept_gradients(
+    w: LocalWeight, config: GaLoreConfig, seed: int, direction: Callable[..., Tensor]
+) -> list[KeptGradient]:
+    """What layer-wise mode shall keep of the gradient of each matrix of a weight that has a state.
+
+    Args:
+        w: with a gradient that backward has just made.
+        config, seed: of the optimizer.
+        direction: (matrix, like) to a random direction for this step; see ``Directions``.
+    """
+    kept = []  # no stopwatch: it would take the host a fifth of all this, and device time belongs to backward
+    for m in w.matrices:
+        sketches = functools.partial(sketch_matrices, m, config, seed, m.logical(w.name), w.weight.device)
+        kept.append(KeptGradient(m, w.state, sketches, direction(m, like=w.grad) if w.has_basis else None))
+    return kept
 
 
 # ---------------------------------------------------------------------- by name

@@ -114,7 +114,7 @@ def train(backend: str, model_dir: str, output: str, options: dict[str, Any], re
     optimizer = unwrap_optimizer(trainer.optimizer)
     local = sum(p.numel() for _, p in optimizer.projected_weights())
     whole = sum(
-        torch.Size(shape).numel() for g in optimizer.param_groups if g["projected"] for shape in optimizer.shapes_of(g)
+        shape.numel() for g in optimizer.param_groups if g["projected"] for shape in optimizer.placement.shapes(g)
     )
     norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
     return {"weights": whole_weights(trainer), "norms": norms, "share": local / whole}
