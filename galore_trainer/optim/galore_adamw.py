@@ -347,7 +347,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Undo ``__getstate__``; torch calls it at ``load_state_dict`` too."""
         super().__setstate__(state)
         self.__dict__.setdefault("stopwatch", Stopwatch())
-        skips = [int(x[1]) for own in self.state.values() for key, x in own.items() if bare(key) == "skipped"]
+        skips = [int(x[1]) for state in self.state.values() for key, x in state.items() if bare(key) == "skipped"]
         self._retries, self._directions, self._watch = Retries(), Directions(), Watch(sum(skips))
         self.__dict__.setdefault("averager", None)
         self.__dict__.setdefault("ranks", None)

@@ -179,9 +179,13 @@ class Watch:
         self._counts: tuple[list[str], list[list[int]]] | None = None
 
     def look(
-        self, step: int, counters: Callable[[], Mapping[str, Tensor]], leaves: Leaves,
-        smallest: Callable[[], Tensor | None], skips: bool,
-    ) -> None:  # fmt: skip
+        self,
+        step: int,
+        counters: Callable[[], Mapping[str, Tensor]],
+        leaves: Leaves,
+        smallest: Callable[[], Tensor | None],
+        skips: bool,
+    ) -> None:
         """To be called in every step; all processes come to the same end in the same one.
 
         Args:
@@ -220,8 +224,10 @@ class Watch:
                 limit = largest_usable(torch.float32)
                 logger.warning(
                     "the gradient of %s was not finite or above %.0e: its step was skipped, or clipping by its norm "
-                    "made all gradients NaN or zero", some_of(guilty), limit,
-                )  # fmt: skip
+                    "made all gradients NaN or zero",
+                    some_of(guilty),
+                    limit,
+                )
                 self.culprits.disarm()
                 self._zeros = 0
             elif not self.culprits.armed:
@@ -237,8 +243,10 @@ class Watch:
         if new:
             logger.warning(
                 "skipped a step of %s: gradients that are not finite, or above %.0e; from now on gradients are looked "
-                "at before clipping, to name the first", some_of(new), largest_usable(torch.float32),
-            )  # fmt: skip
+                "at before clipping, to name the first",
+                some_of(new),
+                largest_usable(torch.float32),
+            )
             self._named.update(new)
 
 
@@ -276,13 +284,13 @@ class Culprits:
         Args:
             leaves: name and tensor of each weight, as autograd knows them.
         """
-        own = weakref.ref(self)
+        reference = weakref.ref(self)
         for name, p in leaves:
             if not p.requires_grad:
                 continue
 
             def look(grad: Tensor, name: str = name) -> None:
-                watching = own()
+                watching = reference()
                 if watching is not None:
                     watching._note(name, grad)
 

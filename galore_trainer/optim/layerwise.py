@@ -151,9 +151,9 @@ class ProjectedGradient(torch.Tensor):
 def measure_together(grads: Iterable[ProjectedGradient]) -> None:
     """Estimate the norms that are not known, in few operations for all of them."""
     asked = [grad for grad in grads if grad.estimate is None]
-    found = iter(energies([part for grad in asked for part in grad.parts]))
-    own = [[next(found) for _ in grad.parts] for grad in asked]
-    totals = [each[0] if len(each) == 1 else torch.stack(each).sum() for each in own]
+    squares = iter(energies([part for grad in asked for part in grad.parts]))
+    of_parts = [[next(squares) for _ in grad.parts] for grad in asked]
+    totals = [parts[0] if len(parts) == 1 else torch.stack(parts).sum() for parts in of_parts]
     for device in dict.fromkeys(total.device for total in totals):
         here = [i for i, total in enumerate(totals) if total.device == device]
         for i, norm in zip(here, torch.stack([totals[i] for i in here]).sqrt().unbind(), strict=True):

@@ -85,10 +85,10 @@ def norms_of_projection(bucket: Bucket, P: Tensor) -> tuple[Tensor, Tensor]:
     bases = bucket.split(P)
     if bucket.pieces[0].owner.shard.is_whole:
         G = bucket.each_gradient()
-        R = [galore.project(part, own, bucket.matrix.side) for part, own in zip(G, bases, strict=True)]
+        R = [galore.project(part, P_of, bucket.matrix.side) for part, P_of in zip(G, bases, strict=True)]
         whole, projected = (torch.stack(norms_of_tensors(tensors)) for tensors in (G, R))
         return whole, projected
-    squares = torch.stack([_owned_squares(piece, own) for piece, own in zip(bucket.pieces, bases, strict=True)])
+    squares = torch.stack([_owned_squares(piece, P_of) for piece, P_of in zip(bucket.pieces, bases, strict=True)])
     whole, projected = bucket.pieces[0].owner.ranks.sum(squares).sqrt().unbind(dim=1)
     return whole, projected
 

@@ -141,8 +141,8 @@ class Places:
                 tensors[key] = bucket.each(key)
             for key in (AGE, *((RESIDUAL_AGE,) if moves_residual else ())):
                 tensors[key] = [piece.owner.state[key] for piece in bucket.pieces]
-        columns = {key: [x.data_ptr() for x in each] for key, each in tensors.items()}
-        dtypes = {key: each[0].dtype for key, each in tensors.items()}
+        columns = {key: [x.data_ptr() for x in members] for key, members in tensors.items()}
+        dtypes = {key: members[0].dtype for key, members in tensors.items()}
         columns["weights"] = self._begin([piece.weight for piece in bucket.pieces])
         dtypes["weights"] = first.weight.dtype
         if first.kept is None:

@@ -58,13 +58,13 @@ def prepare_group(group: dict[str, Any]) -> None:
             nearest = difflib.get_close_matches(str(key), (*OPTIONS, *OURS), 1)
             way_out = f"Did you mean {nearest[0]}?" if nearest else "Settings of all groups belong to GaLoreConfig."
             raise OptionError(f"param_groups: {key}", group[key], f"one of {', '.join(OPTIONS)}", way_out)
-    own = [key for key in OVERRIDES if key in group]
-    group.setdefault("projected", bool(own))
-    if own and not group["projected"]:
-        raise OptionError("param_groups: projected", False, f"True beside {own[0]}", "Leave one of them out.")
-    if own and own != ["scale"] and "matrices" in group:
+    overrides = [key for key in OVERRIDES if key in group]
+    group.setdefault("projected", bool(overrides))
+    if overrides and not group["projected"]:
+        raise OptionError("param_groups: projected", False, f"True beside {overrides[0]}", "Leave one of them out.")
+    if overrides and overrides != ["scale"] and "matrices" in group:
         way_out = "Set it in GaLoreConfig (rank_pattern gives single modules a rank)."
-        raise OptionError(f"param_groups: {own[0]}", group[own[0]], "none beside matrices", way_out)
+        raise OptionError(f"param_groups: {overrides[0]}", group[overrides[0]], "none beside matrices", way_out)
 
 
 def check_optimizer_options(group: Mapping[str, Any]) -> None:
@@ -111,9 +111,7 @@ def _is_far(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-def complete_group(
-    group: dict[str, Any], others: Sequence[Mapping[str, Any]], config: GaLoreConfig, seed: int
-) -> None:  # fmt: skip
+def complete_group(group: dict[str, Any], others: Sequence[Mapping[str, Any]], config: GaLoreConfig, seed: int) -> None:
     """Check a new group, and fill in names, logical matrices and the settings that a resume must find again.
 
     Args:
@@ -144,11 +142,11 @@ def complete_group(
 
 def _check_made_for(settings: Mapping[str, Any], config: GaLoreConfig) -> None:
     """Raise ``OptionError`` where logical matrices were made under other settings than the optimizer's."""
-    own = config.to_dict()
+    ours = config.to_dict()
     for key, value in settings.items():
-        if key in own and own[key] != value:
+        if key in ours and ours[key] != value:
             way_out = "Give GaLoreAdamW the config that the groups were made with, or make groups anew."
-            raise OptionError(f"galore.{key}", own[key], f"{value!r}, as in the parameter groups", way_out)
+            raise OptionError(f"galore.{key}", ours[key], f"{value!r}, as in the parameter groups", way_out)
 
 
 def check_names(names: Sequence[str], count: int, taken: Sequence[str]) -> None:
@@ -305,32 +303,34 @@ def _by_hand(got: str) -> OptionError:
 # ---------------------------------------------------------------------- saved by another optimizer
 
 
-def check_same_method(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]]) -> None:
+def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> None:
     """Raise ``OptionError`` where saved groups belong to another method, other settings or other parameters."""
     if not any(isinstance(g, Mapping) and "projected" in g for g in saved):
         raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
-    for before, now in zip([g for g in saved if g["projected"]], [g for g in own if g["projected"]], strict=False):
+    for before, now in zip([g for g in saved if g["projected"]], [g for g in ours if g["projected"]], strict=False):
         saved_settings = {**GaLoreConfig().to_dict(), **before.get("galore", {})}  # fields younger than the checkpoint
         for key, value in now["galore"].items():
             if saved_settings.get(key) != value:
                 option = "seed" if key == "seed" else f"galore.{key}"
                 raise OptionError(option, value, f"{saved_settings.get(key)!r} as in the checkpoint", WAY_OUT)
-    names_before, names_now = ([n for g in groups for n in g.get("names", [])] for groups in (saved, own))
+    names_before, names_now = ([n for g in groups for n in g.get("names", [])] for groups in (saved, ours))
     if names_before != names_now:
         changed = sorted(set(names_before) ^ set(names_now))[:5] or ["the same names in another order"]
         raise OptionError("parameters", changed, "the parameters of the checkpoint, in its order", WAY_OUT)
-    if [(g["projected"], len(g["names"])) for g in saved] != [(g["projected"], len(g["names"])) for g in own]:
+    if [(g["projected"], len(g["names"])) for g in saved] != [(g["projected"], len(g["names"])) for g in ours]:
         raise OptionError("parameters", "other groups", "the checkpoint's projected and plain groups", WAY_OUT)
-    for before, now in zip(saved, own, strict=True):
+    for before, now in zip(saved, ours, strict=True):
         _check_same_matrices(before, now)
 
 
-def _check_same_matrices(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_same_matrices(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise ``OptionError`` where a weight's logical matrices differ: its shape, or how its heads are read."""
-    for name, described, now in zip(own["names"], saved.get("matrices", ()), own.get("matrices", ()), strict=False):
+    for name, described, now in zip(ours["names"], saved.get("matrices", ()), ours.get("matrices", ()), strict=False):
         if [dict(fields) for fields in described] == [dataclasses.asdict(matrix) for matrix in now]:
             continue
-        got, wanted = (" + ".join(_in_words(m) for m in each) for each in (map(dataclasses.asdict, now), described))
+        got, wanted = (
+            " + ".join(_in_words(m) for m in matrices) for matrices in (map(dataclasses.asdict, now), described)
+        )
         raise OptionError(f"heads of {name}", got, f"{wanted}, as in the checkpoint", WAY_OUT)
 
 
@@ -342,15 +342,15 @@ def _in_words(fields: Mapping[str, Any]) -> str:
     return f"{fields['label']} {rows} x {fields['columns']}, {heads}, {bases}".strip()
 
 
-def check_same_layout(saved: Mapping[str, Any], own: Sequence[dict[str, Any]], flat: bool) -> None:
+def check_same_layout(saved: Mapping[str, Any], ours: Sequence[dict[str, Any]], flat: bool) -> None:
     """Raise ``OptionError`` where a state was saved under another layout.
 
     Args:
         saved: what ``GaLoreAdamW.state_dict`` gave.
-        own: this optimizer's groups.
+        ours: this optimizer's groups.
         flat: whether DeepSpeed has put flat tensors in their parameters' place.
     """
-    counts = ([len(g["params"]) for g in groups] for groups in (saved["param_groups"], own))
+    counts = ([len(g["params"]) for g in groups] for groups in (saved["param_groups"], ours))
     if (SLICES in saved) != flat or len({*map(tuple, counts)}) > 1:
         kinds = {True: "slices of DeepSpeed ZeRO", False: "whole weights or rows"}
         got = kinds[SLICES in saved]

@@ -137,9 +137,16 @@ def plain_step(
         noise: for the rounding of moments in fewer than 32 bits.
     """
     options = dict(
-        found_inf=1.0 - ok, fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
-        lr=float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"],
-    )  # fmt: skip
+        found_inf=1.0 - ok,
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+    )
     wide = compute_dtype(p.dtype)
     grad = grad.contiguous()  # torch's fused function reads its arguments in memory order, whatever their strides
     if p.dtype == grad.dtype == state["exp_avg"].dtype == wide and p.is_contiguous():

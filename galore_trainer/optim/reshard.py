@@ -39,14 +39,14 @@ def whole_of_rows(state: State, matrices: Iterable[LogicalMatrix]) -> dict[str, 
         state: with all of its rows, [M, width].
         matrices: its logical matrices.
     """
-    found: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
     for key, value in state.items():
         if key not in ROW_KEYS:
-            found[key] = value
+            whole[key] = value
             continue
         for matrix in matrices:
-            found[matrix.prefix + key] = value[stored_rows(matrix, len(value))]  # [blocks, block rows, width]
-    return found
+            whole[matrix.prefix + key] = value[stored_rows(matrix, len(value))]  # [blocks, block rows, width]
+    return whole
 
 
 def rows_of_whole(state: State, matrices: Iterable[LogicalMatrix], shard: Shard) -> dict[str, Any]:
@@ -59,16 +59,16 @@ def rows_of_whole(state: State, matrices: Iterable[LogicalMatrix], shard: Shard)
     """
     by_prefix = {matrix.prefix: matrix for matrix in matrices}
     rows: dict[str, Tensor] = {}
-    found: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for key, value in state.items():
         prefix, name = key[: key.rfind(".") + 1], key.rsplit(".", 1)[-1]
         if name not in ROW_KEYS:
-            found[key] = value
+            others[key] = value
         elif shard.local_rows or name in ROW_KEYS[:2]:  # without rows there is no residual
             everything = rows.setdefault(name, value.new_zeros(shard.rows, value.shape[-1]))
             everything[stored_rows(by_prefix[prefix], shard.rows)] = value
     here = slice(shard.first, shard.first + shard.local_rows)
-    return found | {name: value[here].clone() for name, value in rows.items()}
+    return others | {name: value[here].clone() for name, value in rows.items()}
 
 
 # ---------------------------------------------------------------------- from what was saved
@@ -119,9 +119,11 @@ def whole_of_slices(saved: Sequence[Mapping[str, Any]], flats: Sequence[Sequence
     for name, whole in weights.items():
         if there[name] != whole.numel():
             raise OptionError(
-                "checkpoint", f"{there[name]} of the {whole.numel()} numbers of {name}", "the files of all processes",
+                "checkpoint",
+                f"{there[name]} of the {whole.numel()} numbers of {name}",
+                "the files of all processes",
                 "One is missing, or written by another run.",
-            )  # fmt: skip
+            )
     groups = saved[0]["param_groups"]
     for group in groups:
         for i, name in enumerate(group["names"] if group["projected"] else ()):
@@ -129,24 +131,26 @@ def whole_of_slices(saved: Sequence[Mapping[str, Any]], flats: Sequence[Sequence
     return _as_one_process(groups, states), weights
 
 
-def _collect_rows(found: dict[str, Any], state: State, shard: Shard) -> None:
+def _collect_rows(collected: dict[str, Any], state: State, shard: Shard) -> None:
     for key, value in state.items():
         if key not in ROW_KEYS:
-            found.setdefault(key, value)  # the same on every process
+            collected.setdefault(key, value)  # the same on every process
         elif shard.local_rows:
-            whole = found.setdefault(key, value.new_zeros(shard.rows, value.shape[-1]))
+            whole = collected.setdefault(key, value.new_zeros(shard.rows, value.shape[-1]))
             whole[shard.first : shard.first + shard.local_rows][shard.owned] = value[shard.owned]
 
 
 def _collect_entries(
-    found: dict[str, Any], state: State, shape: torch.Size, start: int, stop: int, offset: int
-) -> None:  # fmt: skip
+    collected: dict[str, Any], state: State, shape: torch.Size, start: int, stop: int, offset: int
+) -> None:
     moments = [key for key, _ in MOMENTS]
     for key, value in state.items():
         if key in moments:
-            found.setdefault(key, value.new_empty(shape)).view(-1)[start:stop] = value[offset : offset + stop - start]
+            collected.setdefault(key, value.new_empty(shape)).view(-1)[start:stop] = value[
+                offset : offset + stop - start
+            ]
         else:
-            found.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
+            collected.setdefault(key, value.clone() if isinstance(value, Tensor) else value)
 
 
 def _shard(shape: Sequence[int], start: int, stop: int) -> Shard:
@@ -225,8 +229,8 @@ def _part_of(whole: State, matrices: Sequence[LogicalMatrix] | None, shard: Shar
 
 def _check_cuttable(group: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Raise ``OptionError`` where projected weights cannot be cut into rows, or were trained as only whole ones are."""
-    for own, name in zip(group["matrices"], group["names"], strict=True):
-        for matrix in own:
+    for matrices, name in zip(group["matrices"], group["names"], strict=True):
+        for matrix in matrices:
             check_shardable(matrix, name)
     for field, why in (
         ("proj_type", "Its bases lie across the rows that FSDP2 and ZeRO cut, unless it began with proj_type right."),

@@ -75,7 +75,7 @@ def pack(
             if p in states:
                 states[p] = _saved_state(states[p], group, i, placement, config)
     saved: dict[str, Any] = {
-        "state": {number.get(id(p), p): packed_counters(own) for p, own in states.items()},
+        "state": {number.get(id(p), p): packed_counters(saved_state) for p, saved_state in states.items()},
         "param_groups": [{**group, "params": [number[id(p)] for p in group["params"]]} for group in groups],
     }
     if any(placement.is_flat(group) for group in groups):
@@ -116,9 +116,9 @@ def _saved_flat(
     saved: dict[str, Any] = {}
     for part in placement.slices(group, flat):
         name, matrices, shard = names[part.index], group["matrices"][part.index], part.shard
-        if own := StateInFlat(dict(state), name):
+        if of_weight := StateInFlat(dict(state), name):
             pieces = rows_of_shard(matrices, name, shard)
-            rows = saved_form(own, matrices, config, pieces, shard.local_rows, flat.dtype)
+            rows = saved_form(of_weight, matrices, config, pieces, shard.local_rows, flat.dtype)
             saved |= {f"{name}{BAR}{key}": value for key, value in rows.items()}
     return saved
 
@@ -225,7 +225,7 @@ def _new_group(group: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
 
 def _checked(
     state: dict[str, Any], name: str, p: Tensor, matrices: Sequence[LogicalMatrix] | None, config: GaLoreConfig
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The state of a parameter that is held whole, float64 where its weight is.
 
     Raises:

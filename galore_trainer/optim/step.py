@@ -1,7 +1,8 @@
 """One step of projected weights between two refreshes, on one page: project, take into moments, lift, apply.
 
 Letters as in ``core/galore.py``. Torch and Triton are two objects with the same four verbs (``ops_torch.py``,
-``ops_triton.py``): ``project``, ``lost``, ``adam_`` and ``apply_``.
+``ops_triton.py``): ``project``, ``lost``, ``adam_`` and ``apply_``. ``GaLoreAdamW.move`` calls ``update`` once for
+weights that keep their bases, once for weights with new bases, and ``count`` at the end.
 """
 
 from __future__ import annotations
@@ -39,11 +40,15 @@ def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: G
     Returns:
         For each bucket whether its gradients were usable, [pieces].
     """
-    projected = [Incoming(bucket, *ops.project(bucket)) for bucket in buckets]  # R, and ok: 0.0 leaves all as it is
-    lost = [residual.lost_entries(bucket, ops, R, ok, config) for bucket, R, ok in projected]  # D at S, or None
-    updates = ops.adam_(projected, MOMENTS, AGE)  # N
+    # R = project(G). Where ok is 0.0 nothing below changes the weight, its moments or their age.
+    projected = [Incoming(bucket, *ops.project(bucket)) for bucket in buckets]
+    # D = G - lift(R) at the support S. It is formed before moments move, as it can be unusable where R is not.
+    lost = [residual.lost_entries(bucket, ops, R, ok, config) for bucket, R, ok in projected]
+    # M <- b1 M + (1 - b1) R, V <- b2 V + (1 - b2) R R, N = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
+    updates = ops.adam_(projected, MOMENTS, AGE)
     sparse = [Incoming(bucket, D, ok) for (bucket, _, ok), D in zip(projected, lost, strict=True) if D is not None]
-    sparse_updates = iter(ops.adam_(sparse, residual.MOMENTS, RESIDUAL_AGE))  # N_S
+    sparse_updates = iter(ops.adam_(sparse, residual.MOMENTS, RESIDUAL_AGE))
+    # W <- W - lr wd W - lr scale (lift(N) + residual_scale N_S at S)
     for (bucket, _, ok), N, D in zip(projected, updates, lost, strict=True):
         ops.apply_(bucket, N, ok, None if D is None else (residual.INDEX, next(sparse_updates)))
     return [ok for _, _, ok in projected]
