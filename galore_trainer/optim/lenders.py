@@ -100,20 +100,22 @@ def _rows_of_cut(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Seque
     weights, matrix = [piece.owner for piece in bucket.pieces], bucket.matrix
     ranks, grads = weights[0].ranks, [w.gradient().to(w.made_in) for w in weights]
     if stays(matrix, config):
-        parts = [G[_rows_owned(w, matrix)].unsqueeze(0) for w, G in zip(weights, grads, strict=True)]
+        pairs = zip(bucket.pieces, grads, strict=True)
+        parts = [G[_rows_owned(piece.owner, piece.matrix)].unsqueeze(0) for piece, G in pairs]
         most = max(part.shape[1] for part in parts)
         # a row of zeros adds nothing to a sum over rows
         return [torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts], ranks.sum
-    rows = stored_rows(matrix, weights[0].shard.rows).to(bucket.device)  # [blocks, block rows]
+    # equal matrices may lie at other rows of their weights, as q, k and v of a fused one do
+    each = [stored_rows(piece.matrix, piece.owner.shard.rows) for piece in bucket.pieces]
+    rows = torch.stack(each).to(bucket.device)  # [weights, blocks, block rows]
     if matrix.lends_heads:
-        by_head = rows.unflatten(1, (matrix.heads_per_block, matrix.head_dim))
+        by_head = rows.unflatten(2, (matrix.heads_per_block, matrix.head_dim))
         heads = draw_heads(bucket, config, seed, lambda: _energies_of_heads(weights, by_head, grads))
         block = torch.arange(matrix.blocks, dtype=torch.int64, device=rows.device)[:, None]
-        lent = [by_head[block, lenders].flatten(1) for lenders in bucket.split(heads)]
-    else:
-        lent = [rows] * len(weights)
-    gathered = grads[0].new_empty(len(weights), *lent[0].shape, matrix.columns)
-    for here, w, wanted, G in zip(gathered, weights, lent, grads, strict=True):
+        lent = zip(by_head, bucket.split(heads), strict=True)
+        rows = torch.stack([heads_of_weight[block, lenders].flatten(1) for heads_of_weight, lenders in lent])
+    gathered = grads[0].new_empty(*rows.shape, matrix.columns)
+    for here, w, wanted, G in zip(gathered, weights, rows, grads, strict=True):
         here.copy_(_owned_or_zero(w, wanted, G))
     return list(ranks.sum(gathered).unbind()), None
 
@@ -138,10 +140,9 @@ def _owned_or_zero(w: LocalWeight, rows: Tensor, G: Tensor) -> Tensor:
 
 
 def _energies_of_heads(weights: Sequence[LocalWeight], rows: Tensor, grads: Sequence[Tensor]) -> Tensor:
-    """Squared norm of each head's gradient, [weights x blocks, heads]; rows are [blocks, heads, d]."""
-    squares = [
-        widen(_owned_or_zero(w, rows, G)).square().sum(dim=(-2, -1)) for w, G in zip(weights, grads, strict=True)
-    ]
+    """Squared norm of each head's gradient, [weights x blocks, heads]; rows are [weights, blocks, heads, d]."""
+    triples = zip(weights, rows, grads, strict=True)
+    squares = [widen(_owned_or_zero(w, wanted, G)).square().sum(dim=(-2, -1)) for w, wanted, G in triples]
     return weights[0].ranks.sum(torch.stack(squares)).flatten(0, 1)
 
 

@@ -60,7 +60,8 @@ class Piece(NamedTuple):
         m, s, owner = self.matrix, self.owner.state, self.owner
         shape = (m.blocks, m.block_rows, m.columns, m.side, m.rank, m.head_dim, m.lenders)
         phase = (self.kept is None, owner.ok is None, s["refreshes"] > 0, s["calls"] - s["born"], s["refreshes"])
-        return (id(owner.group), *shape, *phase, self.weight.dtype, self.grad.dtype, self.weight.device)
+        lies = (owner.shard.ranks, self.weight.device)
+        return (id(owner.group), *shape, *phase, *lies, self.weight.dtype, self.grad.dtype, owner.factors)
 
 
 class LocalWeight:
