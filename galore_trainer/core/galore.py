@@ -60,8 +60,8 @@ def usable_parts(R: Tensor, parts: int) -> Tensor:
         float32 [parts]: 1.0 where all entries are below ``largest_usable``, else 0.0.
     """
     limit = largest_usable(R.dtype)
-    # On a CPU one norm over all of R is faster. It bounds every entry, and reading it waits for no device. Subclasses of
-    # Tensor, such as fake tensors, may have no value to read.
+    # On a CPU one norm over all of R is faster: it bounds every entry, and reading it waits for no device. Subclasses
+    # such as fake tensors may have no value to read.
     if type(R) is Tensor and R.device.type == "cpu" and torch.linalg.vector_norm(R).item() < limit:
         return torch.ones(parts, dtype=torch.float32, device=R.device)
     largest = torch.linalg.vector_norm(R.reshape(parts, -1), float("inf"), dim=1)
