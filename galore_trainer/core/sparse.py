@@ -61,7 +61,7 @@ def add_at_(W: Tensor, support: Support, values: Tensor, alpha: float) -> None:
     lines, index = support.lines_of(W), support.positions.long()
     if W.device.type == "cpu":
         lines.scatter_add_(-1, index, alpha * values)
-    else:  # scatter_add_ is nondeterministic here, and ``use_deterministic_algorithms`` may forbid it
+    else:  # scatter_add_ is nondeterministic on a GPU, and ``use_deterministic_algorithms`` may forbid it
         lines.scatter_(-1, index, lines.gather(-1, index).add_(values, alpha=alpha))
     if lines.untyped_storage()._cdata != W.untyped_storage()._cdata:
         W.copy_(lines.view(W.shape))
@@ -72,5 +72,5 @@ def part_of(sparse: tuple[Support, Tensor] | None, i: int, blocks: int) -> tuple
     if sparse is None or len(sparse[1]) == blocks:
         return sparse
     (index, columns), values = sparse
-    here = slice(i * blocks, (i + 1) * blocks)
-    return Support(index[here], columns), values[here]
+    part = slice(i * blocks, (i + 1) * blocks)
+    return Support(index[part], columns), values[part]
