@@ -87,12 +87,12 @@ def exact(
     Raises:
         torch.linalg.LinAlgError: an entry is not finite, and no Gram matrix is used.
     """
-    whole = widen(G[0] if len(G) == 1 else torch.cat(list(G)))
-    m, n = whole.shape[-2:]
+    stacked = widen(G[0] if len(G) == 1 else torch.cat(list(G)))
+    m, n = stacked.shape[-2:]
     if _by_gram(m, n, raw_signs):
-        thin, wide = thin_singular_vectors(whole if m <= n else whole.mT, rank, tools)
+        thin, wide = thin_singular_vectors(stacked if m <= n else stacked.mT, rank, tools)
         return wide if (side == "right") == (m <= n) else thin
-    U, _, Vh = torch.linalg.svd(whole, full_matrices=False)
+    U, _, Vh = torch.linalg.svd(stacked, full_matrices=False)
     return Vh[..., :rank, :].mT.contiguous() if side == "right" else U[..., :rank].contiguous()
 
 

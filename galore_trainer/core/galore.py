@@ -197,8 +197,8 @@ def lost_share(G: Tensor, P: Tensor, side: str, parts: int = 1) -> Tensor:
     """
     G = widen(G)
     D = G - lift(project(G, P, side), P, side)
-    lost, whole = (torch.linalg.vector_norm(x.reshape(parts, -1), dim=1) for x in (D, G))
-    return lost / whole.clamp(min=torch.finfo(torch.float32).tiny)
+    norm_D, norm_G = (torch.linalg.vector_norm(x.reshape(parts, -1), dim=1) for x in (D, G))
+    return norm_D / norm_G.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 # ---------------------------------------------------------------------- precision

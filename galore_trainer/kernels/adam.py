@@ -135,7 +135,7 @@ def adamw_(
     weight_decay: float,
     keys: Tensor | None,
 ) -> None:
-    """One step of ``torch.optim.AdamW`` on whole weights, in place, computed in float32.
+    """One step of ``torch.optim.AdamW`` on plain weights, in place, computed in float32.
 
     Args:
         W, G: weights and gradients, float32 or bfloat16, contiguous.
