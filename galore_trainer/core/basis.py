@@ -1,6 +1,7 @@
-"""Where a projection comes from: a registry of functions ``f(G, rank, side, ...) -> P`` with orthonormal columns.
+"""Basis functions ``f(G, rank, side, ...) -> P``, registered under the values of the option ``svd``.
 
-The right basis is [..., n, r] (top right singular vectors of ``G``), the left one [..., m, r] (top left ones).
+P has orthonormal columns. On the right side it is [blocks, n, r] and approximates the leading right singular vectors of
+G [blocks, m, n]; on the left side it is [blocks, m, r] and approximates the leading left ones.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BASES: dict[str, BasisFunction] = {}
 
 
 def register(name: str) -> Callable[[BasisFunction], BasisFunction]:
-    """Make a function available as a value of ``svd``."""
+    """Decorator that adds a basis function to ``BASES`` under a value of ``svd``."""
 
     def add(function: BasisFunction) -> BasisFunction:
         BASES[name] = function
@@ -36,23 +37,24 @@ def register(name: str) -> Callable[[BasisFunction], BasisFunction]:
 
 
 def sketch_width(rank: int, oversampling: int, m: int, n: int) -> int:
-    """Columns k of the test matrix: rank plus oversampling, never more than the smaller side."""
+    """Columns k of the test matrix: rank plus oversampling, at most min(m, n)."""
     return min(rank + oversampling, m, n)
 
 
 def decomposes(svd: str, width: int, m: int, n: int, raw_signs: bool) -> bool:
-    """Whether the library's SVD of a whole m x n matrix is taken, which raises an error where an entry is not finite.
+    """Whether the basis comes from ``torch.linalg.svd`` of the whole matrix, which raises for non-finite entries.
 
     Args:
         svd: the name of a basis function.
-        width: ``sketch_width``, which says whether ``randomized`` takes the exact path.
-        m, n: of the rows that give the basis.
-        raw_signs: as ``exact`` takes it.
+        width: ``sketch_width``. At min(m, n) ``randomized`` uses the exact path.
+        m, n: shape of the matrix that is decomposed.
+        raw_signs: as for ``exact``.
     """
     return (svd == "exact" or width >= min(m, n)) and not _by_gram(m, n, raw_signs)
 
 
 def _by_gram(m: int, n: int, raw_signs: bool) -> bool:
+    """Whether the Gram matrix of the shorter side gives the basis: faster, with signs that differ from the SVD's."""
     return not raw_signs and 2 * min(m, n) <= max(m, n)
 
 
@@ -71,25 +73,26 @@ def exact(
     """The leading singular vectors of the blocks of ``G``.
 
     Args:
-        G: parts of [blocks, m, n] in one dtype: float32, bfloat16 or float64.
+        G: tensors that together are [blocks, m, n], in one dtype: float32, bfloat16 or float64.
         rank: r, at most min(m, n).
         side: ``right`` or ``left``.
-        omega: not used; every basis function takes the same arguments.
-        previous: not used.
-        iterations: not used.
-        raw_signs: keep the signs of ``torch.linalg.svd``, as GaLore does. Where signs do not matter, a matrix with
-            one side at most half the other goes through its small Gram matrix, which is faster.
-        tools: for that matrix.
+        omega, previous, iterations: unused, since all basis functions share one signature.
+        raw_signs: keep the signs of ``torch.linalg.svd``, as GaLore does. Otherwise a matrix with one side at most half
+            the other is decomposed through its smaller Gram matrix.
+        tools: routines for the Gram matrix.
 
     Returns:
-        P [..., n, r] for the right side, [..., m, r] for the left.
+        P [blocks, n, r] (right) or [blocks, m, r] (left), in ``compute_dtype``.
+
+    Raises:
+        torch.linalg.LinAlgError: an entry is not finite, and no Gram matrix is used.
     """
-    whole = widen(G[0] if len(G) == 1 else torch.cat(list(G)))
-    m, n = whole.shape[-2:]
+    stacked = widen(G[0] if len(G) == 1 else torch.cat(list(G)))
+    m, n = stacked.shape[-2:]
     if _by_gram(m, n, raw_signs):
-        thin, wide = thin_singular_vectors(whole if m <= n else whole.mT, rank, tools)
+        thin, wide = thin_singular_vectors(stacked if m <= n else stacked.mT, rank, tools)
         return wide if (side == "right") == (m <= n) else thin
-    U, _, Vh = torch.linalg.svd(whole, full_matrices=False)
+    U, _, Vh = torch.linalg.svd(stacked, full_matrices=False)
     return Vh[..., :rank, :].mT.contiguous() if side == "right" else U[..., :rank].contiguous()
 
 
@@ -109,19 +112,19 @@ def randomized(
     """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
 
     Args:
-        G: parts of [blocks, m, n] in one dtype: float32, bfloat16 or float64.
+        G: tensors that together are [blocks, m, n], in one dtype: float32, bfloat16 or float64.
         rank: r, at most k.
         side: ``right`` or ``left``.
-        omega: Gaussian test matrix [..., n, k]; k = min(m, n) takes the exact path, since nothing would be saved.
-        previous: the basis before, for a warm start: it takes the place of the first r columns of Omega (right) or of
-            the first r directions of the range (left).
+        omega: Gaussian test matrix [blocks, n, k]. At k = min(m, n) a sketch saves nothing, and ``exact`` is used.
+        previous: the last basis, for a warm start. It replaces the first r columns of Omega (right) or of G Omega
+            (left).
         iterations: power iterations q.
-        raw_signs: passed on to the exact path.
-        tools: for small factorizations; P is NaN where they fail.
-        reduce: G holds this process's rows alone, and this sums over the processes; right side, k below min(m, n).
+        raw_signs: for ``exact``.
+        tools: routines for small factorizations. P is NaN where they fail.
+        reduce: sums over processes, where G holds only this process's rows. Requires the right side and k < min(m, n).
 
     Returns:
-        P as ``exact`` does.
+        P as from ``exact``.
     """
     if reduce is not None:
         assert side == "right"
@@ -141,17 +144,15 @@ def randomized(
 
 
 def from_sketch(S: Tensor, rank: int, side: str, tools: Tools = CERTAIN) -> Tensor:
-    """A basis from one random sketch of the gradient (no second look at it, so q = 0).
-
-    Halko, Martinsson, Tropp 2011, section 5.5: the sketch's leading singular vectors on the side that was kept whole.
+    """A basis from a single-pass sketch of the gradient (q = 0; Halko, Martinsson, Tropp 2011, section 5.5).
 
     Args:
-        S: T^T G [..., k, n] (right) or G T [..., m, k] (left) for a Gaussian T, float32.
+        S: T^T G [blocks, k, n] (right) or G T [blocks, m, k] (left) for a Gaussian T, float32.
         rank: r, at most k.
         side: ``right`` or ``left``.
-        tools: for small factorizations.
+        tools: routines for small factorizations.
 
     Returns:
-        P as ``exact`` does.
+        P, the leading singular vectors of S on the side that the sketch did not compress; shape as from ``exact``.
     """
     return thin_singular_vectors(S if side == "right" else S.mT, rank, tools)[1]

@@ -1,11 +1,11 @@
 """Small dense linear algebra on stacks of matrices: orthonormal columns, thin singular vectors, subspace iteration.
 
 Legend: ``G`` is a gradient [..., m, n], ``Q`` has orthonormal columns, ``k`` is the width of a sketch, ``r`` the rank.
-All functions take leading batch dimensions, change no argument, and compute in float32 unless said otherwise, in
-float64 for float64 arguments.
+All functions accept leading batch dimensions and leave their arguments unchanged. Unless stated otherwise they compute
+in float32, and in float64 for float64 arguments.
 
-Where the rows of ``G`` lie on several processes, each passes its own rows and ``reduce``, which sums a tensor over the
-processes. Only n x k and k x k tensors are summed.
+Where the rows of ``G`` lie on several processes, every process passes its local rows and ``reduce``, which sums a
+tensor over the processes. Only n x k and k x k tensors are summed.
 """
 
 from __future__ import annotations
@@ -19,43 +19,44 @@ from torch import Tensor
 from galore_trainer.core.galore import MULTIPLIES_BF16, matmul_wide, widen
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over the processes that hold a matrix's rows; each gets the sum."""
+"""Sums a tensor over the processes that hold rows of a matrix (all-reduce)."""
 
 Orthonormalize = Callable[[Tensor, Reduce | None], Tensor]
-"""Orthonormal columns [..., rows, k] that span the columns of a matrix of this shape, rows >= k, float32; with a
-``Reduce`` both are this process's rows."""
+"""Orthonormal columns that span the columns of a matrix [..., rows, k], rows >= k, in its shape and dtype. With a
+``Reduce`` argument and result are the local rows."""
 
 Eigenvectors = Callable[[Tensor], Tensor]
-"""Eigenvectors of symmetric matrices [..., k, k] in float64: columns by falling eigenvalue, of any sign, in float32 or
-float64."""
+"""Eigenvectors of symmetric float64 matrices [..., k, k], as columns in order of falling eigenvalue, with arbitrary
+signs, in float32 or float64."""
 
-NEARLY = 1e-3  # of one: how far columns may be from orthonormal before the last Cholesky factor
-LEAST_SHARE = 1e-12  # of the largest eigenvalue of a Gram matrix: directions below it are noise of float32
+NEARLY_ORTHONORMAL = 1e-3  # largest ||Q^T Q - I|| that one further Cholesky factor corrects to rounding
+SMALLEST_EIGENVALUE = 1e-12  # relative to the largest one of a Gram matrix: below it directions are float32 noise
 
 
 def factor(G: Tensor) -> Tensor:
-    """A gradient as ``product`` multiplies it: in bfloat16 where it is and the device can, else widened."""
+    """A gradient as ``product`` takes it: bfloat16 stays where the device multiplies it; others are widened."""
     return G if G.dtype == torch.bfloat16 and G.device.type in MULTIPLIES_BF16 else widen(G)
 
 
 def product(G: Sequence[Tensor], X: Tensor) -> Tensor:
     """G X in the dtype of X, [blocks, m, k].
 
-    Where the device multiplies bfloat16, a bfloat16 ``G`` stays what it is, and the 24 bits of ``X`` become three
-    bfloat16 numbers beside each other: tensor cores, and nothing rounded away.
+    A bfloat16 G is multiplied on tensor cores without rounding X: the 24 significant bits of X are split into three
+    bfloat16 numbers.
 
     Args:
-        G: parts of one stack, each [its blocks, m, n] as ``factor`` gives them; they are not joined.
-        X: [blocks, n, k], float32, or float64 where G is.
+        G: tensors of one stack along the blocks, as ``factor`` returns them. They are not joined, which would copy.
+        X: [blocks, n, k]: float64 where G is, else float32.
     """
-    low = G[0].dtype == torch.bfloat16
-    factors = (_three_parts(X) if low else X).split([len(part) for part in G])
-    found = [matmul_wide(part, x) for part, x in zip(G, factors, strict=True)]
-    joined = found[0] if len(found) == 1 else torch.cat(found)
-    return joined.unflatten(-1, (3, -1)).sum(dim=-2) if low else joined
+    split = G[0].dtype == torch.bfloat16
+    factors = (_three_bf16(X) if split else X).split([len(part) for part in G])
+    products = [matmul_wide(part, x) for part, x in zip(G, factors, strict=True)]
+    joined = products[0] if len(products) == 1 else torch.cat(products)
+    return joined.unflatten(-1, (3, -1)).sum(dim=-2) if split else joined
 
 
-def _three_parts(X: Tensor) -> Tensor:
+def _three_bf16(X: Tensor) -> Tensor:
+    """float32 [..., k] as three bfloat16 summands [..., 3 k], the largest first."""
     high = X.bfloat16()
     rest = X - high
     middle = rest.bfloat16()
@@ -63,16 +64,16 @@ def _three_parts(X: Tensor) -> Tensor:
 
 
 def by_householder(A: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """``Orthonormalize`` for every A; across processes, where QR would need all rows, by whitening."""
+    """``Orthonormalize`` by QR; across processes by whitening, since QR needs all rows in one place."""
     return torch.linalg.qr(A, mode="reduced").Q if reduce is None else by_whitening(A, reduce)
 
 
 def by_cholesky(A: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """``Orthonormalize`` for a GPU, where Householder's is slow; NaN where columns are too close to dependent for it.
+    """``Orthonormalize`` by CholeskyQR2 in float64: fast on a GPU, NaN where columns are nearly dependent.
 
-    Two Cholesky factors in float64: the first leaves an error of about 2^-53 times the square of the condition number,
-    the second none where the first left less than ``NEARLY`` (Yamamoto et al. 2015, "Roundoff error analysis of the
-    CholeskyQR2 algorithm").
+    The first Cholesky factor leaves an error of about 2^-53 times the squared condition number. The second factor
+    corrects errors below ``NEARLY_ORTHONORMAL`` (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2
+    algorithm").
     """
     Q = A.double()
     identity = torch.eye(A.shape[-1], dtype=Q.dtype, device=Q.device)
@@ -80,32 +81,31 @@ def by_cholesky(A: Tensor, reduce: Reduce | None = None) -> Tensor:
         gram = Q.mT @ Q if reduce is None else reduce(Q.mT @ Q)
         L = torch.linalg.cholesky_ex(gram).L
         Q = Q @ torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False).mT
-    error = torch.linalg.matrix_norm(gram - identity, keepdim=True)
-    return torch.where(error < NEARLY, Q, torch.nan).to(A.dtype)
+    error = torch.linalg.matrix_norm(gram - identity, keepdim=True)  # what the first factor left
+    return torch.where(error < NEARLY_ORTHONORMAL, Q, torch.nan).to(A.dtype)
 
 
 def by_whitening(A: Tensor, reduce: Reduce) -> Tensor:
-    """Orthonormal columns where each process has some rows, by eigenvectors of the Gram matrix.
+    """``Orthonormalize`` across processes, by eigenvectors of the Gram matrix.
 
-    In float64 and twice, as once leaves the square of the condition number as an error. A direction that ``A`` does not
-    span is a column of zeros.
+    A direction that A does not span becomes a column of zeros.
     """
-    for _ in range(2):
+    for _ in range(2):  # the first pass leaves an error that grows with the squared condition number
         wide = A.double()
         values, vectors = torch.linalg.eigh(reduce(wide.mT @ wide))  # [..., k], [..., k, k]
-        kept = values > LEAST_SHARE * values[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
+        kept = values > SMALLEST_EIGENVALUE * values[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
         scale = torch.where(kept, values.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
         A = (wide @ (vectors * scale.unsqueeze(-2))).to(A.dtype)
     return A
 
 
 def by_eigh(C: Tensor) -> Tensor:
-    """``Eigenvectors`` by the library, one matrix after the other."""
-    return torch.linalg.eigh(C).eigenvectors.flip(-1)  # it sorts them rising
+    """``Eigenvectors`` by torch, which decomposes one matrix after the other."""
+    return torch.linalg.eigh(C).eigenvectors.flip(-1)  # torch sorts by rising eigenvalue
 
 
 class Tools(NamedTuple):
-    """How small factorizations are made: for certain, or fast and perhaps NaN."""
+    """Routines for small factorizations: ``CERTAIN`` always succeeds; faster ones may return NaN."""
 
     orthonormalize: Orthonormalize = by_householder
     eigenvectors: Eigenvectors = by_eigh
@@ -115,35 +115,35 @@ CERTAIN = Tools()
 
 
 def thin_singular_vectors(B: Tensor, rank: int, tools: Tools = CERTAIN) -> tuple[Tensor, Tensor]:
-    """The first ``rank`` left and right singular vectors of a wide matrix, through its k x k Gram matrix.
+    """The leading left and right singular vectors of a wide matrix, through its k x k Gram matrix.
 
-    The Gram matrix squares the condition number, so it is formed and decomposed in float64. Signs are arbitrary.
+    A Gram matrix squares the condition number, hence float64. Signs are arbitrary.
 
     Args:
         B: [..., k, n] with k <= n, float32 or float64.
-        rank: at most k.
-        tools: for the Gram matrix, and for columns that are orthogonal but for rounding.
+        rank: number of vectors, at most k.
+        tools: routines for the Gram matrix and for the columns of V.
 
     Returns:
         U [..., k, rank] and V [..., n, rank], in the dtype of B.
     """
     wide = B.double()
     U = tools.eigenvectors(wide @ wide.mT)[..., :rank].to(B.dtype)  # [..., k, rank]
-    return U, tools.orthonormalize(B.mT @ U, None)  # orthogonal already but for rounding: scaled to length one
+    return U, tools.orthonormalize(B.mT @ U, None)  # scales columns that are orthogonal up to rounding
 
 
 def least_error(G: Tensor, rank: int, parts: int = 1) -> Tensor:
-    """The relative Frobenius error of the best rank-``rank`` approximation of each matrix, over parts of the stack.
+    """The relative Frobenius error of the best approximation of every block of G by a given rank.
 
-    From the eigenvalues of the smaller Gram matrix in float64: no singular vectors are needed (Eckart-Young).
+    By Eckart-Young the eigenvalues of the smaller Gram matrix suffice; they are computed in float64.
 
     Args:
         G: [blocks, m, n].
         rank: at most min(m, n).
-        parts: the blocks fall into so many parts of equal size.
+        parts: number of equal parts along the blocks.
 
     Returns:
-        [parts], float32.
+        One error for each part, over all its blocks: [parts], float32.
     """
     thin = (G if G.shape[-2] <= G.shape[-1] else G.mT).double()
     energies = torch.linalg.eigvalsh(thin @ thin.mT).clamp(min=0.0)  # [blocks, k], ascending
@@ -156,17 +156,17 @@ def subspace_iteration(
 ) -> Tensor:
     """An orthonormal basis of the dominant column space of ``G``.
 
-    Halko, Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4: each product is orthonormalised.
+    Halko, Martinsson, Tropp 2011 (arXiv 0909.4061), algorithm 4.4: every product is orthonormalised.
 
     Args:
-        G: parts of [blocks, m, n], as ``product`` takes them.
-        Y: samples of its columns [blocks, m, k], as a rule G times a Gaussian test matrix.
+        G: tensors that together are [blocks, m, n], as ``product`` takes them.
+        Y: samples of the column space [blocks, m, k], usually G times a Gaussian test matrix.
         iterations: power iterations q; 0 is the plain range finder.
-        tools: make columns orthonormal.
-        reduce: G and Y are this process's rows; None where they are all.
+        tools: routines for orthonormal columns.
+        reduce: sums over processes, where G and Y hold only the local rows; None where they hold all rows.
 
     Returns:
-        Q [blocks, m, k], of the rows that were passed.
+        Q [blocks, m, k], for the same rows as Y.
     """
     across = [part.mT for part in G]
     Q = tools.orthonormalize(Y, reduce)  # [..., m, k]

@@ -1,18 +1,18 @@
-"""What the optimizer projects: a logical matrix inside a stored parameter, its heads, and who lends a basis.
+"""What the optimizer projects: a logical matrix inside a stored parameter, its heads, and the heads that lend a basis.
 
-A stored parameter holds one or several logical matrices: a fused QKV weight holds three. A logical matrix of m rows and
-n columns is cut into ``blocks`` of equal height, each with a basis of its own:
+A stored parameter holds one or more logical matrices: a fused QKV weight holds three. A logical matrix of m rows and n
+columns is cut into ``blocks`` of equal height. Every block has its own basis, which is computed from its lending rows:
 
-===========  ==========================  ===================================
-head_sharing  blocks                      rows that give a block its basis
-===========  ==========================  ===================================
-joint         1                           all
-shared        1                           one head (or the fewest that span the rank)
-grouped       heads / group size          the same, inside each group
-per_head      heads                       the block itself
-===========  ==========================  ===================================
+============  ===================  ===================================================
+head_sharing  blocks               lending rows of a block
+============  ===================  ===================================================
+joint         1                    all
+shared        1                    one head, or the fewest heads that can span the rank
+grouped       heads / group size   as for shared, among the heads of the group
+per_head      heads                all
+============  ===================  ===================================================
 
-A stack of experts has one block for each expert. Everything downstream sees tensors [blocks, rows, n] only.
+A stack of experts has one block for each expert. All later code works on tensors [blocks, rows, n].
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ Side = Literal["right", "left"]
 class LogicalMatrix:
     """Where a logical matrix lies in its parameter, and how it is projected.
 
-    The stored tensor (after ``transposed``) is read as [outer, total, n] and rows ``start:start + length`` of the
-    middle dimension belong to this matrix, so m = outer * length. Plain weights have outer = 1; GPT-NeoX, whose rows
-    are interleaved per head, has outer = heads. A stack of experts [experts, rows, n] has outer = experts.
+    The stored tensor, transposed if ``transposed`` is set, is read as [outer, total, n]. This matrix is its entries
+    [:, start:start + length], so that m = outer * length. Ordinary weights have outer = 1. GPT-NeoX interleaves the
+    rows of q, k and v per head and has outer = heads. A stack of experts [experts, rows, n] has outer = experts.
 
     Attributes:
         label: ``""`` where the parameter is one matrix, else ``q``, ``k`` or ``v``.
         outer, start, length: the rows, as above.
         columns: n.
-        transposed: stored as [n, m] (GPT-2's ``Conv1D``).
-        side: ``right`` projects columns (P is n x r), ``left`` rows (P is rows x r).
+        transposed: whether the parameter is stored as [n, m] (GPT-2's ``Conv1D``).
+        side: ``right`` projects rows of length n (P is n x r), ``left`` columns (P is block rows x r).
         rank: r.
         blocks: number of bases.
-        head_dim: rows of a head, 0 where heads play no part.
-        lenders: heads stacked to give a block its basis, 0 for the whole block.
+        head_dim: rows of a head; 0 where heads do not matter.
+        lenders: number of lending heads of a block; 0 where the whole block gives its basis.
     """
 
     label: str = ""
@@ -68,21 +68,21 @@ class LogicalMatrix:
 
     @functools.cached_property
     def prefix(self) -> str:
-        """What this matrix's keys in its parameter's state begin with."""
+        """Prefix of this matrix's keys in the state of its parameter."""
         return f"{self.label}." if self.label else ""
 
     @functools.cached_property
     def form(self) -> tuple[object, ...]:
-        """Equal for matrices whose arrays have equal shapes and lie equally in theirs."""
+        """Equal for matrices of equal shapes and strides, so that one bucket may hold them."""
         return (self.outer, self.length, self.columns, self.transposed, self.side, self.rank, self.blocks)
 
     def logical(self, name: str) -> str:
-        """Its own name, from that of its parameter."""
+        """The logical name, from the name of the parameter."""
         return f"{name}.{self.label}" if self.label else name
 
     @property
     def lends_heads(self) -> bool:
-        """Whether some heads of a block give it its basis, and not all of its rows."""
+        """Whether the basis of a block comes from some of its heads instead of all its rows."""
         return self.lenders not in (0, self.heads_per_block)
 
     @property
@@ -92,12 +92,12 @@ class LogicalMatrix:
 
     @property
     def loses(self) -> bool:
-        """Whether the projection loses anything; at full rank what is left is rounding, no residual to train on."""
+        """Whether the projection loses anything. At full rank a residual would be rounding errors only."""
         return self.rank < (self.columns if self.side == "right" else self.block_rows)
 
     @property
     def heads_per_block(self) -> int:
-        """Heads in a block, 1 where heads play no part."""
+        """Heads in a block; 1 where heads do not matter."""
         return self.block_rows // self.head_dim if self.head_dim else 1
 
     @property
@@ -118,30 +118,30 @@ class LogicalMatrix:
         return self.blocks, self.rank, self.columns
 
     def rows_of(self, stored: Tensor) -> Tensor:
-        """The matrix as [outer, length, n]: always a view."""
+        """This matrix inside its stored parameter, a view [outer, length, n]."""
         by_rows = stored.mT if self.transposed else stored
         if by_rows.dim() == 2:
             by_rows = by_rows.unflatten(0, (self.outer, -1))
         return by_rows.narrow(1, self.start, self.length)
 
     def take(self, stored: Tensor) -> Tensor:
-        """The matrix as [blocks, rows, n]: a view where strides allow, else a copy."""
-        if stored.shape == (self.length, self.columns) and not self.transposed:  # one whole weight, as most are
+        """This matrix as [blocks, rows, n]: a view where strides allow, else a copy."""
+        if stored.shape == (self.length, self.columns) and not self.transposed:  # fast path: one matrix a parameter
             return stored.reshape(self.blocks, self.block_rows, self.columns)
         return self.rows_of(stored).reshape(self.blocks, self.block_rows, self.columns)
 
     def put(self, stored: Tensor, blocks: Tensor) -> None:
-        """Write [blocks, rows, n] back; nothing is copied where ``take`` gave a view that was changed in place."""
+        """Write back what ``take`` returned; nothing is copied where it was a view."""
         if blocks.untyped_storage()._cdata != stored.untyped_storage()._cdata:
             target = self.rows_of(stored)
             target.copy_(blocks.reshape(target.shape))
 
     def lend(self, blocks: Tensor, heads: Tensor | None) -> Tensor:
-        """The rows that give each block its basis.
+        """The lending rows of every block.
 
         Args:
             blocks: [blocks, rows, n].
-            heads: indices [blocks, lenders] of the lending heads within their block; None lends the whole block.
+            heads: indices [blocks, lenders] of the lending heads within their block; None for whole blocks.
 
         Returns:
             [blocks, lenders * head_dim, n], or ``blocks`` itself.
@@ -153,7 +153,7 @@ class LogicalMatrix:
         return by_head[block, heads].flatten(1, 2)
 
     def energy(self, blocks: Tensor) -> Tensor:
-        """Squared norm of each head's gradient, [blocks, heads]."""
+        """Squared Frobenius norm of every head's rows, [blocks, heads], in ``compute_dtype``."""
         by_head = blocks.unflatten(1, (self.heads_per_block, self.head_dim))
         return widen(by_head).square().sum(dim=(-2, -1))
 
@@ -162,14 +162,14 @@ class LogicalMatrix:
 
 
 class Rows(NamedTuple):
-    """The local rows of some blocks of a logical matrix, equally many of each block.
+    """Local rows of some blocks of a logical matrix, the same number from every block.
 
     Attributes:
-        matrix: these rows as a logical matrix, [blocks, rows of each, n].
-        at: where they are among the local rows of the weight, block by block: a slice, or indices.
-        bases: which bases of the logical matrix are theirs: a slice, or indices.
-        name: seeds random streams; no two pieces of any process have equal names.
-        prefix: of their keys in the weight's state.
+        matrix: these rows as a logical matrix [blocks, rows a block, n].
+        at: their positions among the local rows of the weight, block by block: a slice, or indices.
+        bases: the indices of their blocks in the logical matrix: a slice, or indices.
+        name: seeds random streams; unique over all pieces and processes.
+        prefix: of their keys in the state of the weight.
     """
 
     matrix: LogicalMatrix
@@ -179,14 +179,14 @@ class Rows(NamedTuple):
     prefix: str
 
     def of(self, rows: Tensor) -> Tensor:
-        """These rows of [local rows, ...]: a view where they follow one another, else a copy."""
+        """These rows out of [local rows, ...]: a view where ``at`` is a slice, else a copy."""
         if isinstance(self.at, slice) and len(rows) == self.matrix.length:
             return rows
         return rows[self.at]
 
 
 def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
-    """Row of the stored weight of every logical row, [blocks, block rows]."""
+    """For every logical row its row in the stored weight, int64 [blocks, block rows], on the CPU."""
     outer = torch.arange(matrix.outer, dtype=torch.int64, device="cpu")[:, None] * (total_rows // matrix.outer)
     inner = matrix.start + torch.arange(matrix.length, dtype=torch.int64, device="cpu")
     return (outer + inner).reshape(matrix.blocks, matrix.block_rows)
@@ -194,21 +194,21 @@ def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1 << 14)
 def local_rows(matrix: LogicalMatrix, name: str, total_rows: int, first: int, count: int) -> list[Rows]:
-    """The local rows of a logical matrix, by how many of each block are here.
+    """The local rows of a logical matrix, as one ``Rows`` for all blocks with the same number of local rows.
 
     Args:
-        matrix: projected on the right, stored as it is.
+        matrix: projected on the right, not transposed.
         name: of its weight.
         total_rows: of the stored weight.
-        first, count: the rows of the stored weight that this process holds.
+        first, count: the local rows of the stored weight are ``first:first + count``.
     """
     local = stored_rows(matrix, total_rows) - first
-    here = (local >= 0) & (local < count)  # [blocks, block rows]
-    counts = here.sum(dim=1)
+    is_local = (local >= 0) & (local < count)  # [blocks, block rows]
+    counts = is_local.sum(dim=1)
     parts: list[Rows] = []
-    for rows_of_each in sorted({int(c) for c in counts if c}):
-        blocks = (counts == rows_of_each).nonzero().flatten()
-        at = torch.cat([local[b][here[b]] for b in blocks])
+    for rows_per_block in sorted({int(c) for c in counts if c}):
+        blocks = (counts == rows_per_block).nonzero().flatten()
+        at = torch.cat([local[b][is_local[b]] for b in blocks])
         piece = LogicalMatrix(
             label=matrix.label, length=len(at), columns=matrix.columns, rank=matrix.rank, blocks=len(blocks)
         )
@@ -219,7 +219,7 @@ def local_rows(matrix: LogicalMatrix, name: str, total_rows: int, first: int, co
 
 
 def _as_slice(index: Tensor) -> Any:
-    """A slice where indices follow one another, since it makes views."""
+    """Consecutive indices as a slice, which indexes without a copy; other indices unchanged."""
     start, length = int(index[0]), len(index)
-    follows = torch.equal(index, torch.arange(start, start + length, dtype=torch.int64, device="cpu"))
-    return slice(start, start + length) if follows else index
+    is_range = torch.equal(index, torch.arange(start, start + length, dtype=torch.int64, device="cpu"))
+    return slice(start, start + length) if is_range else index

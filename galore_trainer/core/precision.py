@@ -1,11 +1,14 @@
-"""How optimizer state is stored: in 32, 16 or 8 bits. Computing is in float32; where the weight is float64, computing
-and "32-bit" state are float64.
+"""How optimizer state is stored: in 32, 16 or 8 bits.
 
-16 bits are bfloat16. 8 bits are block-wise and dynamic (Dettmers et al. 2022, arXiv 2110.02861): every 256 numbers
-share a scale, the one of largest magnitude, and each is one of 256 values between -1 and 1 (0 and 1 for what has no
-sign), dense near zero over seven decades. There is no -1: what lies beyond -0.993 goes there. Rounding is stochastic,
-so that a moving average which changes by a thousandth a step does not stand still; in 8 bits second moments are stored
-by their roots, never rounded to zero, so that M / sqrt(V) stays bounded.
+Arithmetic is in float32. For float64 weights arithmetic and "32-bit" state are float64.
+
+- 16 bits are bfloat16.
+- 8 bits are block-wise and dynamic (Dettmers et al. 2022, arXiv 2110.02861). A block of 256 numbers shares a scale: its
+  entry of largest magnitude, with its sign. The quotients are rounded to a table of 256 values over seven decades,
+  densest near zero: from -0.993 to 1 for signed numbers, from 0 to 1 for second moments.
+
+Moments are rounded stochastically, since rounding to nearest would undo small changes of a moving average. 8-bit second
+moments are stored as square roots, and positive ones never become zero, so that M / sqrt(V) stays bounded.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ class Stored(NamedTuple):
     """A tensor as it is stored.
 
     Attributes:
-        values: float32, float64, bfloat16 or uint8 codes, in the tensor's shape [N, ...].
-        scale: of 8-bit codes, float32 [N, blocks of 256]; else None.
+        values: float32, float64 or bfloat16 numbers, or uint8 (bases: int8) codes, in the tensor's shape [N, ...].
+        scale: scales of 8-bit codes, float32: [N, blocks of 256] for moments, [N, r] for bases; else None.
     """
 
     values: Tensor
@@ -37,12 +40,12 @@ class Stored(NamedTuple):
 
 
 def encode(x: Tensor, bits: int, noise: Tensor | None, *, signed: bool) -> Stored:
-    """Store a float32 tensor in ``bits`` bits; a float64 one as it is in place of 32 bits.
+    """Store moments in ``bits`` bits.
 
     Args:
-        x: [N, ...]; each of the N gets blocks of its own.
-        bits: 32, 16 or 8.
-        noise: int32 in 0 ... ``NOISE`` - 1, in the shape of x; not looked at for 32 bits.
+        x: [N, ...], float32 or float64. No block of 256 spans two of the N.
+        bits: 32 (x unchanged), 16 or 8.
+        noise: for stochastic rounding, int32 in 0 ... ``NOISE`` - 1, in the shape of x; unused for 32 bits.
         signed: False for second moments, which are at least 0.
     """
     if bits == 32:
@@ -53,29 +56,29 @@ def encode(x: Tensor, bits: int, noise: Tensor | None, *, signed: bool) -> Store
         return Stored(round_bits(x, noise))
     blocks = _blocks(x if signed else x.sqrt())
     largest = blocks.abs().argmax(dim=-1, keepdim=True)
-    scale = blocks.gather(-1, largest)  # with its sign: the table has 1, but not -1
+    scale = blocks.gather(-1, largest)  # signed, so that this entry is exactly 1: the table has no -1
     table = _table(signed, x.device)
-    share = blocks / torch.where(scale == 0.0, 1.0, scale)
-    below = (torch.bucketize(share, table, right=True, out_int32=True) - 1).clamp_(0, len(table) - 2)
+    quotients = blocks / torch.where(scale == 0.0, 1.0, scale)
+    below = (torch.bucketize(quotients, table, right=True, out_int32=True) - 1).clamp_(0, len(table) - 2)
     low, high = table[below], table[below + 1]
-    codes = below.add_(share - low > (high - low) * (_blocks(noise).float() / NOISE))
-    if not signed:
+    codes = below.add_(quotients - low > (high - low) * (_blocks(noise).float() / NOISE))
+    if not signed:  # code 0 of a positive number would divide M by zero
         codes = torch.where(blocks > 0.0, codes.clamp(min=1), codes)
     return Stored(codes.to(torch.uint8).flatten(1)[:, : x[0].numel()].view(x.shape), scale.squeeze(-1))
 
 
 def decode(stored: Stored, *, signed: bool) -> Tensor:
-    """The tensor that was stored, in float32, or float64 where it was kept so."""
+    """The moments that ``encode`` stored, in ``compute_dtype``."""
     values, scale = stored
     if scale is None:
         return widen(values)
-    share = _table(signed, values.device)[_blocks(values).long()]
-    x = (share * scale.unsqueeze(-1)).flatten(1)[:, : values[0].numel()].view(values.shape)
+    quotients = _table(signed, values.device)[_blocks(values).long()]
+    x = (quotients * scale.unsqueeze(-1)).flatten(1)[:, : values[0].numel()].view(values.shape)
     return x if signed else x.square()
 
 
 def encode_basis(P: Tensor, bits: int) -> Stored:
-    """Store a basis [N, rows, r], to nearest; 8 bits are linear with a scale for each column, float32 [N, r]."""
+    """Store bases [N, rows, r], rounded to nearest; 8 bits are linear, with one scale a column."""
     if bits == 32:
         return Stored(P)
     if bits == 16:
@@ -87,7 +90,7 @@ def encode_basis(P: Tensor, bits: int) -> Stored:
 
 
 def decode_basis(stored: Stored) -> Tensor:
-    """The basis in float32, or float64 where it was kept so."""
+    """The bases that ``encode_basis`` stored, in ``compute_dtype``."""
     values, scale = stored
     return widen(values) if scale is None else values.float() * scale.unsqueeze(-2)
 
@@ -98,11 +101,11 @@ def zero_code(*, signed: bool) -> int:
 
 
 class Form(NamedTuple):
-    """Shapes and dtypes of a ``Stored``; scales are float32.
+    """Shapes and dtypes of a ``Stored``.
 
     Attributes:
         shape, dtype: of the values.
-        scale: shape of the scales, None where there are none.
+        scale: shape of the float32 scales; None where there are none.
     """
 
     shape: tuple[int, ...]
@@ -116,29 +119,29 @@ class Form(NamedTuple):
 
 
 def stored_form(shape: Sequence[int], bits: int, wide: torch.dtype = torch.float32) -> Form:
-    """How ``encode`` stores a moment [N, ...] of a weight that is computed in the dtype ``wide``."""
+    """The form in which ``encode`` stores moments [N, ...] of ``compute_dtype`` ``wide``."""
     dtype = {32: wide, 16: torch.bfloat16, 8: torch.uint8}[bits]
     return Form(tuple(shape), dtype, (shape[0], -(-math.prod(shape[1:]) // BLOCK)) if bits == 8 else None)
 
 
 def stored_basis_form(shape: Sequence[int], bits: int, wide: torch.dtype = torch.float32) -> Form:
-    """How ``encode_basis`` stores bases [N, rows, r] of a weight that is computed in the dtype ``wide``."""
+    """The form in which ``encode_basis`` stores bases [N, rows, r] of ``compute_dtype`` ``wide``."""
     dtype = {32: wide, 16: torch.bfloat16, 8: torch.int8}[bits]
     return Form(tuple(shape), dtype, (shape[0], shape[2]) if bits == 8 else None)
 
 
 def stored_bytes(shape: Sequence[int], bits: int, wide: torch.dtype = torch.float32) -> int:
-    """Bytes of a moment as ``encode`` stores it."""
+    """Bytes of a moment that ``encode`` has stored."""
     return stored_form(shape, bits, wide).nbytes
 
 
 def stored_basis_bytes(shape: Sequence[int], bits: int, wide: torch.dtype = torch.float32) -> int:
-    """Bytes of bases as ``encode_basis`` stores them."""
+    """Bytes of bases that ``encode_basis`` has stored."""
     return stored_basis_form(shape, bits, wide).nbytes
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """[N, ...] as [N, blocks, 256], filled up with zeros."""
+    """[N, ...] as [N, blocks, 256], padded with zeros."""
     flat = x.reshape(len(x), -1)
     missing = -flat.shape[1] % BLOCK
     if missing:
@@ -147,11 +150,11 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def _table(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values as a tensor, kept for each device (but not one that tracing or counting has faked)."""
+    """The 256 values of 8-bit codes, cached by device."""
     table = _TABLES.get((signed, device))
     if table is None:
         table = torch.tensor(_values(signed), dtype=torch.float32, device=device)
-        if type(table) is Tensor:
+        if type(table) is Tensor:  # fake tensors, from tracing or memory estimates, must not reach later calls
             _TABLES[signed, device] = table
     return table
 
@@ -161,7 +164,7 @@ _TABLES: dict[tuple[bool, torch.device], Tensor] = {}
 
 @functools.cache
 def _values(signed: bool) -> list[float]:
-    """0, 1, and midpoints of equal parts of each decade, rising: half as many in a decade as in the one above."""
+    """0, 1 and the midpoints of equal parts of every decade, in rising order; each lower decade has half as many."""
     values = [0.0, 1.0]
     for decade in range(7):
         parts = (64 if signed else 128) >> decade

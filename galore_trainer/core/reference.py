@@ -1,6 +1,6 @@
-"""The same step in float64, slow and literal: the oracle of the tests.
+"""The step of ``core/galore.py`` and ``core/residual.py`` in float64, slow and literal: the oracle of the tests.
 
-One class, one 2-D matrix with one basis, one equation a line, no batching, no side shared with ``core/galore.py``.
+One class moves one 2-D matrix with one basis, one equation a line. It shares no code with what it checks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ class ReferenceMatrix:
     Args:
         W: initial weight, m x n.
         side: ``right`` or ``left``.
-        lr, scale, betas, eps, weight_decay: as the optimizer's.
+        lr, scale, betas, eps, weight_decay: as for the optimizer.
         momentum_transfer: ``keep``, ``align``, ``rotate`` or ``reset``.
         residual_scale: factor on the residual's update.
 
     Attributes:
-        A: moving average of the dense D = G - lift(R) since the first basis, which a support is chosen from.
-        S: rows and columns of the residual's entries, None before they are chosen; set by ``choose_support``.
+        A: moving average of the dense D = G - lift(R) since the first basis, for the choice of a support.
+        S: rows and columns of the residual's entries; None before ``choose_support``.
     """
 
     def __init__(
@@ -47,13 +47,8 @@ class ReferenceMatrix:
         self.P: Tensor | None = None
         self.t = 0
 
-    def exact_basis(self, G: Tensor, rank: int) -> Tensor:
-        """The leading singular vectors of a block of rows, by a full SVD."""
-        U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-        return Vh[:rank].T if self.side == "right" else U[:, :rank]
-
     def refresh(self, P_new: Tensor) -> None:
-        """Change the basis and carry the moments over."""
+        """Replace the basis and carry the moments over by ``momentum_transfer``."""
         P_new = P_new.double().clone()
         if self.P is None:
             rank = P_new.shape[1]
@@ -86,7 +81,7 @@ class ReferenceMatrix:
         self.P = P_new
 
     def choose_support(self, rows: Tensor, columns: Tensor) -> None:
-        """Put the residual on these entries, with empty moments."""
+        """Set the support S, with moments of zero."""
         self.S = (rows, columns)
         self.m_S = torch.zeros(rows.shape, dtype=torch.float64)
         self.v_S = torch.zeros(rows.shape, dtype=torch.float64)

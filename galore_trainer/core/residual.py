@@ -1,17 +1,17 @@
 """The sparsely coded residual: Adam on a few entries of what the projection loses.
 
 Legend (shapes without the leading ``blocks`` dimension; G, R, P, lift as in ``core/galore.py``):
-    D = G - lift(R)   what the projection loses, m x n; never kept
-    S                 support of k entries a line (see ``core/sparse.py``); D[S] has its shape
-    m_S, v_S, u       moments of D[S] and their age
+    D = G - lift(R)   what the projection loses, m x n; never part of the state
+    S                 support of k entries a line (``core/sparse.py``); D[S] is lines x k
+    m_S, v_S, u       moments of D[S] and their age in steps
 
-While P is fixed and M started at zero, the lost part of the first moment is exactly the moving average of D:
+While P is fixed, and if M started at zero, the part of the first moment that is lost is the moving average of D:
 
     m_S <- b1 m_S + (1 - b1) D[S]           v_S <- b2 v_S + (1 - b2) D[S]^2
     W[S] <- W[S] - lr scale residual_scale (m_S / (1 - b1^u)) / (sqrt(v_S / (1 - b2^u)) + eps)
 
-S is chosen once. At the first step the 4 k largest entries of |D| become candidates; over ``residual_warmup_steps``
-steps their moving average is kept, then the best k are S. A dense accumulator exists in the tests only.
+S is chosen once. The first step takes the 4 k largest entries of |D| as candidates. ``residual_warmup_steps`` steps
+average D there; the k candidates with the largest averages become S. So no dense average is needed.
 """
 
 from __future__ import annotations
@@ -25,65 +25,86 @@ from torch import Tensor
 from galore_trainer.core.galore import lift
 from galore_trainer.core.sparse import Support, read_at
 
-CANDIDATES = 4  # for each entry of the support
-CHUNK = 1 << 24  # products held at a time while D[S] is formed
+CANDIDATES = 4  # candidates for one entry of the support
+CHUNK = 1 << 24  # entries of an intermediate result at a time
 
 
 def support_size(rows: int, columns: int, percent: float, balanced: bool) -> tuple[int, int]:
-    """Lines and entries a line of a support that holds ``percent`` % of rows x columns entries, at least one a line."""
+    """Number of lines of a support and entries a line, at least one.
+
+    Args:
+        rows, columns: of a block.
+        percent: share of its entries, in percent.
+        balanced: whether every row has equally many entries; else one line spans the block.
+    """
     if balanced:
         return rows, max(1, round(columns * percent / 100.0))
     return 1, max(1, round(rows * columns * percent / 100.0))
 
 
 def choose(scores: Tensor, lines: int, entries: int) -> Tensor:
-    """The positions of the largest scores in rising order: [blocks, rows, n] to int32 [blocks, lines, entries]."""
+    """Positions of the largest scores [blocks, rows, n], in rising order: int32 [blocks, lines, entries]."""
     by_line = scores.reshape(len(scores), lines, -1)
     return by_line.topk(min(entries, by_line.shape[-1]), dim=-1).indices.sort(dim=-1).values.int()
 
 
 def best_candidates(index: Tensor, mean: Tensor, entries: int) -> Tensor:
-    """Of candidates [blocks, lines, c] with moving averages ``mean``, the ``entries`` largest in every line."""
+    """The ``entries`` candidates of every line with the largest averages, in rising order.
+
+    Args:
+        index: positions of the candidates [blocks, lines, c].
+        mean: moving averages of D there, in the same shape.
+        entries: at most c.
+    """
     best = mean.abs().topk(entries, dim=-1).indices
     return index.gather(-1, best).sort(dim=-1).values
 
 
 def dense_loss(G: Tensor, R: Tensor, P: Tensor, side: str) -> Tensor:
-    """D in the dtype of R: formed for a moment while candidates are found and averaged, never kept."""
+    """D [blocks, m, n] in the dtype of R."""
     return lift(R, P, side).neg_().add_(G)
 
 
 def largest_lost(G: Tensor, R: Tensor, P: Tensor, side: str, lines: int, entries: int) -> tuple[Tensor, Tensor]:
-    """Where |D| is largest, as ``choose`` gives it, and D there; where lines are rows, some are formed at a time."""
+    """Positions of the largest entries of |D|, as from ``choose``, and D there."""
     blocks, m, n = G.shape
-    at_a_time = CHUNK >> 6 if samples(G.device) else CHUNK  # entries, so few that they stay in a CPU's cache
-    size = max(1, at_a_time // (blocks * n)) if lines == m else m
-    found = []
+    chunk = CHUNK >> 6 if G.device.type == "cpu" else CHUNK  # entries; few enough for the cache of a CPU
+    size = max(1, chunk // (blocks * n)) if lines == m else m  # a global line needs all of D
+    chunks = []
     for start in range(0, m, size):
         rows = slice(start, start + size)
         factors = (R[:, rows], P) if side == "right" else (R, P[:, rows])
         D = dense_loss(G[:, rows], *factors, side)
         index = choose(D.abs(), D.shape[1] if lines == m else 1, entries)
-        found.append((index, read_at(D, Support(index, n))))
-    positions, values = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        chunks.append((index, read_at(D, Support(index, n))))
+    positions, values = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
     return positions, values
 
 
 def lost_at(G_S: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
-    """D[S] = G[S] - lift(R)[S] in the dtype of R, in the positions' shape, from G[S] and rows of R and P alone."""
+    """D[S] = G[S] - lift(R)[S], from rows of R and P alone.
+
+    Args:
+        G_S: G[S], [blocks, lines, k].
+        R, P, side: the projected gradient, its basis and its side.
+        support: S.
+
+    Returns:
+        [blocks, lines, k], in the dtype of R.
+    """
     left, right = (R, P) if side == "right" else (P, R.mT)  # lift = left right^T; [m, r] and [n, r]
     (blocks, m, r), n = left.shape, right.shape[-2]
     if samples(R.device) and support.by_row(m) and type(R) is Tensor:
-        if blocks == 1:  # as most are: nothing is copied
+        if blocks == 1:  # no copy by ``stack``
             return _sampled(G_S, left[0], right[0], support.positions)
-        each = zip(G_S, left, right, support.positions, strict=True)
-        return torch.stack([_sampled(*block) for block in each])
-    # blocks one after the other: one index does for all
+        by_block = zip(G_S, left, right, support.positions, strict=True)
+        return torch.stack([_sampled(*block) for block in by_block])
+    # Blocks are laid one below the other, so that one index selects rows of all of them.
     start = torch.arange(blocks, dtype=torch.int64, device=R.device)[:, None, None]
     row, column = support.coordinates(m)
     left_rows, right_rows = left.reshape(-1, r), right.reshape(-1, r)
     i, j = (start * m + row).flatten(), (start * n + column).flatten()
-    width = max(1, CHUNK // r)
+    width = max(1, CHUNK // r)  # entries of S at a time
     lifted = [
         left_rows.index_select(0, a).mul_(right_rows.index_select(0, b)).sum(dim=-1)
         for a, b in zip(i.split(width), j.split(width), strict=True)
@@ -92,16 +113,16 @@ def lost_at(G_S: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -> T
 
 
 def samples(device: torch.device) -> bool:
-    """Whether torch samples products there faster than rows can be gathered."""
+    """Whether ``sampled_addmm`` is faster on a device than gathering rows."""
     return device.type == "cpu"
 
 
 def _sampled(G_S: Tensor, left: Tensor, right: Tensor, positions: Tensor) -> Tensor:
-    """G[S] less the entries of left right^T [m, n] at ``positions`` [..., m, k], by torch's sampled product."""
+    """G[S] - (left right^T)[S] for one block, in the shape of ``positions`` [..., m, k], by torch's sampled product."""
     (m, k), n = positions.shape[-2:], len(right)
-    _quieten()
+    _silence_beta_warning()
     pattern = torch.sparse_csr_tensor(
-        _ends(m, k, positions.dtype),
+        _row_offsets(m, k, positions.dtype),
         positions.reshape(-1),
         G_S.reshape(-1),
         (m, n),
@@ -112,14 +133,14 @@ def _sampled(G_S: Tensor, left: Tensor, right: Tensor, positions: Tensor) -> Ten
 
 
 @functools.lru_cache(maxsize=64)
-def _ends(m: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Where rows of k entries end; on the CPU, whatever torch's default device was when it was first asked for."""
+def _row_offsets(m: int, k: int, dtype: torch.dtype) -> Tensor:
+    """CSR row offsets of m rows with k entries. The cache outlives a default device of torch, hence ``device``."""
     return torch.arange(0, m * k + 1, k, dtype=dtype, device="cpu")
 
 
 @functools.cache
-def _quieten() -> None:
-    """Let torch say once, unheard, that sparse tensors are in beta."""
+def _silence_beta_warning() -> None:
+    """Trigger torch's warning about sparse CSR tensors, which it gives once a process, where it is ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ends = torch.tensor([0, 1], dtype=torch.int64, device="cpu")

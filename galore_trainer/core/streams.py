@@ -1,4 +1,4 @@
-"""Random streams that need no broadcast and survive a resume: one generator for each (seed, name, purpose, index)."""
+"""Random streams seeded by (seed, name, purpose, index): equal on every process and after a resume."""
 
 from __future__ import annotations
 
@@ -9,20 +9,30 @@ import torch
 
 
 def stream(device: torch.device | str, seed: int, name: str, purpose: str, *index: int) -> torch.Generator:
-    """A generator on ``device``, seeded by a stable hash of its arguments: equal on equal device types.
+    """A generator seeded by a stable hash of the arguments after ``device``.
+
+    Equal arguments give equal numbers on devices of one type.
 
     Args:
         device: where the numbers are drawn.
-        seed: the run's seed.
+        seed: of the run.
         name: logical name of the matrix.
-        purpose: ``head``, ``omega`` or ``rounding``.
-        index: refresh or step, and block.
+        purpose: ``head``, ``omega`` or ``rounding``, for example.
+        index: index of the refresh or step, and of the block.
     """
     return torch.Generator(device=device).manual_seed(_hashed(seed, name, purpose, *index))
 
 
 def rounding_key(seed: int, name: str, calls: int) -> int:
-    """63 bits that seed the noise of one step where a kernel draws it; cheap for the steps that follow the first."""
+    """A 63-bit seed for the rounding noise that a kernel draws in one step.
+
+    Only the first call for a name hashes; later ones add a multiple of an odd constant, since this runs every step.
+
+    Args:
+        seed: of the run.
+        name: logical name of the matrix.
+        calls: number of the step.
+    """
     return (_first_key(seed, name) + calls * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
 
 

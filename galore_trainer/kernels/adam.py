@@ -1,4 +1,4 @@
-"""Adam: moments in place where they lie, the normalised update, AdamW of plain weights, and the count of steps."""
+"""Adam: moments and normalised updates of projected gradients, AdamW of plain weights, and the count of steps."""
 
 from __future__ import annotations
 
@@ -11,158 +11,245 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels.tables import Scattered, mixed, pointer_at, rounded, row_keys
+from galore_trainer.kernels.tables import GOLDEN, TINY, Scattered, mixed, pointer_at, rounded, row_keys
 
 BLOCK = 2048
 
 
 def adam_(
-    M: Scattered, V: Scattered, t: Scattered, R: Tensor, ok: Tensor, *,
-    betas: tuple[float, float], eps: float, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Take R into the moments, in place; what ``core.galore.adam`` calls N.
+    M: Scattered,
+    V: Scattered,
+    t: Scattered,
+    R: Tensor,
+    ok: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Add R to the moments, in place, and return N of ``core.galore.adam``.
 
     Args:
-        M, V: float32, contiguous, each with its job's share of the entries of R.
-        t: their ages before this step, scalars, float32; they stay (see ``count_``).
-        R: float32 [jobs x ..., ...].
-        ok: [jobs]; where it is 0.0 the moments stay, and nothing is written to N.
+        M, V: moments, float32, contiguous; of every matrix as many entries as R has of it.
+        t: ages of the moments before this step, float32 scalars; ``count_`` increases them.
+        R: float32 [matrices x blocks, ...].
+        ok: [matrices], 1.0 or 0.0. Where it is 0.0 moments stay, and entries of N are left undefined.
         betas, eps: of Adam.
-        dtype: of N; bfloat16 rounds to nearest.
+        dtype: of N, which is rounded to nearest.
+
+    Returns:
+        N, in the shape of R.
     """
     N = torch.empty_like(R, dtype=dtype)
     entries = R.numel() // len(ok)
     b1, b2 = betas
     kernel: Any = _adam
     kernel[(triton.cdiv(entries, BLOCK), len(ok))](
-        M.addresses, V.addresses, t.addresses, R, ok, N, entries, 1.0 - b1, 1.0 - b2, log_of(b1), log_of(b2), eps,
-        ALIGNED=min(M.alignment, V.alignment), BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+        M.addresses,
+        V.addresses,
+        t.addresses,
+        R,
+        ok,
+        N,
+        entries,
+        1.0 - b1,
+        1.0 - b2,
+        log_of(b1),
+        log_of(b2),
+        eps,
+        ALIGNED=min(M.alignment, V.alignment),
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
     return N
 
 
 def log_of(beta: float) -> float:
-    """The logarithm of a decay rate, which may be zero."""
+    """The logarithm of a decay rate; minus infinity for zero."""
     return math.log(beta) if beta > 0.0 else -math.inf
 
 
 @triton.jit
 def decay_sum(t, log_beta):
-    """1 - beta^t: in float64, as it cancels for small t."""
+    """1 - beta^t, in float64 because it cancels for small t."""
     return (1.0 - tl.exp(t.to(tl.float64) * log_beta)).to(tl.float32)
 
 
 @triton.jit
-def lerp(a, b, share):
-    """a + share (b - a), from the nearer end, as torch does."""
-    return tl.where(share < 0.5, a + share * (b - a), b - (1.0 - share) * (b - a))
+def lerp(a, b, weight):
+    """a + weight (b - a), computed from the nearer end as in torch.lerp."""
+    return tl.where(weight < 0.5, a + weight * (b - a), b - (1.0 - weight) * (b - a))
 
 
 @triton.jit
 def _adam(
-    M, V, t, R, ok, N, entries, rate1, rate2, log_beta1, log_beta2, eps,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    job = tl.program_id(1)
-    if tl.load(ok + job) > 0.0:
-        age = tl.load(pointer_at(t, job, tl.float32, 4)) + 1.0
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        here = at < entries
-        m_at = pointer_at(M, job, tl.float32, ALIGNED) + at
-        v_at = pointer_at(V, job, tl.float32, ALIGNED) + at
-        of_all = job.to(tl.int64) * entries + at
-        r = tl.load(R + of_all, mask=here, other=0.0)
-        m = tl.load(m_at, mask=here, other=0.0)
-        v = tl.load(v_at, mask=here, other=0.0)
+    M,
+    V,
+    t,
+    R,
+    ok,
+    N,
+    entries,
+    rate1,
+    rate2,
+    log_beta1,
+    log_beta2,
+    eps,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program updates ``BLOCK`` entries of one matrix."""
+    matrix = tl.program_id(1)
+    if tl.load(ok + matrix) > 0.0:
+        age = tl.load(pointer_at(t, matrix, tl.float32, 4)) + 1.0
+        entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = entry < entries
+        m_at = pointer_at(M, matrix, tl.float32, ALIGNED) + entry
+        v_at = pointer_at(V, matrix, tl.float32, ALIGNED) + entry
+        joined = matrix.to(tl.int64) * entries + entry  # position in R and N
+        r = tl.load(R + joined, mask=mask, other=0.0)
+        m = tl.load(m_at, mask=mask, other=0.0)
+        v = tl.load(v_at, mask=mask, other=0.0)
         m = lerp(m, r, rate1)
         v = lerp(v, r * r, rate2)
-        tl.store(m_at, m, mask=here)
-        tl.store(v_at, v, mask=here)
-        below = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
-        n = (m / decay_sum(age, log_beta1)) / tl.maximum(below, 1.1754943508222875e-38)
-        to: tl.constexpr = N.dtype.element_ty
-        tl.store(N + of_all, rounded(n, 0, to, False), mask=here)
+        tl.store(m_at, m, mask=mask)
+        tl.store(v_at, v, mask=mask)
+        denominator = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
+        n = (m / decay_sum(age, log_beta1)) / tl.maximum(denominator, TINY)
+        dtype: tl.constexpr = N.dtype.element_ty
+        tl.store(N + joined, rounded(n, 0, dtype, False), mask=mask)
 
 
 def adamw_(
-    W: Scattered, G: Scattered, M: Scattered, V: Scattered, t: Tensor, ok: Tensor, entries: int, *,
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, keys: Tensor | None,
-) -> None:  # fmt: skip
-    """One step of ``torch.optim.AdamW`` computed in float32; nothing moves where ``ok`` is 0.
+    W: Scattered,
+    G: Scattered,
+    M: Scattered,
+    V: Scattered,
+    t: Tensor,
+    ok: Tensor,
+    entries: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    keys: Tensor | None,
+) -> None:
+    """One step of ``torch.optim.AdamW`` on plain weights, in place, computed in float32.
 
     Args:
         W, G: weights and gradients, float32 or bfloat16, contiguous.
-        M, V: float32, contiguous.
-        t: age of the moments, this step included, float32 [count].
-        ok: 1.0 or 0.0 for each tensor, [count].
-        entries: of each tensor.
+        M, V: moments, float32, contiguous.
+        t: ages of the moments including this step, float32 [weights].
+        ok: [weights], 1.0 or 0.0. Where it is 0.0 weight and moments stay.
+        entries: number of entries of a weight.
         lr, betas, eps, weight_decay: of AdamW.
-        keys: int64 [count], round bfloat16 weights stochastically; None rounds to nearest.
+        keys: int64 [weights], for stochastic rounding of bfloat16 weights; None rounds to nearest.
     """
     kernel: Any = _adamw
     kernel[(triton.cdiv(entries, BLOCK), len(ok))](
-        W.addresses, G.addresses, M.addresses, V.addresses, t, ok, ok if keys is None else keys, entries,
-        lr, lr * weight_decay, 1.0 - betas[0], 1.0 - betas[1], log_of(betas[0]), log_of(betas[1]), eps,
-        **W.pointer, G_TYPE=G.pointer["TYPE"], G_ALIGNED=G.alignment, STATE_ALIGNED=min(M.alignment, V.alignment),
-        STOCHASTIC=keys is not None, BLOCK=BLOCK, num_warps=8,
-    )  # fmt: skip
+        W.addresses,
+        G.addresses,
+        M.addresses,
+        V.addresses,
+        t,
+        ok,
+        ok if keys is None else keys,  # a pointer that is not read
+        entries,
+        lr,
+        lr * weight_decay,
+        1.0 - betas[0],
+        1.0 - betas[1],
+        log_of(betas[0]),
+        log_of(betas[1]),
+        eps,
+        **W.pointer,
+        G_TYPE=G.pointer["TYPE"],
+        G_ALIGNED=G.alignment,
+        STATE_ALIGNED=min(M.alignment, V.alignment),
+        STOCHASTIC=keys is not None,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
 
 
 @triton.jit
 def _adamw(
-    weights, gradients, M, V, t, ok, keys, entries, lr, decay, rate1, rate2, log_beta1, log_beta2, eps,
-    TYPE: tl.constexpr, ALIGNED: tl.constexpr, G_TYPE: tl.constexpr, G_ALIGNED: tl.constexpr,
-    STATE_ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    chunk, job = tl.program_id(0), tl.program_id(1)
-    if tl.load(ok + job) > 0.0:
-        age = tl.load(t + job)
+    weights,
+    gradients,
+    M,
+    V,
+    t,
+    ok,
+    keys,
+    entries,
+    lr,
+    decay,
+    rate1,
+    rate2,
+    log_beta1,
+    log_beta2,
+    eps,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    G_ALIGNED: tl.constexpr,
+    STATE_ALIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program moves ``BLOCK`` entries of one weight."""
+    chunk, weight = tl.program_id(0), tl.program_id(1)
+    if tl.load(ok + weight) > 0.0:
+        age = tl.load(t + weight)
         lane = tl.arange(0, BLOCK)
-        at = chunk.to(tl.int64) * BLOCK + lane
-        here = at < entries
-        w_at = pointer_at(weights, job, TYPE, ALIGNED) + at
-        m_at = pointer_at(M, job, tl.float32, STATE_ALIGNED) + at
-        v_at = pointer_at(V, job, tl.float32, STATE_ALIGNED) + at
-        w = tl.load(w_at, mask=here, other=0.0).to(tl.float32)
-        g = tl.load(pointer_at(gradients, job, G_TYPE, G_ALIGNED) + at, mask=here, other=0.0).to(tl.float32)
-        m = lerp(tl.load(m_at, mask=here, other=0.0), g, rate1)
-        v = lerp(tl.load(v_at, mask=here, other=0.0), g * g, rate2)
-        tl.store(m_at, m, mask=here)
-        tl.store(v_at, v, mask=here)
-        below = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
-        new = w * (1.0 - decay) - lr * (m / decay_sum(age, log_beta1)) / tl.maximum(below, 1.1754943508222875e-38)
+        entry = chunk.to(tl.int64) * BLOCK + lane
+        mask = entry < entries
+        w_at = pointer_at(weights, weight, TYPE, ALIGNED) + entry
+        m_at = pointer_at(M, weight, tl.float32, STATE_ALIGNED) + entry
+        v_at = pointer_at(V, weight, tl.float32, STATE_ALIGNED) + entry
+        w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(pointer_at(gradients, weight, G_TYPE, G_ALIGNED) + entry, mask=mask, other=0.0).to(tl.float32)
+        m = lerp(tl.load(m_at, mask=mask, other=0.0), g, rate1)
+        v = lerp(tl.load(v_at, mask=mask, other=0.0), g * g, rate2)
+        tl.store(m_at, m, mask=mask)
+        tl.store(v_at, v, mask=mask)
+        denominator = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
+        new = w * (1.0 - decay) - lr * (m / decay_sum(age, log_beta1)) / tl.maximum(denominator, TINY)
         noise = 0
         if STOCHASTIC:
-            noise = mixed(row_keys(tl.load(keys + job), chunk) ^ (lane.to(tl.uint32) * 0x9E3779B1))
-        tl.store(w_at, rounded(new, noise, TYPE, STOCHASTIC), mask=here)
+            noise = mixed(row_keys(tl.load(keys + weight), chunk) ^ (lane.to(tl.uint32) * GOLDEN))
+        tl.store(w_at, rounded(new, noise, TYPE, STOCHASTIC), mask=mask)
 
 
 def count_(ages: Sequence[Scattered], skipped: Scattered, ok: Tensor) -> None:
     """Count one step of every weight, in place.
 
     Args:
-        ages: up to two tables of scalars, float32; each grows by ``ok``.
-        skipped: int32 [3] of every weight: skipped steps in a row, in all, longest row.
+        ages: up to two tables of float32 scalars, which grow by ``ok``.
+        skipped: int32 [3] for every weight: skipped steps since the last usable one, all skipped steps, and the largest
+            number of consecutive ones.
         ok: [weights], 1.0 or 0.0.
     """
     kernel: Any = _count
-    first, second = [age.addresses for age in ages] + [ok] * (2 - len(ages))
+    first, second = [age.addresses for age in ages] + [ok] * (2 - len(ages))  # ok: pointers that are not read
     kernel[(len(ok),)](first, second, skipped.addresses, ok, AGES=len(ages), num_warps=1)
 
 
 @triton.jit
 def _count(first, second, skipped, ok, AGES: tl.constexpr):
-    job = tl.program_id(0)
-    good = tl.load(ok + job)
+    """A program counts the step of one weight."""
+    weight = tl.program_id(0)
+    usable = tl.load(ok + weight)
     if AGES > 0:
-        age = tl.load(first + job).to(tl.pointer_type(tl.float32))
-        tl.store(age, tl.load(age) + good)
+        age = tl.load(first + weight).to(tl.pointer_type(tl.float32))
+        tl.store(age, tl.load(age) + usable)
     if AGES > 1:
-        age = tl.load(second + job).to(tl.pointer_type(tl.float32))
-        tl.store(age, tl.load(age) + good)
-    counters = tl.load(skipped + job).to(tl.pointer_type(tl.int32))
-    bad = 1 - good.to(tl.int32)
-    in_a_row = (tl.load(counters) + 1) * bad
-    tl.store(counters, in_a_row)
-    tl.store(counters + 1, tl.load(counters + 1) + bad)
-    tl.store(counters + 2, tl.maximum(tl.load(counters + 2), in_a_row))
+        age = tl.load(second + weight).to(tl.pointer_type(tl.float32))
+        tl.store(age, tl.load(age) + usable)
+    counters = tl.load(skipped + weight).to(tl.pointer_type(tl.int32))
+    is_skipped = 1 - usable.to(tl.int32)
+    consecutive = (tl.load(counters) + 1) * is_skipped
+    tl.store(counters, consecutive)
+    tl.store(counters + 1, tl.load(counters + 1) + is_skipped)
+    tl.store(counters + 2, tl.maximum(tl.load(counters + 2), consecutive))

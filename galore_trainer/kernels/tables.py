@@ -1,4 +1,4 @@
-"""Where equal matrices lie in memory: tables of addresses, uploaded without waiting for the device."""
+"""Tables of the addresses of equal matrices, uploaded without waiting for the device, and what all kernels share."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from torch import Tensor
 
 from galore_trainer.kernels import INTERPRETED
 
-ALIGNMENT = 16  # bytes of the widest access of a thread
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 by its bits, and rounds to it by cutting
+ALIGNMENT = 16  # bytes of the widest memory access of a thread
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bit patterns of bfloat16, and truncates to bfloat16
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # smallest normal float32
+GOLDEN = tl.constexpr(0x9E3779B1)  # odd 32-bit multiplier near 2^32 / golden ratio: spreads consecutive numbers
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.int32: tl.int32}
 
 
 class Scattered(NamedTuple):
-    """Equal tensors anywhere on a device.
+    """Tensors of equal shape and dtype anywhere on a device.
 
     Attributes:
-        addresses: of their first entries, int64 [count], on the device.
+        addresses: of their first entries, int64 [matrices], on the device.
         dtype: of their entries.
-        alignment: bytes that divide every address, at most ``ALIGNMENT``.
+        alignment: largest power of two that divides every address, at most ``ALIGNMENT`` bytes.
     """
 
     addresses: Tensor
@@ -34,13 +36,14 @@ class Scattered(NamedTuple):
 
     @property
     def pointer(self) -> dict[str, object]:
-        """What a kernel needs to make pointers of the addresses, besides these."""
+        """Keyword arguments of a kernel that turns the addresses into pointers."""
         return {"TYPE": TYPES[self.dtype], "ALIGNED": self.alignment}
 
 
 class Layout(NamedTuple):
-    """How equal logical matrices lie in their tensors, in entries; row i begins at
-    ``(i // length) * outer_stride + (i % length) * row_stride``.
+    """Shape and strides of a logical matrix inside its tensor, in entries.
+
+    Row i begins at ``(i // length) * outer_stride + (i % length) * row_stride``.
     """
 
     rows: int
@@ -54,23 +57,26 @@ class Layout(NamedTuple):
     def of(cls, view: Tensor) -> Layout:
         """The layout of a view [outer, length, n]."""
         (outer, length, columns), strides = view.shape, view.stride()
-        if outer == 1 or strides[0] == length * strides[1]:
+        if outer == 1 or strides[0] == length * strides[1]:  # equal distances between all rows
             outer, length, strides = 1, outer * length, (0, *strides[1:])
         return cls(outer * length, columns, length, *strides)
 
     @property
     def strides(self) -> dict[str, object]:
-        """As the kernels take them."""
+        """Keyword arguments of a kernel that computes positions of rows."""
         return {
-            "length": self.length, "outer_stride": self.outer_stride, "row_stride": self.row_stride,
-            "column_stride": self.column_stride, "EVEN": self.length == self.rows,
-        }  # fmt: skip
+            "length": self.length,
+            "outer_stride": self.outer_stride,
+            "row_stride": self.row_stride,
+            "column_stride": self.column_stride,
+            "EVEN": self.length == self.rows,
+        }
 
 
 def upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Columns of equally many 64-bit numbers as an int64 tensor [columns, count] on the device.
+    """Columns of 64-bit numbers, of one length, as an int64 tensor [columns, length] on the device.
 
-    Every column begins at a multiple of 16 bytes, whatever their number: Triton compiles a kernel anew for others.
+    Every column begins at a multiple of 16 bytes, since Triton would compile a kernel again for another alignment.
     """
     count = len(columns[0])
     even = columns if count % 2 == 0 else [[*column, 0] for column in columns]
@@ -79,41 +85,46 @@ def upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def scatter(
-    addresses: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], keys: Sequence[int] | None,
+    addresses: Mapping[str, Sequence[int]],
+    dtypes: Mapping[str, torch.dtype],
+    keys: Sequence[int] | None,
     device: torch.device,
-) -> tuple[dict[str, Scattered], Tensor | None]:  # fmt: skip
-    """Several tables, and numbers of 63 bits beside them, in one upload.
+) -> tuple[dict[str, Scattered], Tensor | None]:
+    """Several tables, and keys of random streams, in one upload.
 
     Args:
-        addresses: of the first entries, by name, equally many.
-        dtypes: of the entries, by name.
-        keys: as many numbers, or None.
-        device: where all of it lies.
+        addresses: for every name of a table the addresses of first entries, one a matrix.
+        dtypes: for every name the dtype of the entries.
+        keys: 63-bit numbers, one a matrix, or None.
+        device: where the tensors lie.
+
+    Returns:
+        The tables by name, and the keys int64 [matrices] or None.
     """
     columns = list(addresses.values())
     uploaded = upload(columns if keys is None else [*columns, keys], device).unbind()
-    found = {
+    tables = {
         name: Scattered(table, dtypes[name], alignment_of(column))
         for (name, column), table in zip(addresses.items(), uploaded, strict=keys is None)
     }
-    return found, None if keys is None else uploaded[-1]
+    return tables, None if keys is None else uploaded[-1]
 
 
 def alignment_of(addresses: Sequence[int]) -> int:
-    """The largest power of two, at most ``ALIGNMENT``, that divides all of them."""
+    """The largest power of two that divides all addresses, at most ``ALIGNMENT``."""
     bits = functools.reduce(operator.or_, addresses, ALIGNMENT)
     return bits & -bits
 
 
 @triton.jit
-def pointer_at(addresses, job, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer at a place of a table."""
-    return tl.multiple_of(tl.load(addresses + job).to(tl.pointer_type(TYPE)), ALIGNED)
+def pointer_at(addresses, matrix, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to the first entry of a matrix."""
+    return tl.multiple_of(tl.load(addresses + matrix).to(tl.pointer_type(TYPE)), ALIGNED)
 
 
 @triton.jit
 def row_starts(rows, length, outer_stride, row_stride, EVEN: tl.constexpr):
-    """Where rows of a layout begin, int64."""
+    """Positions of the first entries of rows of a layout, int64."""
     if EVEN:
         return rows.to(tl.int64) * row_stride
     return (rows // length).to(tl.int64) * outer_stride + (rows % length).to(tl.int64) * row_stride
@@ -121,10 +132,12 @@ def row_starts(rows, length, outer_stride, row_stride, EVEN: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, total):
-    """total + a b in float32; a float32 factor as three bfloat16 numbers, which leave out 2^-24 of a product.
+    """total + a b in float32.
 
-    Hopper multiplies TF32 by rows alone, so that six of these are faster than three of those. Tensor cores cut what
-    they add, so that long sums drift: small products come first, and ``total`` takes all of them in one addition.
+    A float32 factor is split into three bfloat16 numbers. The three smallest of nine products, about 2^-24 of the
+    result, are left out. Six bfloat16 products are faster on Hopper than three TF32 products, since TF32 operands
+    need a contiguous inner dimension. Tensor cores truncate when they add, so that long sums drift. Hence small
+    products come first, and one ordinary addition adds them to ``total``.
     """
     if a.dtype != tl.float32:
         return dot(a, b, total)
@@ -140,7 +153,7 @@ def multiply(a, b, total):
 
 @triton.jit
 def dot(a, b, total):
-    """total + a b of bfloat16 factors."""
+    """total + a b for bfloat16 factors, in float32."""
     if WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     return tl.dot(a, b, total)
@@ -148,7 +161,7 @@ def dot(a, b, total):
 
 @triton.jit
 def split(x):
-    """The 24 bits of a float32 as three bfloat16 numbers, the largest first."""
+    """The 24 significant bits of a float32 as three bfloat16 summands, the largest first."""
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -157,7 +170,7 @@ def split(x):
 
 @triton.jit
 def mixed(x):
-    """A bijection of 32-bit numbers whose every output bit depends on every input bit (Wellons, lowbias32)."""
+    """A bijective hash of 32-bit numbers (lowbias32 by Wellons): every output bit depends on every input bit."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -165,13 +178,13 @@ def mixed(x):
 
 @triton.jit
 def row_keys(key, rows):
-    """Two 32-bit words of a 64-bit key, mixed with row numbers."""
+    """A 32-bit key for every row number, from a 64-bit key."""
     return mixed(rows.to(tl.uint32) + key.to(tl.uint32)) + (key >> 32).to(tl.uint32)
 
 
 @triton.jit
 def rounded(x, noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """x in another type; to bfloat16 by 16 bits of noise, as ``core.galore.round_bits`` does, or to nearest."""
+    """A float32 ``x`` in another type: to nearest, or as ``core.galore.round_bits`` with the upper 16 bits of noise."""
     if tl.float32 == TYPE:
         return x
     if not STOCHASTIC and not WIDEN:
@@ -180,6 +193,6 @@ def rounded(x, noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     if STOCHASTIC:
         carry = noise >> 16
     else:
-        carry = 0x7FFF + ((bits >> 16) & 1)
+        carry = 0x7FFF + ((bits >> 16) & 1)  # ties to even
     high = ((bits + carry) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), high, x).to(TYPE)

@@ -1,4 +1,4 @@
-"""W <- W - lr wd W - lr scale (lift(N) + N_S at S), in place, where the weights lie."""
+"""W <- W - lr wd W - lr scale (lift(N) + N_S at S), in place, for weights at any address."""
 
 from __future__ import annotations
 
@@ -9,93 +9,153 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels import in_groups, shared_memory
-from galore_trainer.kernels.tables import Layout, Scattered, mixed, multiply, pointer_at, rounded, row_keys, row_starts
+from galore_trainer.kernels import has_warpgroups, shared_memory
+from galore_trainer.kernels.tables import (
+    GOLDEN,
+    Layout,
+    Scattered,
+    mixed,
+    multiply,
+    pointer_at,
+    rounded,
+    row_keys,
+    row_starts,
+)
 
-WARPS = 4  # move a tile
-TILES = 16  # one below the other, of one program: it loads two while it multiplies for a third
-SPARSE_KEY = 0x5851F42D4C957F2D  # tells the noise of the sparse entries from that of the whole weight
+WARPS = 4  # warps of a program
+TILES = 16  # most tiles of a program, one below the other: loads of the next tiles overlap with the products of one
+SPARSE_KEY = 0x5851F42D4C957F2D  # makes the noise of ``add_at_`` differ from that of ``apply_update_``
+BLOCK = 1024  # entries of a support in a program
 
 
 def apply_update_(
-    W: Scattered, layout: Layout, N: Tensor, P: Tensor, side: str, ok: Tensor, blocks: int, *,
-    step: float, decay: float, keys: Tensor | None,
-) -> None:  # fmt: skip
-    """W <- W (1 - decay) - step lift(N), not at all where ``ok`` is 0.
+    W: Scattered,
+    layout: Layout,
+    N: Tensor,
+    P: Tensor,
+    side: str,
+    ok: Tensor,
+    blocks: int,
+    *,
+    step: float,
+    decay: float,
+    keys: Tensor | None,
+) -> None:
+    """W <- W (1 - decay) - step lift(N), in place.
 
     Args:
         W: weights, float32 or bfloat16.
-        layout: of each.
-        N, P: [jobs x blocks, ...] as in ``core.galore``, in the dtype of the weights, or bfloat16.
+        layout: of a logical matrix in its weight.
+        N, P: [matrices x blocks, ...] as in ``core.galore``, in the dtype of W or in bfloat16.
         side: ``right`` or ``left``.
-        ok: 1.0 or 0.0 for each job, [jobs].
-        blocks: of equal height in each matrix.
+        ok: [matrices], 1.0 or 0.0. Where it is 0.0 the weight stays.
+        blocks: number of blocks of a matrix.
         step, decay: lr x scale, lr x weight decay.
-        keys: int64 [jobs], round bfloat16 weights stochastically; None rounds to nearest.
+        keys: int64 [matrices], for stochastic rounding of bfloat16 weights; None rounds to nearest.
     """
     total, rank = len(P), P.shape[-1]
     rows, columns = layout.rows // blocks, layout.columns
     width, entry = max(16, triton.next_power_of_2(rank)), N.element_size()
     tall, wide, depth = _tile(N, width)
-    kept = depth * wide * entry  # bytes, for all tiles; and for each:
-    loaded = (tall * width + (width - depth) * wide) * entry + tall * wide * W.dtype.itemsize
-    stages = (shared_memory(N.device) - kept) // loaded
+    shared = depth * wide * entry  # bytes that all tiles share
+    per_tile = (tall * width + (width - depth) * wide) * entry + tall * wide * W.dtype.itemsize  # bytes
+    stages = (shared_memory(N.device) - shared) // per_tile
     tiles = min(TILES, triton.cdiv(rows, tall))
     programs = triton.cdiv(rows, tall * tiles) * triton.cdiv(columns, wide)
     kernel: Any = _apply_update
     kernel[(total * programs,)](
-        W.addresses, N, P, ok, ok if keys is None else keys, rows, columns, blocks, step, decay,
-        **layout.strides, **W.pointer, RIGHT=side == "right", RANK=rank, ROWS=tall, COLUMNS=wide, TILES=tiles,
-        DEPTH=depth, STAGES=max(1, min(3, stages)), STOCHASTIC=keys is not None,
+        W.addresses,
+        N,
+        P,
+        ok,
+        ok if keys is None else keys,  # a pointer that is not read
+        rows,
+        columns,
+        blocks,
+        step,
+        decay,
+        **layout.strides,
+        **W.pointer,
+        RIGHT=side == "right",
+        RANK=rank,
+        ROWS=tall,
+        COLUMNS=wide,
+        TILES=tiles,
+        DEPTH=depth,
+        STAGES=max(1, min(3, stages)),
+        STOCHASTIC=keys is not None,
         num_warps=WARPS,
-    )  # fmt: skip
+    )
 
 
 def _tile(N: Tensor, width: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and how many terms of the product it takes at a time."""
+    """Rows and columns of a tile, and the inner length of one product."""
     if N.dtype == torch.bfloat16:
         return 32, 128, min(width, 128)
-    if not in_groups(N.device):  # larger ones, in three parts, do not fit into registers
+    if not has_warpgroups(N.device):  # float32 factors are split in three; larger tiles exceed the registers
         return 32, 64, min(width, 64)
     return 64, 64, width if width <= 128 else 64
 
 
 @triton.jit
 def _apply_update(
-    weights, N, P, ok, keys, rows, columns, blocks, step, decay,
-    length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
-    TYPE: tl.constexpr, ALIGNED: tl.constexpr, RIGHT: tl.constexpr, RANK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
-):  # fmt: skip
-    """A program moves some tiles below each other of one block; the next program those on their right."""
+    weights,
+    N,
+    P,
+    ok,
+    keys,
+    rows,
+    columns,
+    blocks,
+    step,
+    decay,
+    length,
+    outer_stride,
+    row_stride,
+    column_stride,
+    EVEN: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RIGHT: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """A program moves ``TILES`` tiles of one block, one below the other; the next program moves those on their right.
+
+    The first ``DEPTH`` rows of ``b``, the right factor of the lift, are loaded once for all tiles.
+    """
     program, across = tl.program_id(0), tl.cdiv(columns, COLUMNS)
     programs = tl.cdiv(rows, ROWS * TILES) * across
     block = program // programs
-    job = block // blocks
-    if tl.load(ok + job) > 0.0:
+    matrix = block // blocks
+    if tl.load(ok + matrix) > 0.0:
         j = program % across * COLUMNS + tl.arange(0, COLUMNS)
         k = tl.arange(0, DEPTH)
-        W = pointer_at(weights, job, TYPE, ALIGNED)
+        W = pointer_at(weights, matrix, TYPE, ALIGNED)
         if RIGHT:
             left, right = N + block.to(tl.int64) * rows * RANK, P + block.to(tl.int64) * columns * RANK
             b_at = right + (j.to(tl.int64) * RANK)[None, :] + k[:, None]
-            further = DEPTH
+            next_depth = DEPTH
         else:
             left, right = P + block.to(tl.int64) * rows * RANK, N + block.to(tl.int64) * columns * RANK
             b_at = right + (k.to(tl.int64) * columns)[:, None] + j[None, :]
-            further = DEPTH * columns
+            next_depth = DEPTH * columns
         b = tl.load(b_at, mask=(j[None, :] < columns) & (k[:, None] < RANK), other=0.0)
         if STOCHASTIC:
-            key = tl.load(keys + job)
-            pair = (program % across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)).to(tl.uint32) * 0x9E3779B1
+            key = tl.load(keys + matrix)
+            pair = (program % across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)).to(tl.uint32) * GOLDEN
         for tile in tl.range(0, TILES, num_stages=STAGES):
             i = (program % programs // across * TILES + tile) * ROWS + tl.arange(0, ROWS)
             row = block % blocks * rows + i
-            here = (i[:, None] < rows) & (j[None, :] < columns)
+            mask = (i[:, None] < rows) & (j[None, :] < columns)
             start = W + row_starts(row, length, outer_stride, row_stride, EVEN)
             at = start[:, None] + (j.to(tl.int64) * column_stride)[None, :]
-            w = tl.load(at, mask=here, other=0.0)
+            w = tl.load(at, mask=mask, other=0.0)
             lifted = tl.zeros((ROWS, COLUMNS), tl.float32)
             for first in tl.static_range(0, RANK, DEPTH):
                 a_at = left + (i.to(tl.int64) * RANK)[:, None] + (first + k)[None, :]
@@ -103,57 +163,86 @@ def _apply_update(
                 if first == 0:
                     lifted = multiply(a, b, lifted)
                 else:
-                    more_at = b_at + (first // DEPTH) * further
-                    more = tl.load(more_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
-                    lifted = multiply(a, more, lifted)
+                    next_at = b_at + (first // DEPTH) * next_depth
+                    next_b = tl.load(next_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
+                    lifted = multiply(a, next_b, lifted)
             new = w.to(tl.float32) * (1.0 - decay) - step * lifted
             noise = 0
-            if STOCHASTIC:  # 16 bits for each of two neighbours
+            if STOCHASTIC:  # 32 random bits serve two neighbouring columns
                 drawn = mixed(row_keys(key, row)[:, None] ^ pair[None, :])
                 noise = tl.interleave(drawn, drawn << 16)
-            tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=here)
+            tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=mask)
 
 
 def add_at_(
     W: Scattered, layout: Layout, positions: Scattered, values: Tensor, ok: Tensor, *, step: float, keys: Tensor | None
 ) -> None:
-    """W[S] <- W[S] - step values, for a row-balanced support.
+    """W[S] <- W[S] - step values, in place, for a row-balanced support.
 
-    A bfloat16 weight is rounded here a second time, by other noise than in ``apply_update_``; ``core`` rounds the sum.
+    It follows ``apply_update_``, so that entries of a bfloat16 weight at S are rounded twice, with independent noise.
+    ``core.galore`` adds both updates in float32 and rounds once.
 
     Args:
-        W, layout, ok, keys: as there.
-        positions: columns, int32 [blocks, rows, k], contiguous.
-        values: float32 [jobs x blocks, rows, k].
-        step: factor on the values.
+        W, layout, ok, keys: as for ``apply_update_``.
+        positions: S as columns, int32 [blocks, rows, k], contiguous.
+        values: float32 [matrices x blocks, rows, k].
+        step: lr x scale x residual_scale.
     """
     count, entries = values.shape[-1], values.numel() // len(ok)
     kernel: Any = _add_at
-    kernel[(triton.cdiv(entries, 1024), len(ok))](
-        W.addresses, positions.addresses, values, ok, ok if keys is None else keys, entries, count, step,
-        **layout.strides, **W.pointer, INDEX_ALIGNED=positions.alignment, STOCHASTIC=keys is not None, SALT=SPARSE_KEY,
-        BLOCK=1024, num_warps=4,
-    )  # fmt: skip
+    kernel[(triton.cdiv(entries, BLOCK), len(ok))](
+        W.addresses,
+        positions.addresses,
+        values,
+        ok,
+        ok if keys is None else keys,  # a pointer that is not read
+        entries,
+        count,
+        step,
+        **layout.strides,
+        **W.pointer,
+        INDEX_ALIGNED=positions.alignment,
+        STOCHASTIC=keys is not None,
+        SALT=SPARSE_KEY,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
 
 
 @triton.jit
 def _add_at(
-    weights, positions, values, ok, keys, entries, count, step,
-    length, outer_stride, row_stride, column_stride, EVEN: tl.constexpr,
-    TYPE: tl.constexpr, ALIGNED: tl.constexpr, INDEX_ALIGNED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SALT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    job = tl.program_id(1)
-    if tl.load(ok + job) > 0.0:
+    weights,
+    positions,
+    values,
+    ok,
+    keys,
+    entries,
+    count,
+    step,
+    length,
+    outer_stride,
+    row_stride,
+    column_stride,
+    EVEN: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INDEX_ALIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SALT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program moves ``BLOCK`` entries of the support of one matrix."""
+    matrix = tl.program_id(1)
+    if tl.load(ok + matrix) > 0.0:
         entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        here = entry < entries
-        j = tl.load(pointer_at(positions, job, tl.int32, INDEX_ALIGNED) + entry, mask=here, other=0)
+        mask = entry < entries
+        j = tl.load(pointer_at(positions, matrix, tl.int32, INDEX_ALIGNED) + entry, mask=mask, other=0)
         row = entry // count
         start = row_starts(row, length, outer_stride, row_stride, EVEN)
-        at = pointer_at(weights, job, TYPE, ALIGNED) + start + j.to(tl.int64) * column_stride
-        n = tl.load(values + job.to(tl.int64) * entries + entry, mask=here, other=0.0)
-        new = tl.load(at, mask=here, other=0.0).to(tl.float32) - step * n
+        at = pointer_at(weights, matrix, TYPE, ALIGNED) + start + j.to(tl.int64) * column_stride
+        n = tl.load(values + matrix.to(tl.int64) * entries + entry, mask=mask, other=0.0)
+        new = tl.load(at, mask=mask, other=0.0).to(tl.float32) - step * n
         noise = 0
         if STOCHASTIC:
-            noise = mixed(row_keys(tl.load(keys + job) ^ SALT, row) ^ (j.to(tl.uint32) * 0x9E3779B1))
-        tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=here)
+            noise = mixed(row_keys(tl.load(keys + matrix) ^ SALT, row) ^ (j.to(tl.uint32) * GOLDEN))
+        tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=mask)

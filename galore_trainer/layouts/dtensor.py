@@ -1,7 +1,8 @@
-"""FSDP2: parameters are DTensors, cut between rows along their first dimension."""
+"""FSDP2: parameters are DTensors, sharded along their first dimension."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from galore_trainer.layouts.shard import Ranks, Shard
 
 
 def is_dtensor(p: Any) -> bool:
-    """Whether a tensor is one of several processes' shards."""
+    """Whether a tensor is a DTensor."""
     return isinstance(p, DTensor)
 
 
@@ -25,31 +26,34 @@ def local(x: Tensor) -> Tensor:
 
 
 def shard_of(p: DTensor, name: str) -> Shard:
-    """Where this process's rows of a DTensor lie.
+    """The entries of a DTensor that this process holds.
+
+    Args:
+        p: a weight of an FSDP2 model.
+        name: of the weight, for the error.
 
     Raises:
-        ValueError: it is cut along another dimension, or along its first one more than once.
+        ValueError: ``p`` is sharded along another dimension, or over more than one dimension of its mesh.
     """
     dims = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
     if len(dims) != 1 or p.placements[dims[0]] != ShardPlacement(0):
         raise ValueError(f"{name} is placed {p.placements}: only weights cut along their first dimension, once")
-    columns = p.shape[-1] if p.dim() > 1 else 1
-    rows = p.numel() // columns if columns else 0
-    each = math.prod(p.shape[1:])  # entries of one index of the first dimension
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    start = offset[0] * each if math.prod(shape) else 0
-    return Shard(
-        rows=rows, columns=columns, start=start, stop=start + math.prod(shape), boundaries=(),
-        ranks=Ranks(p.device_mesh.get_group(dims[0])),
-    )  # fmt: skip
+    entries = math.prod(shape)
+    start = offset[0] * math.prod(p.shape[1:]) if entries else 0
+    ranks = Ranks(p.device_mesh.get_group(dims[0]))
+    return dataclasses.replace(Shard.whole(p.shape), start=start, stop=start + entries, ranks=ranks)
 
 
 def like(value: Tensor, p: DTensor) -> DTensor:
-    """A DTensor of what every process keeps beside its part of ``p``, cut as ``p`` is.
+    """State of a parameter as a DTensor with the placements of the parameter.
 
     Args:
-        value: this process's part: a row for each of its rows of ``p``, or (one dimension) a number for each entry.
+        value: the local part: [local rows, k], or [local entries].
         p: the parameter.
+
+    Returns:
+        Shape of ``p``, or with k columns in place of those of ``p``.
     """
     part = p.to_local()
     if value.dim() == 1:

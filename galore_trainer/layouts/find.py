@@ -1,17 +1,18 @@
-"""Where the weights of an optimizer's groups lie: whole, as rows of DTensors, or inside DeepSpeed's flat tensors.
+"""Where the weights of an optimizer's groups lie: whole, as rows of DTensors, or inside flat tensors of DeepSpeed.
 
-accelerate replaces parameters after the optimizer is built (FSDP2 puts DTensors in their place, ZeRO one flat tensor a
-group), so every step asks again. Answers are cached for as long as a tensor lives.
+accelerate replaces the parameters of an optimizer after it is built: FSDP2 by DTensors, ZeRO by flat tensors.
+So every step asks anew. Answers are cached for as long as a tensor lives.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from galore_trainer.layouts.dtensor import shard_of
 from galore_trainer.layouts.shard import Shard
@@ -22,17 +23,18 @@ Group = Mapping[str, Any]
 
 
 def address_of(p: Tensor) -> int:
-    """Where a parameter lies in memory; 0 for tensors that stand for others (DTensors, fake ones)."""
+    """Memory address of a parameter; 0 for subclasses of Tensor, such as DTensors and fake tensors."""
     return p.data_ptr() if type(p) in PLAIN_TYPES else 0
 
 
 class Noted:
-    """The parameters of a group as they were when the group was added, or when they were last checked.
+    """What is known of the parameters of a group since the group was added, or since they were last checked.
 
     Attributes:
-        originals: weak references to the parameters that the group began with.
-        shapes, dtypes, addresses: of each parameter; an address is 0 where a tensor has none.
-        by_size: positions in the group, large shapes first, equal shapes in their order.
+        originals: weak references to the parameters with which the group was added.
+        shapes, dtypes, addresses: of the parameters; shapes are those of whole weights, addresses ``address_of``.
+        shards: the shards of whole weights of these shapes.
+        by_size: positions in the group, large weights first, equal shapes side by side.
         projected: whether the group is projected.
     """
 
@@ -47,78 +49,82 @@ class Noted:
         self.by_size = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
 
     def note(self, i: int, p: Tensor) -> None:
-        """Remember parameter ``i`` as it is now."""
+        """Replace what is known of parameter ``i``."""
         self.shapes[i], self.dtypes[i], self.addresses[i] = p.shape, p.dtype, address_of(p)
         self.shards[i] = Shard.whole(p.shape)
 
 
 class Placement:
-    """Finds the shards of an optimizer's weights; it holds no optimizer, groups are passed in."""
+    """Finds the shards of an optimizer's weights.
+
+    It holds no optimizer: the methods take its groups, which must have been passed to ``note``.
+    """
 
     def __init__(self) -> None:
         self._noted: dict[str, Noted] = {}
-        self._shards: dict[int, tuple[weakref.ref[Tensor], Shard]] = {}
-        self._slices: dict[int, tuple[weakref.ref[Tensor], Noted, list[Slice]]] = {}
+        self._shards: MutableMapping[Tensor, Shard] = WeakTensorKeyDictionary()
+        self._slices: MutableMapping[Tensor, tuple[Noted, list[Slice]]] = WeakTensorKeyDictionary()
 
     def note(self, group: Group) -> None:
-        """Remember the parameters that a new group began with; ZeRO keeps what it knows of its slices on them."""
+        """Remember the parameters of a new group, since DeepSpeed stores the places of its slices on them."""
         self._noted[_key(group)] = Noted(group["params"], projected=group["projected"])
 
     def noted(self, group: Group) -> Noted | None:
-        """What was noted of a group; None for a group that was never noted."""
+        """What ``note`` remembered of a group; None for another group."""
         return self._noted.get(_key(group))
 
     def originals(self, group: Group) -> list[Any]:
-        """The parameters that a group began with; None where one is gone."""
+        """The parameters with which a group was added; None for one that no longer exists."""
         return [ref() for ref in self._known(group).originals]
 
     def shapes(self, group: Group) -> list[torch.Size]:
-        """The whole shapes of a group's weights, however they are cut."""
+        """Shapes of a group's whole weights, on every process the same."""
         return self._known(group).shapes
 
     def is_flat(self, group: Group) -> bool:
-        """Whether DeepSpeed has put flat tensors in the place of a group's parameters."""
+        """Whether DeepSpeed has replaced the parameters of a group by flat tensors."""
         originals = self._known(group).originals
         return bool(originals) and is_zero(originals[0]())
 
     @property
     def is_cut(self) -> bool:
-        """Whether any shard of a cut weight was asked for so far."""
+        """Whether ``shard`` or ``slices`` has met a cut weight that still exists."""
         return bool(self._shards or self._slices)
 
     def shard(self, p: Any, name: str) -> Shard:
-        """Which rows of a DTensor this process holds.
+        """The entries of a DTensor that this process holds.
 
         Raises:
-            ValueError: it is not cut between its rows, once.
+            ValueError: as ``shard_of``.
         """
-        known = self._shards.get(id(p))
-        if known is None or known[0]() is not p:
-            known = self._shards[id(p)] = weakref.ref(p), shard_of(p, name)
-        return known[1]
+        if p not in self._shards:
+            self._shards[p] = shard_of(p, name)
+        return self._shards[p]
 
     def slices(self, group: Group, flat: Tensor) -> list[Slice]:
-        """The weights inside a flat tensor of a group, on every process the same ones in the same order."""
-        known = self._slices.get(id(flat))
-        if known is None or known[0]() is not flat:
+        """The weights inside a flat tensor of a group: the same weights in the same order on every process.
+
+        Raises:
+            RuntimeError: as ``slices_of``.
+        """
+        if flat not in self._slices:
             noted = self._known(group)
-            slices = slices_of(flat, self.originals(group), noted.shapes)
-            known = self._slices[id(flat)] = weakref.ref(flat), noted, slices
-        return known[2]
+            self._slices[flat] = noted, slices_of(flat, self.originals(group), noted.shapes)
+        return self._slices[flat][1]
 
     def flats(self, group: Group) -> list[Tensor]:
-        """The flat tensors of a group, in DeepSpeed's order, before the first step and between steps too."""
+        """The flat tensors of a group in DeepSpeed's order, also before the first step and between steps."""
         return flats_of(group["params"], self.originals(group))
 
     def stepped_flats(self, group: Group) -> list[Tensor]:
-        """The flat tensors of a group that steps have seen: between steps ZeRO-3 leaves its groups empty."""
+        """The flat tensors of a group that steps have used; between steps ZeRO-3 leaves the group itself empty."""
         noted = self._known(group)
-        return [flat for ref, owner, _ in self._slices.values() if owner is noted and (flat := ref()) is not None]
+        return [flat for flat, (owner, _) in self._slices.items() if owner is noted]
 
     def _known(self, group: Group) -> Noted:
         return self._noted[_key(group)]
 
 
 def _key(group: Group) -> str:
-    """What tells a group from others. DeepSpeed hides other groups in a step, and a load replaces the mapping."""
+    """The first name identifies a group: DeepSpeed hides other groups in a step, and a load replaces the mapping."""
     return next(iter(group.get("names", ())), "")
