@@ -46,17 +46,18 @@ def gradients(config: Any, batch_size: int, device: str) -> Any:
     return model
 
 
-def stacks(model: Any, galore: Any) -> list[Any]:
-    """Fresh matrices with their gradients, as the optimizer groups them for a refresh."""
+def matrices(model: Any, galore: Any) -> list[Any]:
+    """Buckets of matrices without a basis, as the optimizer groups them for a refresh."""
     from galore_trainer.hf.build import galore_groups
-    from galore_trainer.optim.bucket import REFRESH_ELEMENTS
     from galore_trainer.optim.galore_adamw import GaLoreAdamW
-    from galore_trainer.optim.stack import make_stacks
+    from galore_trainer.optim.refresh import refresh_buckets
+    from galore_trainer.optim.state_forms import prepare_state
 
     optimizer = GaLoreAdamW(galore_groups(model, galore, lr=0.0, weight_decay=0.0), galore, lr=0.0, seed=0)
-    jobs = list(optimizer.every_job())
-    together = 0 if jobs[0].parameter.device.type == "cpu" else REFRESH_ELEMENTS
-    return list(make_stacks(jobs, together))
+    weights = [w for w in optimizer.weights_with_gradients() if w.matrices]
+    for w in weights:
+        prepare_state(w, galore, phase=0)
+    return list(refresh_buckets(weights, galore))
 
 
 def figures_of(model: Any, rank: int, changes: dict[str, Any], device: str) -> dict[str, Any]:
@@ -64,33 +65,32 @@ def figures_of(model: Any, rank: int, changes: dict[str, Any], device: str) -> d
     from galore_trainer.config import GaLoreConfig
     from galore_trainer.core.galore import lost_share
     from galore_trainer.core.linalg import least_error
-    from galore_trainer.optim.refresh import first_basis, lending_rows, refresh_stack
+    from galore_trainer.optim.lenders import lending_rows
+    from galore_trainer.optim.refresh import first_basis, refresh_bucket
 
     galore = GaLoreConfig(rank=rank, residual_percent=0.0, **changes)
+    refresh = first_basis if galore.sketches_first else refresh_bucket
     seconds = []
     for _ in range(2):
-        stacked = stacks(model, galore)
+        buckets = matrices(model, galore)
         _wait(device)
         start = time.perf_counter()
-        for stack in stacked:
-            if galore.sketches_first:
-                first_basis(stack, stack.each_gradient(), galore, 0)
-            else:
-                refresh_stack(stack, stack.each_gradient(), galore, 0)
+        for bucket in buckets:
+            refresh(bucket, galore, 0)
         _wait(device)
         seconds.append(time.perf_counter() - start)
     errors: dict[str, list[tuple[float, float, float]]] = {"all": [], "qkv": []}
-    for stack in stacked:
-        G, P, matrix, parts = stack.gradients(), stack.read().P, stack.matrix, len(stack.jobs)
-        lent = torch.cat(list(lending_rows(stack, stack.each_gradient(), galore, 0)))
+    for bucket in buckets:
+        G, P, matrix, parts = bucket.G, bucket.get_basis(), bucket.matrix, len(bucket.pieces)
+        lent = torch.cat(list(lending_rows(bucket, galore, 0)[0]))
         whole = G.reshape(parts, matrix.rows, matrix.columns) if matrix.head_dim else G
         error, excess = lost_share(G, P, matrix.side, parts), lost_share(lent, P, matrix.side, parts)
         best, joint = least_error(lent, matrix.rank, parts), least_error(whole, matrix.rank, parts)
-        for job, *figures in zip(stack.jobs, *(x.tolist() for x in (error, excess, best, joint)), strict=True):
+        for piece, *figures in zip(bucket.pieces, *(x.tolist() for x in (error, excess, best, joint)), strict=True):
             e, on_lent, least, least_joint = figures
             values = (e, on_lent / least - 1.0 if least > 1e-6 else 0.0, e / least_joint)
             errors["all"].append(values)
-            if any(part in job.name for part in ("q_proj", "k_proj", "v_proj")):
+            if any(part in piece.name for part in ("q_proj", "k_proj", "v_proj")):
                 errors["qkv"].append(values)
     names = ("error", "excess", "sharing_excess")
     means = {

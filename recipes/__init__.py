@@ -7,6 +7,7 @@ its name in ``base.Task``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -67,8 +68,9 @@ def score(task: str, predictions: list[str], examples: list[Example]) -> dict[st
         alone where the task has no answers, or no examples.
     """
     assert len(predictions) == len(examples), f"{len(predictions)} predictions for {len(examples)} examples"
-    if task == "nlg" and examples:
-        return nlg.score(predictions, examples)
+    own: Callable[..., dict[str, Any]] | None = getattr(RECIPES.get(task), "score", None)
+    if own is not None and examples:
+        return own(predictions, examples)
     golds = [example.answer for example in examples if example.answer is not None]
     if not golds:
         return {"n": len(examples)}

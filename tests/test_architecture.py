@@ -8,43 +8,87 @@ from pathlib import Path
 
 import pytest
 
-from rooms import BEGIN, END, FOLDERS, PAGE, ROOT, import_graph, imported, modules, pictures, reachable
+from rooms import BEGIN, END, FOLDERS, PAGE, ROOT, import_graph, imported, modules, pictures, reachable, rooms
+from source import defined_names
 
 MODULES = modules()
 BENCHMARKS = {f"benchmarks.{path.stem}": path for path in sorted((ROOT / "benchmarks").glob("*.py"))}
-BASE = {"config", "errors"}
-MAY_IMPORT = {
+BASE = {"errors", "config"}
+ROOMS: dict[str, set[str]] = {
     "core": set(),
     "kernels": set(),
     "layouts": set(),
     "errors": set(),
+    "timing": set(),
+    "tables": set(),
     "config": {"errors"},
     "hub": {"errors"},
-    "tables": set(),
     "metrics": {"errors"},
     "targets": {"core", "layouts", *BASE},
-    "optim": {"core", "kernels", "layouts", "targets", *BASE},
+    "optim": {"core", "kernels", "layouts", "targets", "timing", *BASE},
     "hf": {"core", "layouts", "targets", "optim", "tables", *BASE},
     "recipes": {"metrics", "hub", *BASE},
-    "run": {"core", "layouts", "targets", "optim", "hf", "metrics", "recipes", "configs", "hub", "tables", *BASE},
-    "cli": {"run", "recipes", "configs", "hub", *BASE, "__version__"},
+    "run": {"core", "layouts", "targets", "optim", "hf", "metrics", "recipes", "hub", "tables", "timing", *BASE},
+    "cli": {"run", "recipes", "hub", *BASE},
 }
+OF_RUN = {"device", "files"}
+WINGS: dict[str, set[str]] = {
+    "device": set(),
+    "files": set(),
+    "settings": OF_RUN,
+    "models": {*OF_RUN, "settings"},
+    "scoring": {*OF_RUN, "settings", "models"},
+    "memory": {*OF_RUN, "settings", "models"},
+    "results": {*OF_RUN, "settings", "models", "scoring", "memory"},
+    "launching": {*OF_RUN, "settings", "models", "memory", "results"},
+    "training": {*OF_RUN, "settings", "models", "scoring", "memory", "results", "launching"},
+    "study": {*OF_RUN, "settings", "scoring", "memory", "results", "launching"},
+    "report": {*OF_RUN, "settings", "results", "study"},
+    "bench": {*OF_RUN, "settings", "models", "results", "training"},
+    "doctor": {*OF_RUN, "models", "results"},
+}
+MAY_IMPORT = {"galore_trainer": ROOMS, "galore_trainer.run": WINGS}
+"""For each package its rooms, from the ground up, with the rooms that each may import."""
 ONLY_TORCH = {"core", "layouts"}
 FILES_IN_A_FOLDER = 12
-# A step is read from end to end in one folder; a command and a task are a file each.
+# A step is read from end to end in one folder. A command and a task are a file each, whatever their number.
 MORE_FILES = {"galore_trainer/optim": 18, "cli": 20, "recipes": 14}
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}  # public, though they begin with an underscore
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if "." in name])
-def test_imports_point_one_way(module: str):
-    area = module.split(".")[1]
-    for name in imported(MODULES[module]):
-        top, *rest = name.split(".")
-        if top == "galore_trainer":
-            assert rest[0] in MAY_IMPORT[area] | {area}, f"{module} imports {name}"
-        elif area in ONLY_TORCH:
-            assert top == "torch" or top in sys.stdlib_module_names, f"{module} imports {name}"
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_room_imports_what_the_table_allows(package: str):
+    imports, table = rooms(package), MAY_IMPORT[package]
+    assert imports.keys() == table.keys()
+    assert {room: names - table[room] for room, names in imports.items() if names - table[room]} == {}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_row_of_the_table_names_rows_above_it(package: str):
+    table = MAY_IMPORT[package]
+    above: set[str] = set()
+    for room, names in table.items():
+        assert names <= above, room
+        above.add(room)
+
+
+def test_the_mathematics_imports_torch_alone():
+    outside = []
+    for module, path in MODULES.items():
+        if module.split(".")[1:2] and module.split(".")[1] in ONLY_TORCH:
+            tops = {name.split(".")[0] for name in imported(path)} - {"torch", "galore_trainer"}
+            outside += [f"{module} imports {top}" for top in tops - sys.stdlib_module_names]
+    assert outside == []
+
+
+def test_what_benchmarks_import_is_there():
+    names = {name for path in BENCHMARKS.values() for name in imported(path) if name.startswith("galore_trainer.")}
+    missing = []
+    for name in sorted(names - MODULES.keys()):
+        module, _, attribute = name.rpartition(".")
+        if module not in MODULES or attribute not in defined_names(MODULES[module]):
+            missing.append(name)
+    assert missing == []
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from source import defined_names
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -43,17 +43,6 @@ def test_functions_that_the_reading_path_names_stand_in_their_files() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     missing = []
     for path, names in re.findall(r"\]\((\S+\.py)\)((?:,? `[\w.]+`)+)", text):
-        module = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-        defined = {name for node in module.body for name in _names(node)}
+        defined = defined_names(ROOT / path)
         missing += [f"{path}: {name}" for name in re.findall(r"`([\w.]+)`", names) if name not in defined]
     assert missing == []
-
-
-def _names(node: ast.stmt) -> Iterator[str]:
-    """``function``, ``Class``, ``Class.method`` or ``CONSTANT``."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        yield node.name
-        yield from (f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef))
-    elif isinstance(node, ast.Assign | ast.AnnAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        yield from (target.id for target in targets if isinstance(target, ast.Name))
