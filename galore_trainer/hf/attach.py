@@ -74,9 +74,9 @@ def _check_untouched(trainer: Trainer) -> None:
         way_out = "Call attach once, without galore_plugin, build_optimizer and GaLoreCallback on the same Trainer."
         raise OptionError("trainer", f"a {kind} that has GaLore+ already", "a Trainer without it", way_out)
     if trainer.state.global_step or trainer.is_in_train:
-        got = f"a {kind} that has trained {trainer.state.global_step} steps"
+        got = f"a {kind} whose training has begun, at step {trainer.state.global_step}"
         way_out = "Make a new Trainer with the same model and call attach before train()."
-        raise OptionError("trainer", got, "a Trainer that has not trained", way_out)
+        raise OptionError("trainer", got, "a Trainer before its training", way_out)
     if trainer.optimizer is not None:
         got = f"a {kind} that has an optimizer, {type(trainer.optimizer).__name__}"
         way_out = f"Make the Trainer without optimizers=, and do not call create_optimizer: {brought}."
