@@ -12,6 +12,7 @@ _HOMES = {
     "OptionError": "galore_trainer.errors",
     "GaLoreAdamW": "galore_trainer.optim.galore_adamw",
     "GaLoreCallback": "galore_trainer.hf.callback",
+    "attach": "galore_trainer.hf.attach",
     "build_optimizer": "galore_trainer.hf.build",
     "check_checkpoint": "galore_trainer.hf.unpickling",
     "export_state": "galore_trainer.hf.state_export",
@@ -23,6 +24,7 @@ __all__ = [
     "GaLoreCallback",
     "GaLoreConfig",
     "OptionError",
+    "attach",
     "build_optimizer",
     "check_checkpoint",
     "export_state",
@@ -33,6 +35,7 @@ __all__ = [
 if TYPE_CHECKING:
     from galore_trainer.config import GaLoreConfig
     from galore_trainer.errors import OptionError
+    from galore_trainer.hf.attach import attach
     from galore_trainer.hf.build import build_optimizer, galore_plugin
     from galore_trainer.hf.callback import GaLoreCallback
     from galore_trainer.hf.state_export import export_state

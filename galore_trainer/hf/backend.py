@@ -86,7 +86,7 @@ def _check_deepspeed(args: Any) -> None:
             "deepspeed.optimizer",
             settings["optimizer"].get("type", "given"),
             "no optimizer block",
-            "Remove it from the DeepSpeed JSON: galore_plugin brings the optimizer.",
+            "Remove it from the DeepSpeed JSON: GaLore+ brings the optimizer.",
         )
     if settings.get("checkpoint", {}).get("load_universal"):
         raise OptionError(

@@ -1,4 +1,4 @@
-"""Two ways into the Hugging Face Trainer: ``optimizers=(build_optimizer(...), None)`` and ``**galore_plugin(...)``.
+"""Ways into the Hugging Face Trainer: ``optimizers=(build_optimizer(...), None)`` and ``**galore_plugin(...)``.
 
 From the Trainer to the optimizer:
 
@@ -8,12 +8,14 @@ From the Trainer to the optimizer:
 4. ``parameter_groups`` makes groups of the weights, under the Trainer's rule for weight decay.
 5. ``GaLoreAdamW`` (``optim/galore_adamw.py``) takes the groups; ``GaLoreCallback`` checks and reports during training.
 
-``build_optimizer`` does steps 3 to 5 at once, before there is a Trainer.
+``build_optimizer`` does steps 3 to 5 at once, before there is a Trainer. ``attach`` (``hf/attach.py``) gives a Trainer
+that exists what ``galore_plugin`` returns.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -30,6 +32,7 @@ from galore_trainer.hf.membership import watch_first_steps
 from galore_trainer.hf.unpickling import check_checkpoint
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.targets import lightning
 from galore_trainer.targets.groups import Weight, parameter_groups, plan_weights
 from galore_trainer.targets.names import logical_name
 
@@ -47,7 +50,8 @@ def build_optimizer(
     """The optimizer for ``Trainer(optimizers=(build_optimizer(model, config), None))``, on one process or under DDP.
 
     Args:
-        model: a transformers model, or any module; the number of attention heads is read from its ``config``.
+        model: a transformers model, or any module; the number of attention heads is read from its ``config``. Of a
+            ``LightningModule`` the model inside is taken.
         config: how to project; ``GaLoreConfig()`` if None.
         lr: learning rate as for AdamW; projected weights move with ``lr * config.scale``, the others with
             ``lr * config.plain_lr_ratio``.
@@ -57,8 +61,8 @@ def build_optimizer(
 
     Raises:
         OptionError: settings that do not fit the model, or a process set up for DeepSpeed or FSDP, where the Trainer
-            drops or refuses ``optimizers=``. At the second ``step()``: no weight has had a gradient, because another
-            model is trained.
+            drops or refuses ``optimizers=``; layer-wise mode under Lightning's automatic optimization or its DDP. At
+            the second ``step()``: no weight has had a gradient, because another model is trained.
     """
     backend = training_backend()
     if backend in SHARDING:
@@ -66,35 +70,46 @@ def build_optimizer(
             "optimizers",
             f"an optimizer built beforehand, under {backend}",
             "one process or DDP",
-            f"Under {backend} the Trainer drops or refuses optimizers=; use Trainer(**galore_plugin(config, args)).",
+            f"Under {backend} the Trainer drops or refuses optimizers=: make the Trainer without it and call "
+            "attach(trainer, config), or use Trainer(**galore_plugin(config, args)).",
         )
     config = config or GaLoreConfig()
     check_layerwise(config, backend)
-    optimizer = _build(model, config, lr, weight_decay, betas, eps, seed)
+    layerwise_lightning = config.layerwise and lightning.is_lightning(model)
+    if layerwise_lightning:
+        lightning.check_layerwise(model)
+    optimizer = _build(lightning.inner_model(model), config, lr, weight_decay, betas, eps, seed)
+    if layerwise_lightning:
+        optimizer.register_step_pre_hook(lightning.run_closure_first)
     watch_first_steps(optimizer, model)
     return optimizer
 
 
-def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
-    """Keyword arguments that put GaLore+ into any Trainer: ``Trainer(..., **galore_plugin(config, args))``.
+def galore_plugin(config: GaLoreConfig, args: Any, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
+    """Keyword arguments that put GaLore+ into a Trainer: ``Trainer(..., **galore_plugin(config, args))``.
 
     Args:
         config: how to project.
         args: the Trainer's ``TrainingArguments`` (TRL's configs too). Their learning_rate, weight_decay, adam_beta1,
             adam_beta2, adam_epsilon and seed are read when the Trainer makes the optimizer, because
             ``hyperparameter_search`` may change them. The Trainer's rule decides which weights are not decayed.
+        callbacks: your own, or their classes. Pass them here: ``callbacks=`` beside ``**galore_plugin(...)`` would be
+            a second argument of that name, a ``TypeError``.
 
     Returns:
-        ``optimizer_cls_and_kwargs`` and ``callbacks``. To pass callbacks of your own, add them to that list.
-        A Trainer without the parameter ``optimizer_cls_and_kwargs`` (``Seq2SeqTrainer`` of some versions) raises a
-        ``TypeError`` for it. On one process and under DDP it takes
-        ``optimizers=(build_optimizer(model, config, lr=...), None), callbacks=[GaLoreCallback()]`` instead.
+        ``optimizer_cls_and_kwargs`` and ``callbacks``: GaLore+'s callback, then yours. A Trainer without the parameter
+        ``optimizer_cls_and_kwargs`` (most of TRL's, ``Seq2SeqTrainer``) raises a ``TypeError`` for it: make it without
+        the plugin and call ``attach(trainer, config)``.
 
     Raises:
         OptionError: ``optim``, ``optim_args`` or ``optim_target_modules`` are set (they would be ignored), or a setting
             that sharded weights do not allow under FSDP or DeepSpeed; ``resume_from_checkpoint`` names a checkpoint of
-            another launch, of weights only, or one that ``check_checkpoint`` refuses.
+            another launch, of weights only, or one that ``check_checkpoint`` refuses; ``callbacks`` holds a
+            ``GaLoreCallback``.
     """
+    others = list(callbacks or ())
+    if any(callback is GaLoreCallback or isinstance(callback, GaLoreCallback) for callback in others):
+        raise OptionError("callbacks", "a GaLoreCallback", "your own callbacks alone", "galore_plugin adds it.")
     check_ignored(args)
     config = fitted_config(config, args)
     resume = getattr(args, "resume_from_checkpoint", None)
@@ -102,7 +117,10 @@ def galore_plugin(config: GaLoreConfig, args: Any) -> dict[str, Any]:
         check_layout(resume, args)
         check_checkpoint(resume, "resume_from_checkpoint")
     settings = {"config": config, "args": args}
-    return {"optimizer_cls_and_kwargs": (GaLoreFactory, settings), "callbacks": [GaLoreCallback(plugin=settings)]}
+    return {
+        "optimizer_cls_and_kwargs": (GaLoreFactory, settings),
+        "callbacks": [GaLoreCallback(plugin=settings), *others],
+    }
 
 
 class GaLoreFactory:

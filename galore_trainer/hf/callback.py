@@ -27,7 +27,7 @@ STEPS_TO_MOVE = 3
 
 
 class GaLoreCallback(TrainerCallback):
-    """Reports on a ``GaLoreAdamW`` inside a Trainer; ``galore_plugin`` adds it.
+    """Reports on a ``GaLoreAdamW`` inside a Trainer; ``attach`` and ``galore_plugin`` add it.
 
     At the start it prints one table of projected, plain and frozen weights. Every log gets
 
@@ -89,7 +89,10 @@ class GaLoreCallback(TrainerCallback):
         self._move_to_front()
         self._reset()
         self._first_step = state.global_step
-        self._optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        optimizer = kwargs.get("optimizer")
+        if self._plugin is not None and inner_optimizer(optimizer) is None:
+            raise _other_optimizer(optimizer)
+        self._optimizer = unwrap_optimizer(optimizer)
         if state.global_step and not self._optimizer.state:
             raise lacks_state(args, state.global_step)
         if self._plugin is not None:
@@ -210,17 +213,35 @@ def _calling_handler() -> CallbackHandler | None:
     return None
 
 
+def inner_optimizer(optimizer: Any) -> GaLoreAdamW | None:
+    """The ``GaLoreAdamW`` inside accelerate's wrappers; None where there is none."""
+    while optimizer is not None and not isinstance(optimizer, GaLoreAdamW):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def _other_optimizer(optimizer: Any) -> OptionError:
+    """The error where the Trainer did not make the optimizer of ``galore_plugin``."""
+    made = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    return OptionError(
+        "Trainer.create_optimizer",
+        made,
+        "the GaLoreAdamW of attach or galore_plugin",
+        "The Trainer's class or its script makes an optimizer of its own: let its create_optimizer return "
+        "super().create_optimizer(), or, on one process and under DDP, pass optimizers=(build_optimizer(model, config, "
+        "lr=...), None) and callbacks=[GaLoreCallback()] in the place of attach.",
+    )
+
+
 def unwrap_optimizer(optimizer: Any) -> GaLoreAdamW:
     """The ``GaLoreAdamW`` inside accelerate's wrappers; ``OptionError`` where there is none."""
-    inner = optimizer
-    while inner is not None and not isinstance(inner, GaLoreAdamW):
-        inner = getattr(inner, "optimizer", None)
+    inner = inner_optimizer(optimizer)
     if inner is None:
         raise OptionError(
             "optimizers",
             type(optimizer).__name__,
             "a GaLoreAdamW in the Trainer that has GaLoreCallback",
-            "Pass optimizers=(build_optimizer(model, config), None), or **galore_plugin(config, args), which is kept "
-            "where the Trainer drops optimizers=.",
+            "Make the Trainer without optimizers= and GaLoreCallback, then call attach(trainer, config) or pass "
+            "**galore_plugin(config, args): the Trainer keeps both where it drops optimizers=.",
         )
     return inner

@@ -116,7 +116,7 @@ def watch_first_steps(optimizer: GaLoreAdamW, model: nn.Module) -> None:
 
 BUILD_LAST = (
     "Build it last, from the model that the Trainer gets (after get_peft_model, a new head, unfreezing, "
-    "load_state_dict(assign=True)); galore_plugin builds it when training starts."
+    "load_state_dict(assign=True)); attach and galore_plugin build it when training starts."
 )
 FREEZE = (
     "Or freeze what is not to be trained: requires_grad_(False). What is to be unfrozen later has to require gradients "

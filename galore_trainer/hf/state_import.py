@@ -37,7 +37,7 @@ def import_state(trainer: Trainer, checkpoint: str | Path) -> Path:
     the number of steps.
 
     Args:
-        trainer: made with ``galore_plugin``, under FSDP2 or DeepSpeed.
+        trainer: made with ``attach`` or ``galore_plugin``, under FSDP2 or DeepSpeed.
         checkpoint: from ``export_state``, or of one process or DDP.
 
     Returns:

@@ -309,5 +309,5 @@ def check_shardable(matrix: LogicalMatrix, name: str) -> None:
             "galore.proj_type",
             f"the left side of {name}, in shards",
             "proj_type right under FSDP and DeepSpeed",
-            "Set galore.proj_type=right (galore_plugin does so by itself).",
+            "Set galore.proj_type=right (attach and galore_plugin do so by themselves).",
         )

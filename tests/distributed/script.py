@@ -1,7 +1,8 @@
 """Trains a tiny model under one backend: ``script.py BACKEND MODEL OUTPUT SETTINGS [CHECKPOINT ...]``, under torchrun.
 
-SETTINGS are GaLoreConfig's, in JSON, and four more: ``bf16``, ``eps`` and ``accumulation`` for the Trainer, ``adamw``
-for PyTorch's AdamW instead, at this learning rate. Two GPUs are used where there are two. On CPUs DeepSpeed needs no
+SETTINGS are GaLoreConfig's, in JSON, and five more: ``bf16``, ``eps`` and ``accumulation`` for the Trainer, ``adamw``
+for PyTorch's AdamW instead, at this learning rate, ``attach`` for a Seq2SeqTrainer that exists, in the place of the
+plugin. Two GPUs are used where there are two. On CPUs DeepSpeed needs no
 compiler (its shared-memory operation is declared missing) and accelerate needs to be told that FSDP may run there: both
 are for tests alone.
 """
@@ -14,9 +15,9 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, set_seed
 
-from galore_trainer import GaLoreConfig, galore_plugin, import_state
+from galore_trainer import GaLoreConfig, attach, galore_plugin, import_state
 from galore_trainer.hf.callback import unwrap_optimizer
 
 ON_GPU = torch.cuda.device_count() >= 2
@@ -88,9 +89,9 @@ def make_trainer(backend: str, model_dir: str, output: str, options: dict[str, A
     # The residual's entries near zero are normalised by their own size: with the usual 1e-8 the order of a sum decides
     # their sign (1e-4 seen in one entry of a matrix, under DDP too).
     options = dict(options)
-    bf16, adamw = options.pop("bf16", False), options.pop("adamw", None)
+    bf16, adamw, by_attach = options.pop("bf16", False), options.pop("adamw", None), options.pop("attach", False)
     eps, accumulation = options.pop("eps", 1e-5), options.pop("accumulation", 2)
-    args = TrainingArguments(
+    args = Seq2SeqTrainingArguments(
         output, max_steps=6, per_device_train_batch_size=BATCH // WORLD // accumulation, max_grad_norm=0.5,
         gradient_accumulation_steps=accumulation, learning_rate=adamw or 2e-3, weight_decay=0.1, adam_epsilon=eps,
         use_cpu=not ON_GPU, bf16=bf16, save_strategy="steps", save_steps=SAVE_AT, report_to="none", disable_tqdm=True,
@@ -100,6 +101,8 @@ def make_trainer(backend: str, model_dir: str, output: str, options: dict[str, A
     usual = {"rank": 4, "update_proj_gap": 2, "residual_percent": 1.2, "residual_warmup_steps": 2, "proj_type": "right"}
     config = GaLoreConfig(**{**usual, **options})
     model = AutoModelForCausalLM.from_pretrained(model_dir)
+    if by_attach:
+        return attach(Seq2SeqTrainer(model, args, train_dataset=rows), config)
     return Trainer(model, args, train_dataset=rows, **({} if adamw else galore_plugin(config, args)))
 
 

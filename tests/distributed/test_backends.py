@@ -27,6 +27,15 @@ def test_two_processes_equal_one_and_resume_bit_for_bit(backend: str, launch: La
         assert torch.equal(resumed["weights"][name], whole), name
 
 
+@pytest.mark.parametrize("backend", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_attach_to_a_trainer_equals_the_plugin_bit_for_bit(backend: str, launch: Launch) -> None:
+    by_plugin, by_attach = (launch(2, backend, settings).found for settings in ("{}", '{"attach": true}'))
+    for wanted, found in zip(by_plugin, by_attach, strict=True):
+        assert found["share"] == wanted["share"] < 0.7
+        for name, w in wanted["weights"].items():
+            assert torch.equal(found["weights"][name], w), name
+
+
 @pytest.mark.parametrize("settings", ['{"layerwise": true}', '{"layerwise": true, "embeddings": "frozen"}'])
 def test_layer_wise_mode_on_two_processes_equals_it_on_one(settings: str, launch: Launch) -> None:
     (one, _), (two, resumed) = launch(1, "single", settings).found, launch(2, "ddp", settings).found

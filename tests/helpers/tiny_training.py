@@ -18,9 +18,9 @@ def rows(count: int = 16) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "attention_mask": [1] * 8, "labels": row} for row in ids]
 
 
-def arguments(folder: Path, **more: Any) -> TrainingArguments:
+def arguments(folder: Path, cls: type = TrainingArguments, **more: Any) -> Any:
     settings: dict[str, Any] = dict(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=2e-3, use_cpu=True,
         save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1, seed=3,
     )  # fmt: skip
-    return TrainingArguments(**{**settings, **more})
+    return cls(**{**settings, **more})
