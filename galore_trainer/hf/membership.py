@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from galore_trainer.errors import OptionError
-from galore_trainer.layouts.dtensor import is_dtensor
+from galore_trainer.layouts.find import is_cut
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.guards import some_of
 
@@ -51,7 +51,7 @@ class Membership:
             return
         optimized = optimized_weights(self.optimizer)
         named: list[tuple[str, nn.Parameter]] = list(self.model.named_parameters())
-        if self.backend == "fsdp" and not all(is_dtensor(p) for _, p in named):
+        if self.backend == "fsdp" and not all(is_cut(p) for _, p in named):
             return  # between a forward and its backward pass FSDP2 puts whole weights in the place of the shards
         loose = [name for name, p in named if p.requires_grad and id(p) not in optimized]
         in_model = {id(p) for _, p in named}

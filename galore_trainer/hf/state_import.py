@@ -25,7 +25,7 @@ from galore_trainer.hf.checkpoints import (
     check_state,
 )
 from galore_trainer.hf.reading import OPTION, TRAINER, load_tensors
-from galore_trainer.layouts.dtensor import is_dtensor, local, shard_of
+from galore_trainer.layouts.find import is_cut, local, shard_of
 from galore_trainer.targets.names import logical_name
 
 
@@ -175,7 +175,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     parameters: Any = model.named_parameters()
     for full_name, p in parameters:
         whole = weights[logical_name(full_name)]
-        if is_dtensor(p):
+        if is_cut(p):
             shard, local_rows = shard_of(p, full_name), local(p)
             local_rows.copy_(whole.reshape(-1)[shard.start : shard.stop].view(local_rows.shape))
         elif hasattr(p, "ds_id"):  # ZeRO-3, which writes the weight of rank 0 back to all ranks

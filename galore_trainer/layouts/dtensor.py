@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +13,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from galore_trainer.layouts.shard import Ranks, Shard
 
-
-def is_dtensor(p: Any) -> bool:
-    """Whether a tensor is a DTensor."""
-    return isinstance(p, DTensor)
+TYPE = DTensor
 
 
-def local(x: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
-    return x.to_local() if isinstance(x, DTensor) else x
+def local(x: DTensor) -> Tensor:
+    """This process's part of a DTensor."""
+    return x.to_local()
 
 
 def shard_of(p: DTensor, name: str) -> Shard:

@@ -14,17 +14,45 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from galore_trainer.layouts.dtensor import shard_of
+from galore_trainer.layouts import dtensor
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.layouts.zero import Slice, flats_of, is_zero, slices_of
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+KINDS = {dtensor.TYPE: dtensor}
+"""Types of tensors that stand for a shard of a parameter, each with the module that knows it."""
+CUT_TYPES = tuple(KINDS)
 Group = Mapping[str, Any]
 
 
 def address_of(p: Tensor) -> int:
     """Memory address of a parameter; 0 for subclasses of Tensor, such as DTensors and fake tensors."""
     return p.data_ptr() if type(p) in PLAIN_TYPES else 0
+
+
+def is_cut(p: Any) -> bool:
+    """Whether a tensor stands for a shard of a parameter."""
+    return isinstance(p, CUT_TYPES)
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's entries of a tensor that ``is_cut``; any other tensor as it is."""
+    return kind_of(x).local(x) if is_cut(x) else x
+
+
+def like(value: Tensor, p: Tensor) -> Tensor:
+    """State of a cut parameter as a tensor of its kind; see ``dtensor.like``."""
+    return kind_of(p).like(value, p)
+
+
+def shard_of(p: Tensor, name: str) -> Shard:
+    """The entries of a cut parameter that this process holds; see ``dtensor.shard_of``."""
+    return kind_of(p).shard_of(p, name)
+
+
+def kind_of(p: Tensor) -> Any:
+    """The module that knows a tensor that ``is_cut``."""
+    return next(module for kind, module in KINDS.items() if isinstance(p, kind))
 
 
 class Noted:

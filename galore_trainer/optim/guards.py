@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core.galore import compute_dtype, largest_usable
-from galore_trainer.layouts.dtensor import is_dtensor, local
+from galore_trainer.layouts.find import is_cut, local
 from galore_trainer.layouts.shard import Ranks, checksum
 
 ROW_LIMIT = 10
@@ -294,7 +294,7 @@ class Culprits:
                 if watching is not None:
                     watching._note(name, grad)
 
-            if is_dtensor(p):  # FSDP2 computes with other tensors, and calls these hooks itself
+            if is_cut(p):  # FSDP2 computes with other tensors, and calls these hooks itself
                 self._hooks.append(p.register_post_accumulate_grad_hook(lambda p, look=look: look(p.grad)))
             else:
                 self._hooks.append(p.register_hook(look))

@@ -23,7 +23,6 @@ from galore_trainer.optim.bucket import BASIS, MOMENTS, Bucket, entries
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, Piece
 from galore_trainer.optim.ops_torch import Incoming, TorchOps, rounds
 from galore_trainer.optim.param_groups import scale_of
-from galore_trainer.targets.matrices import has_residual
 
 FIRST_ELEMENTS = 1 << 29  # ``bucket.entries`` that move in one go at first, then twice as many each time,
 MOST_ELEMENTS = 1 << 30  # and at most: what is made of their projections is held meanwhile
@@ -265,12 +264,10 @@ def buckets_for_triton(
 
 
 def _takes(members: list[Piece], config: GaLoreConfig, rest: list[Piece]) -> bool:
-    """Whether the kernels move equal pieces; if not, ``rest`` takes them. Candidates warm up in torch."""
+    """Whether the kernels move equal pieces; if not, ``rest`` takes them."""
     first = members[0]
-    takes = why_not(first.weight, first.grad if first.kept is None else None, config) is None
-    if takes and has_residual(first.matrix, config) and residual.has_begun(first.owner.state, config):
-        by_row = config.residual_selection == "row"
-        takes = by_row and first.prefix + residual.INDEX in first.owner.state
+    grad = first.grad if first.kept is None else None
+    takes = why_not(first.weight, grad, config) is None and residual.takes_triton(first, config)
     if not takes:
         rest += members
     return takes
@@ -279,11 +276,8 @@ def _takes(members: list[Piece], config: GaLoreConfig, rest: list[Piece]) -> boo
 def _key(piece: Piece, config: GaLoreConfig) -> tuple[Any, ...]:
     """Equal for pieces that the kernels take in one go: the age of their bases does not matter to them."""
     p, g, matrix, owner = piece.weight, piece.grad, piece.matrix, piece.owner
-    phase = None
-    if config.residual_percent > 0.0:
-        phase = (residual.has_begun(owner.state, config), piece.prefix + residual.INDEX in owner.state)
     strides = None if piece.kept is None and p.is_contiguous() and g.is_contiguous() else (p.stride(), g.stride())
-    known = (piece.kept is None, owner.ok is None, phase)
+    known = (piece.kept is None, owner.ok is None, residual.kernel_phase(piece, config))
     return (id(owner.group), matrix.form, known, p.shape, strides, p.dtype, g.dtype, owner.factors, p.get_device())
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.matrix import LogicalMatrix, stored_rows
 from galore_trainer.errors import OptionError
-from galore_trainer.layouts.dtensor import is_dtensor
-from galore_trainer.layouts.find import Placement
+from galore_trainer.layouts.find import Placement, is_cut
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.bucket import MOMENTS
 from galore_trainer.optim.param_groups import SLICES, check_same_method, checked_shard
@@ -211,7 +210,7 @@ def put_whole(
                 state[flat] = restored(_fill_flat(flat, placement, group, states, weights, config), flat)
             continue
         for i, (name, p) in enumerate(zip(group["names"], group["params"], strict=True)):
-            if not is_dtensor(p):
+            if not is_cut(p):
                 raise OptionError("checkpoint", f"{name}, whole", "weights cut by FSDP2 or ZeRO", "Resume from it.")
             matrices = group["matrices"][i] if group["projected"] else None
             state[p] = restored(_part_of(states[name], matrices, checked_shard(placement, p, name)), p)

@@ -7,6 +7,7 @@ residual begins with the first basis that comes from a whole gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import residual
 from galore_trainer.core.galore import usable_parts
+from galore_trainer.core.matrix import LogicalMatrix
+from galore_trainer.core.precision import Form, stored_form
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.optim.bucket import Bucket
-from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight
+from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
 from galore_trainer.targets.matrices import has_residual, support_shape
 
 INDEX, CANDIDATES, MEAN = "residual_index", "candidate_index", "candidate_mean"
@@ -80,6 +83,45 @@ def make_support(w: LocalWeight, config: GaLoreConfig) -> None:
             index = torch.zeros(support_shape(piece.matrix, config), dtype=torch.int32, device=piece.weight.device)
             _make_moments(Bucket([piece]), index)
             w.state[RESIDUAL_AGE] = torch.zeros_like(w.state[AGE])
+
+
+def takes_triton(piece: Piece, config: GaLoreConfig) -> bool:
+    """Whether the kernels know what the residual of a piece needs in this step: candidates warm up in torch."""
+    if not (has_residual(piece.matrix, config) and has_begun(piece.state, config)):
+        return True
+    return config.residual_selection == "row" and piece.prefix + INDEX in piece.state
+
+
+def kernel_phase(piece: Piece, config: GaLoreConfig) -> Any:
+    """Equal for pieces that the kernels take together."""
+    if config.residual_percent == 0.0:
+        return None
+    return has_begun(piece.state, config), piece.prefix + INDEX in piece.state
+
+
+def forms(
+    state: Mapping[str, Any], matrix: LogicalMatrix, config: GaLoreConfig, wide: torch.dtype
+) -> Iterator[tuple[str, Form]]:
+    """Key and form of every tensor that a saved state holds for the residual of one matrix, but scales of moments.
+
+    Args:
+        state: of a whole weight, as it is saved.
+        matrix: one of the weight's.
+        config: of the optimizer.
+        wide: the dtype of state in 32 bits.
+    """
+    if not has_residual(matrix, config) or int(state.get("refreshes", 0)) <= config.sketches_first:
+        return
+    blocks, lines, entries = support_shape(matrix, config)
+    if matrix.prefix + CANDIDATES in state:
+        wide_entries = state[matrix.prefix + CANDIDATES].shape[-1]  # as many as the lines hold, at most
+        yield CANDIDATES, Form((blocks, lines, wide_entries), torch.int32)
+        yield MEAN, Form((blocks, lines, wide_entries), wide)
+        return
+    yield INDEX, Form((blocks, lines, entries), torch.int32)
+    yield RESIDUAL_AGE, Form((), torch.float32)
+    for key, _ in MOMENTS:
+        yield key, stored_form((blocks, lines, entries), config.state_bits, wide)
 
 
 def reset_residual(bucket: Bucket) -> None:

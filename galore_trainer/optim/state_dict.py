@@ -17,12 +17,11 @@ from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import Form, stored_basis_form, stored_form
 from galore_trainer.errors import OptionError
-from galore_trainer.layouts.dtensor import is_dtensor
-from galore_trainer.layouts.find import Placement
+from galore_trainer.layouts.find import Placement, is_cut
 from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import BASIS, MOMENTS, SCALE
 from galore_trainer.optim.guards import some_of
-from galore_trainer.optim.local import AGE, RESIDUAL_AGE, rows_of_shard
+from galore_trainer.optim.local import AGE, rows_of_shard
 from galore_trainer.optim.param_groups import (
     OVERRIDES,
     SLICES,
@@ -43,7 +42,6 @@ from galore_trainer.optim.state_forms import (
     saved_dtensor,
     saved_form,
 )
-from galore_trainer.targets.matrices import has_residual, support_shape
 
 STEPS, STATES = "steps", "states"
 """Keys of a state dict: the largest ``calls`` and the number of parameters with a state, which tell what is missing."""
@@ -93,12 +91,12 @@ def _saved_state(
 ) -> Mapping[str, Any]:
     """The state of parameter ``i`` of a group as it is saved."""
     p, projected = group["params"][i], group["projected"]
-    if not state or (not projected and not is_dtensor(p)):
+    if not state or (not projected and not is_cut(p)):
         return state
     if placement.is_flat(group):
         return _saved_flat(state, group, p, placement, config)
     name, matrices = group["names"][i], group["matrices"][i] if projected else ()
-    if not is_dtensor(p):
+    if not is_cut(p):
         return saved_form(state, matrices, config)
     if projected:
         shard = placement.shard(p, name)
@@ -180,7 +178,7 @@ def unpack(
             state = states.pop(key, None)
             if state and flat:
                 loaded[p] = restored(state, p)
-            elif state and is_dtensor(p):
+            elif state and is_cut(p):
                 loaded[p] = restored(rows_of_dtensor(state), p)
             elif state:
                 name, matrices = group["names"][i], group["matrices"][i] if group["projected"] else None
@@ -273,18 +271,8 @@ def _forms(
         yield from _with_scale(prefix + BASIS, stored_basis_form(matrix.basis_shape, config.basis_bits, wide))
         for key, _ in MOMENTS:
             yield from _with_scale(prefix + key, stored_form(matrix.moment_shape, config.state_bits, wide))
-        if not has_residual(matrix, config) or int(state.get("refreshes", 0)) <= config.sketches_first:
-            continue
-        blocks, lines, entries = support_shape(matrix, config)
-        if prefix + "candidate_index" in state:
-            shape = tuple(state[prefix + "candidate_index"].shape)  # as many as the lines hold, at most
-            yield prefix + "candidate_index", Form((blocks, lines, shape[-1]), torch.int32)
-            yield prefix + "candidate_mean", Form((blocks, lines, shape[-1]), wide)
-            continue
-        yield prefix + "residual_index", Form((blocks, lines, entries), torch.int32)
-        yield prefix + RESIDUAL_AGE, age
-        for key, _ in residual.MOMENTS:
-            yield from _with_scale(prefix + key, stored_form((blocks, lines, entries), config.state_bits, wide))
+        for key, form in residual.forms(state, matrix, config, wide):
+            yield from _with_scale(prefix + key, form)
 
 
 def _with_scale(key: str, form: Form) -> Iterator[tuple[str, Form]]:

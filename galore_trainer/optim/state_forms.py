@@ -20,7 +20,7 @@ from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.matrix import LogicalMatrix, Rows
 from galore_trainer.core.residual import CANDIDATES
 from galore_trainer.errors import OptionError
-from galore_trainer.layouts.dtensor import is_dtensor, like
+from galore_trainer.layouts.find import is_cut, like, local
 from galore_trainer.optim.bucket import MOMENTS, Bucket
 from galore_trainer.optim.guards import no_skips
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight
@@ -207,8 +207,8 @@ def rows_of_dtensor(packed: State) -> dict[str, Any]:
     """Undo ``saved_dtensor``: this process's rows, of what there was."""
     state = dict(living(packed))
     for key, value in state.items():
-        if is_dtensor(value):
-            value = value.to_local()
+        if is_cut(value):
+            value = local(value)
             state[key] = value.reshape(-1, value.shape[-1]) if "refreshes" in packed else value.flatten()
     return state
 

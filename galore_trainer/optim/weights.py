@@ -12,8 +12,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig, check_settings
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.errors import OptionError
-from galore_trainer.layouts.dtensor import is_dtensor, local
-from galore_trainer.layouts.find import PLAIN_TYPES, Placement
+from galore_trainer.layouts.find import PLAIN_TYPES, Placement, is_cut, local
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.kept import KeptGradient, sketch_matrices
 from galore_trainer.optim.layerwise import ProjectedGradient
@@ -56,7 +55,7 @@ def weights_with_gradients(
             if not flat and (moved or p.shape != noted.shapes[i]):
                 check_noted(noted, group, i, states.get(p))
             matrices = group["matrices"][i] if projected else ()
-            if flat or is_dtensor(p):
+            if flat or is_cut(p):
                 if not placement.is_cut:
                     check_settings(config, "shards")
                 yield from (

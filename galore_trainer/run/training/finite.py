@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from galore_trainer.layouts.dtensor import local
+from galore_trainer.layouts.find import local
 from galore_trainer.optim.guards import ROW_LIMIT, Later, some_of
 
 if TYPE_CHECKING:
