@@ -1,4 +1,4 @@
-"""The README's promises: its table of knobs, its commands, its snippets, its links."""
+"""The README's promises: its table of knobs, its commands, its snippets. ``test_documents.py`` has its links."""
 
 from __future__ import annotations
 
@@ -79,12 +79,10 @@ def understood_state_command(name: str, checkpoint: str, *rest: str) -> None:
     load_run_config(config, [word for word in words if "=" in word])
 
 
-def test_make_targets_and_links_exist() -> None:
+def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.M):
         assert re.search(rf"^{target}:", makefile, re.M)
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
 
 
 def test_the_python_snippets_run(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
