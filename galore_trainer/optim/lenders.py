@@ -120,7 +120,7 @@ def _rows_of_cut(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Seque
 
 
 def _with_rows(G: Tensor, rows: int) -> Tensor:
-    """G [1, m, n] with rows of zeros below, which add nothing to a sum over rows; a copy only where some are missing."""
+    """G [1, m, n] with zeros below, which add nothing to a sum over rows; a copy only where rows are missing."""
     missing = rows - G.shape[1]
     return torch.nn.functional.pad(G, (0, 0, 0, missing)) if missing else G
 
