@@ -103,8 +103,7 @@ def _rows_of_cut(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Seque
         pairs = zip(bucket.pieces, grads, strict=True)
         parts = [G[_rows_owned(piece.owner, piece.matrix)].unsqueeze(0) for piece, G in pairs]
         most = max(part.shape[1] for part in parts)
-        # a row of zeros adds nothing to a sum over rows
-        return [torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts], ranks.sum
+        return [_with_rows(part, most) for part in parts], ranks.sum
     # equal matrices may lie at other rows of their weights, as q, k and v of a fused one do
     each = [stored_rows(piece.matrix, piece.owner.shard.rows) for piece in bucket.pieces]
     rows = torch.stack(each).to(bucket.device)  # [weights, blocks, block rows]
@@ -118,6 +117,12 @@ def _rows_of_cut(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Seque
     for here, w, wanted, G in zip(gathered, weights, rows, grads, strict=True):
         here.copy_(_owned_or_zero(w, wanted, G))
     return list(ranks.sum(gathered).unbind()), None
+
+
+def _with_rows(G: Tensor, rows: int) -> Tensor:
+    """G [1, m, n] with zeros below, which add nothing to a sum over rows; a copy only where rows are missing."""
+    missing = rows - G.shape[1]
+    return torch.nn.functional.pad(G, (0, 0, 0, missing)) if missing else G
 
 
 def _rows_owned(w: LocalWeight, matrix: LogicalMatrix) -> Any:
