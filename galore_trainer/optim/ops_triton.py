@@ -136,8 +136,9 @@ class Places:
         if moves_residual:
             tensors[residual.INDEX] = bucket.each(residual.INDEX)
         if bucket.group["galore"]["state_bits"] == 32:
-            for key, _ in (*MOMENTS, *(residual.MOMENTS if moves_residual else ())):
-                tensors[key] = bucket.each(key)
+            for key, _ in (*MOMENTS, *residual.MOMENTS):
+                if bucket.has(key):
+                    tensors[key] = bucket.each(key)
             for key in (AGE, *((RESIDUAL_AGE,) if moves_residual else ())):
                 tensors[key] = [piece.owner.state[key] for piece in bucket.pieces]
         columns = {key: [x.data_ptr() for x in members] for key, members in tensors.items()}

@@ -7,7 +7,7 @@ residual begins with the first basis that comes from a whole gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,16 @@ from galore_trainer.core.precision import Form, stored_form
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
+from galore_trainer.optim.ops_torch import Incoming
 from galore_trainer.targets.matrices import has_residual, support_shape
 
 INDEX, CANDIDATES, MEAN = "residual_index", "candidate_index", "candidate_mean"
 MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))
 """Keys of the sparse moments, and whether they have a sign."""
+ROWS = (CANDIDATES, MEAN, INDEX, *(key for key, _ in MOMENTS))
+"""Keys of what has a row for each row of a weight."""
+PHASE_OF = {CANDIDATES: 1, MEAN: 1}
+"""The phase in which a key exists; of all others it is 2."""
 
 
 def has_begun(state: Any, config: GaLoreConfig) -> bool:
@@ -53,7 +58,24 @@ def ages_to_count(w: LocalWeight, config: GaLoreConfig) -> tuple[str, ...]:
     return (AGE, RESIDUAL_AGE)
 
 
-def lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLoreConfig) -> Tensor | None:
+def step(projected: Sequence[Incoming], ops: Any, config: GaLoreConfig) -> list[tuple[str, Tensor] | None]:
+    """The residual's part of a step; called before the moments take in what is projected.
+
+    Args:
+        projected: gradients of some buckets. ``ok`` becomes 0.0 where what the projection loses is not usable.
+        ops: forms the entries, and takes them into their moments.
+        config: of the optimizer.
+
+    Returns:
+        For each bucket the key of its positions and their update N_S; None without a residual, and in a warm-up.
+    """
+    lost = [_lost_entries(bucket, ops, R, ok, config) for bucket, R, ok in projected]  # D at S, or None
+    incoming = [Incoming(bucket, D, ok) for (bucket, _, ok), D in zip(projected, lost, strict=True) if D is not None]
+    updates = iter(ops.adam_(incoming, MOMENTS, RESIDUAL_AGE))
+    return [None if D is None else (INDEX, next(updates)) for D in lost]
+
+
+def _lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLoreConfig) -> Tensor | None:
     """D at the support, [pieces x blocks, lines, entries]; None without a residual, and while candidates warm up.
 
     Args:

@@ -21,6 +21,7 @@ from galore_trainer.core.matrix import LogicalMatrix, Rows
 from galore_trainer.core.residual import CANDIDATES
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import is_cut, like, local
+from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import MOMENTS, Bucket
 from galore_trainer.optim.guards import no_skips
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight
@@ -29,15 +30,10 @@ from galore_trainer.targets.matrices import has_residual, support_shape
 
 COUNTERS = ("calls", "refreshes", "due", "born", "phase")
 AGE_KEYS = (AGE, RESIDUAL_AGE)
-RESIDUAL_ROWS = (
-    *("candidate_index", "candidate_mean"),
-    *("residual_index", "residual_exp_avg", "residual_exp_avg_sq"),
-)
-ROW_KEYS = (*(key for key, _ in MOMENTS), *RESIDUAL_ROWS)
+ROW_KEYS = (*(key for key, _ in MOMENTS), *residual.ROWS)
 """What a cut weight saves row by row."""
 BAR = "|"  # between a weight's name and a key, in the state of a flat tensor
 PHASE = "residual_phase"  # 0: no residual yet, 1: candidates, 2: a support
-PHASE_OF = {"candidate_index": 1, "candidate_mean": 1}  # all others: 2
 
 State = Mapping[str, Any]
 
@@ -127,7 +123,7 @@ def pieces_of_rows(
     by_rows = {key: state.pop(key) for key in ROW_KEYS if key in state}
     for rows in pieces:
         for key, value in by_rows.items():
-            if key not in RESIDUAL_ROWS or rows.matrix.loses:
+            if key not in residual.ROWS or rows.matrix.loses:
                 shape = (rows.matrix.blocks, rows.matrix.block_rows, value.shape[-1])
                 state[rows.prefix + key] = rows.of(value).reshape(shape).clone()
 
@@ -192,10 +188,10 @@ def saved_dtensor(state: State, p: Any, matrices: Sequence[LogicalMatrix], confi
         packed[PHASE] = 2 if has_support else int(state["refreshes"] > 0)
         rows, device, columns = len(state["exp_avg"]), state["exp_avg"].device, with_residual[0].columns
         entries = support_shape(with_residual[0], config)[-1]
-        for key in RESIDUAL_ROWS:
-            wide = entries * (CANDIDATES if key in PHASE_OF and config.residual_warmup_steps else 1)
+        for key in residual.ROWS:
+            wide = entries * (CANDIDATES if key in residual.PHASE_OF and config.residual_warmup_steps else 1)
             dtype = torch.int32 if key.endswith("index") else state["exp_avg"].dtype
-            dtype = compute_dtype(p.dtype) if key == "candidate_mean" else dtype
+            dtype = compute_dtype(p.dtype) if key == residual.MEAN else dtype
             packed.setdefault(key, torch.zeros(rows, min(wide, columns), dtype=dtype, device=device))
         for matrix in with_residual:
             packed.setdefault(matrix.prefix + RESIDUAL_AGE, torch.zeros((), dtype=torch.float32, device=device))
@@ -218,8 +214,8 @@ def living(packed: State) -> Iterator[tuple[str, Any]]:
     phase = packed.get(PHASE)
     for key, value in packed.items():
         name = key.rsplit(".", 1)[-1]
-        residual = name in RESIDUAL_ROWS or name == RESIDUAL_AGE
-        if key != PHASE and (not residual or phase is None or phase == PHASE_OF.get(name, 2)):
+        of_residual = name in residual.ROWS or name == RESIDUAL_AGE
+        if key != PHASE and (not of_residual or phase is None or phase == residual.PHASE_OF.get(name, 2)):
             yield key, value
 
 

@@ -24,7 +24,7 @@ from galore_trainer.optim.bucket import (
     runs,
 )
 from galore_trainer.optim.guards import count_skips
-from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Moved, Piece, moved_together
+from galore_trainer.optim.local import AGE, LocalWeight, Moved, Piece, moved_together
 from galore_trainer.optim.ops_torch import Incoming, TorchOps
 from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, count_on_gpu
 
@@ -42,15 +42,13 @@ def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: G
     """
     # R = project(G). Where ok is 0.0 nothing below changes the weight, its moments or their age.
     projected = [Incoming(bucket, *ops.project(bucket)) for bucket in buckets]
-    # D = G - lift(R) at the support S. It is formed before moments move, as it can be unusable where R is not.
-    lost = [residual.lost_entries(bucket, ops, R, ok, config) for bucket, R, ok in projected]
+    # D = G - lift(R), for what a residual makes of it; ok becomes 0.0 where D is not usable, before any moment moves.
+    sparse = residual.step(projected, ops, config)
     # M <- b1 M + (1 - b1) R, V <- b2 V + (1 - b2) R R, N = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
     updates = ops.adam_(projected, MOMENTS, AGE)
-    sparse = [Incoming(bucket, D, ok) for (bucket, _, ok), D in zip(projected, lost, strict=True) if D is not None]
-    sparse_updates = iter(ops.adam_(sparse, residual.MOMENTS, RESIDUAL_AGE))
     # W <- W - lr wd W - lr scale (lift(N) + residual_scale N_S at S)
-    for (bucket, _, ok), N, D in zip(projected, updates, lost, strict=True):
-        ops.apply_(bucket, N, ok, None if D is None else (residual.INDEX, next(sparse_updates)))
+    for (bucket, _, ok), N, at_support in zip(projected, updates, sparse, strict=True):
+        ops.apply_(bucket, N, ok, at_support)
     return [ok for _, _, ok in projected]
 
 
