@@ -167,14 +167,14 @@ class Rows(NamedTuple):
     Attributes:
         matrix: these rows as a logical matrix [blocks, rows a block, n].
         at: their positions among the local rows of the weight, block by block: a slice, or indices.
-        bases: the indices of their blocks in the logical matrix: a slice, or indices.
+        block_index: which blocks of the logical matrix these are: a slice, or indices.
         name: seeds random streams; unique over all pieces and processes.
         prefix: of their keys in the state of the weight.
     """
 
     matrix: LogicalMatrix
     at: Any
-    bases: Any
+    block_index: Any
     name: str
     prefix: str
 

@@ -106,11 +106,13 @@ class Form(NamedTuple):
     Attributes:
         shape, dtype: of the values.
         scale: shape of the float32 scales; None where there are none.
+        below: bound of the values where these are positions; None for other values.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     scale: tuple[int, ...] | None = None
+    below: int | None = None
 
     @property
     def nbytes(self) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from galore_trainer.core.galore import lift
 from galore_trainer.core.sparse import Support, read_at
 
-CANDIDATES = 4  # candidates for one entry of the support
+CANDIDATES_PER_ENTRY = 4  # candidates for one entry of the support
 CHUNK = 1 << 24  # entries of an intermediate result at a time
 
 

@@ -62,7 +62,7 @@ def overruled(optimizer: GaLoreAdamW) -> str:
         Names with both values, for example ``weight_decay 0.1 (now asked for: 0)``.
     """
     # ``asked`` is empty where no state was loaded
-    pairs = list(zip(optimizer.param_groups, optimizer.asked, strict=False))
+    pairs = list(zip(optimizer.param_groups, optimizer.settings_before_load, strict=False))
     projected = next((pair for pair in pairs if pair[0]["projected"]), None)
     differences: dict[str, None] = {}  # in order, each once
     for loaded, asked in pairs:

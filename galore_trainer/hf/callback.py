@@ -103,7 +103,7 @@ class GaLoreCallback(TrainerCallback):
                 "the checkpoint's folder, no resume)",
                 changed,
             )
-        self._optimizer.asked = []
+        self._optimizer.settings_before_load = []
         if (model := kwargs.get("model")) is not None:
             check_averaged(model, args)
             self._membership = Membership(model, self._optimizer, training_backend(args))

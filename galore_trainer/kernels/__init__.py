@@ -1,8 +1,8 @@
 """Triton kernels for the step of ``core/`` on many equal matrices in one launch, and for eigenvectors at a refresh.
 
 The functions have the names of those in ``core/``, which define the results. One difference is allowed: factors are
-rounded to bfloat16 where a model computes in it (``LocalWeight.factors`` in ``optim/local.py``). Weights, gradients and
-moments are read and written at their addresses (``tables.py``) and are not joined or copied before a launch.
+rounded to bfloat16 where a model computes in it (``LocalWeight.compute_in`` in ``optim/local.py``). Weights, gradients
+and moments are read and written at their addresses (``tables.py``) and are not joined or copied before a launch.
 
 In docstrings ``matrices`` is the number of matrices of a launch. This module does not import Triton; the other modules
 of this package do.

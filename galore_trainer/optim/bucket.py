@@ -22,8 +22,8 @@ from galore_trainer.optim.local import AGE, Piece
 Item = TypeVar("Item")
 
 STACK_ELEMENTS = 1 << 26  # gradient entries of equal matrices that are joined in one go on an accelerator
-REFRESH_ELEMENTS = 1 << 28  # that get new bases in one go there, where whole gradients are not copied for it
-PROJECTED = 16  # entries of a gradient that one entry of its projection counts for in a bucket
+REFRESH_ELEMENTS = 1 << 28  # the same for new bases, where whole gradients are not copied for them
+PROJECTED = 16  # an entry of R weighs as much as so many entries of G
 BASIS, SCALE = "basis", "_scale"
 MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
 """Keys of a piece's moments, and whether they have a sign."""

@@ -14,7 +14,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import Placement
 from galore_trainer.layouts.shard import Ranks
-from galore_trainer.optim import param_groups, refresh
+from galore_trainer.optim import lookup, param_groups, refresh
 from galore_trainer.optim.guards import Retries, Watch, compare_bases, total_skips
 from galore_trainer.optim.kept import Directions, KeptWhole
 from galore_trainer.optim.layerwise import Averager, ProjectedGradient, attach_group, drop_projected, is_zero
@@ -26,16 +26,6 @@ from galore_trainer.optim.residual import make_support
 from galore_trainer.optim.state_dict import pack, unpack
 from galore_trainer.optim.state_forms import bare, bytes_by_kind, prepare_state
 from galore_trainer.optim.step import count, update
-from galore_trainer.optim.weights import (
-    kept_gradients,
-    local_weights,
-    model_weights,
-    named_states,
-    smallest_gradient,
-    states_of,
-    weights_with_gradients,
-    whole_weight,
-)
 from galore_trainer.timing import Stopwatch
 
 
@@ -75,21 +65,22 @@ class GaLoreAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, projected=False)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, projected=False)
         param_groups.check_optimizer_options(defaults)
+        defaults["betas"] = tuple(betas)
         self.config = param_groups.given_config(config)
         self.seed = seed
         self.stopwatch = Stopwatch()
         self.max_stack_elements: int | None = None  # None chooses by device
         self.projection_errors: dict[str, Tensor] = {}  # by matrix, of the newest refresh
         self.excess_errors: dict[str, tuple[float, float]] = {}  # excess and sharing excess, where diagnosed
-        self.asked: list[dict[str, Any]] = []  # settings of the groups before the newest load
+        self.settings_before_load: list[dict[str, Any]] = []  # settings of the groups before the newest load
         self.notes: dict[str, str] = {}  # why targeted weights are not projected, by name
         self.placement = Placement()
         self.ranks: Ranks | None = None  # that hold equal weights, under DDP
         self.averager: Averager | None = None
         self._steps = 0
-        self._places: dict[str, int] = {}  # of projected weights, by name
+        self._ordinals: dict[str, int] = {}  # of projected weights, by name
         self._retries, self._directions, self._watch = Retries(), Directions(), Watch()
         super().__init__(params, defaults)
         param_groups.warn_if_plain(self.param_groups)
@@ -113,7 +104,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.placement.note(group)
         if group["projected"]:
             for name in group["names"]:
-                self._places.setdefault(name, len(self._places))
+                self._ordinals.setdefault(name, len(self._ordinals))
             if self.config.layerwise:
                 attach_group(self, len(self.param_groups) - 1)
 
@@ -135,13 +126,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         moved = self.move(weights)
         self._steps += 1
         skips = any(some.ok.device.type == "cpu" and not some.ok.all() for some in moved if type(some.ok) is Tensor)
-        smallest = functools.partial(smallest_gradient, weights)
+        smallest = functools.partial(lookup.smallest_gradient, weights)
         self._watch.look(self._steps, self._counters, self.model_weights, smallest, skips)
         return loss
 
     def weights_with_gradients(self) -> list[LocalWeight]:
         """The weights that a step would move now."""
-        return list(weights_with_gradients(self.param_groups, self.state, self.placement, self.config))
+        return list(lookup.weights_with_gradients(self.param_groups, self.state, self.placement, self.config))
 
     def move(self, weights: Sequence[LocalWeight]) -> list[Moved]:
         """One step of weights, in its order: what crosses processes, plain weights, projected ones, the count.
@@ -174,7 +165,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         waiting = {id(w) for w in without_basis}
         moved += self._update([w for w in (*async_due, *checked_due) if id(w) not in waiting])
         for w in without_basis:
-            w.ages, w.ok = (), refresh.usable_at_first(w)
+            w.age_keys, w.ok = (), refresh.usable_at_first(w)
         moved += moved_together(without_basis)
         count(moved, self.config)
         if self.config.layerwise:
@@ -207,9 +198,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         compare_bases(pair for w in weights for pair in w.named_bases(self.ranks))
 
     def _prepare(self, w: LocalWeight) -> bool:
-        """Make the state of a weight where there is none; False where that was all that was wanted.
+        """Make the state of a weight where there is none.
 
-        Checkpoint tools make state by a step on zero gradients at the rate 0, which changes nothing else.
+        Returns:
+            False where a checkpoint tool calls ``step`` only to make state: on zero gradients at the rate 0.
         """
         if w.shard.is_whole and w.state.get("calls"):
             return True
@@ -222,12 +214,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _phase(self, w: LocalWeight) -> int:
         """Where in the gap the refreshes of a weight lie: 0, or spread evenly over all projected weights."""
-        return self._places[w.name] * param_groups.gap_of(w.group) // len(self._places) if self.config.staggers else 0
+        return (
+            self._ordinals[w.name] * param_groups.gap_of(w.group) // len(self._ordinals) if self.config.staggers else 0
+        )
 
     @torch.no_grad()
     def refresh_now(self) -> None:
-        """Give every whole projected weight that has a gradient a new basis now, as if it were due on its grid."""
-        weights = [w for w in self.weights_with_gradients() if w.matrices and self._prepare(w)]
+        """Give every projected weight with a whole, finite gradient a new basis now, as if it were due on its grid."""
+        dense = [w for w in self.weights_with_gradients() if w.shard.is_whole and w.kept is None]
+        weights = [w for w in dense if w.matrices and self._prepare(w)]
         for w in weights:
             w.state["due"] = w.state["calls"]
             w.state["phase"] = w.state["calls"] % param_groups.gap_of(w.group)
@@ -243,7 +238,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                w = whole_weight(group, i, p, self.state, self.placement)
+                w = lookup.whole_weight(group, i, p, self.state, self.placement)
                 if not w.matrices:
                     make_plain_state(p, w.state, self.config)
                     continue
@@ -267,21 +262,28 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """What layer-wise mode keeps of the gradient that backward has just made for parameter ``i`` of a group.
 
         Returns:
-            None where the next step needs the whole gradient, or refuses it.
+            None where the next step needs the dense gradient, or refuses it. Where processes average, a gradient that
+            is kept whole.
         """
         p, name = group["params"][i], group["names"][i]
         param_groups.check_if_changed(param_groups.noted_of(self.placement, group), group, i, self.state.get(p))
         if p.grad.is_sparse:
             return None
         self._retries.settle()  # a step before may have left a refresh to this one
-        w = whole_weight(group, i, p.grad, self.state, self.placement)
+        w = lookup.whole_weight(group, i, p.grad, self.state, self.placement)
         prepare_state(w, self.config, self._phase(w))
         if w.has_basis and w.is_due:
             return None if self.averager is None else ProjectedGradient(p.grad, name, [KeptWhole()], self.averager)
         direction = functools.partial(
-            self._directions.of, row=self._places[name], rows=len(self._places), seed=self.seed, calls=w.state["calls"]
+            self._directions.of,
+            row=self._ordinals[name],
+            rows=len(self._ordinals),
+            seed=self.seed,
+            calls=w.state["calls"],
         )
-        return ProjectedGradient(p.grad, name, kept_gradients(w, self.config, self.seed, direction), self.averager)
+        return ProjectedGradient(
+            p.grad, name, lookup.kept_gradients(w, self.config, self.seed, direction), self.averager
+        )
 
     # ------------------------------------------------------------------ diagnostics
 
@@ -300,21 +302,19 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return {name: state["skipped"] for name, state in self._named_states() if "skipped" in state}
 
     def _named_states(self) -> list[tuple[str, Any]]:
-        return [pair for group in self.param_groups for pair in named_states(group, self.state, self.placement)]
+        return lookup.named_states(self.param_groups, self.state, self.placement)
 
     def model_weights(self) -> list[tuple[str, Tensor]]:
         """Name and tensor of every weight as the model holds it: under ZeRO not the flat tensors."""
-        return model_weights(self.param_groups, self.placement)
+        return lookup.model_weights(self.param_groups, self.placement)
 
     def projected_weights(self) -> list[tuple[str, Tensor]]:
         """Name and tensor of every projected weight; of a sharded one this process's entries, perhaps none."""
-        return [pair for g in self.param_groups if g["projected"] for pair in local_weights(g, self.placement)]
+        return lookup.projected_weights(self.param_groups, self.placement)
 
     def without_gradient(self) -> list[str]:
         """Names of weights that train and have had no gradient; none under DeepSpeed, which fills in zeros."""
-        groups = [group for group in self.param_groups if not self.placement.is_flat(group)]
-        pairs = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
-        return [name for name, p in pairs if p.requires_grad and not self.state.get(p)]
+        return lookup.without_gradient(self.param_groups, self.state, self.placement)
 
     def state_of(self, name: str) -> Mapping[str, Any]:
         """The state of a weight by its name; empty before its first step."""
@@ -329,18 +329,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind: basis, moments, residual, plain (AdamW of what is not projected)."""
-        pairs = [
-            (g["projected"], state) for g in self.param_groups for state in states_of(g, self.state, self.placement)
-        ]
-        return bytes_by_kind(pairs)
+        return bytes_by_kind(lookup.kept_states(self.param_groups, self.state, self.placement))
 
     # ------------------------------------------------------------------ state
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or pickle keeps: torch's part, and what this class adds but the stopwatch."""
+        """What a copy or pickle keeps; a copy has no stopwatch and no hooks, and knows of no other processes."""
         self._retries.settle()
         shown = ("projection_errors", "excess_errors", "notes")
-        attributes = ("config", "seed", "max_stack_elements", "asked", "_steps", "_places", *shown)
+        attributes = ("config", "seed", "max_stack_elements", "settings_before_load", "_steps", "_ordinals", *shown)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in attributes}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -381,7 +378,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         loaded = unpack(self.param_groups, self.placement, self.config, state_dict)
-        self.asked = param_groups.settings_of(self.param_groups)
+        self.settings_before_load = param_groups.settings_of(self.param_groups)
         drop_projected(p for group in self.param_groups for p in group["params"])  # they belong to the state before
         self.__setstate__(loaded)
         for after in self._optimizer_load_state_dict_post_hooks.values():

@@ -30,7 +30,7 @@ Leaves = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
 class Later:
-    """Numbers of a device that the host reads in a later step, so that it need not wait for them."""
+    """Numbers of a device that the host reads later, so that it need not wait for them now."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._numbers, self._copied = numbers, None
@@ -332,7 +332,7 @@ class Retries:
     """Refreshes whose success is checked one step later, so that no step waits for the answer.
 
     A weight whose refresh failed, by its tools or by its gradient, keeps its old basis and is due again, off its grid;
-    it is refreshed with the exact method then, if its gradient is usable.
+    its basis is found again with tools that cannot fail then, if its gradient is usable.
     """
 
     def __init__(self) -> None:

@@ -152,7 +152,7 @@ class KeptGradient:
         assert self.projected is not None
         return self.projected.numel() + self._basis.values.numel()
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def estimate_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Basis and direction in the dtype of R, [blocks, ...], R, and G along the direction."""
         assert self.projected is not None
         assert self._along is not None
@@ -241,7 +241,7 @@ def norms_of_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _estimates(parts: Sequence[KeptGradient]) -> Tensor:
     """Squared norms of kept gradients of one form that have a basis, [count]."""
     P, d, R, along = (
-        x[0] if len(x) == 1 else torch.cat(x) for x in zip(*(part.factors() for part in parts), strict=True)
+        x[0] if len(x) == 1 else torch.cat(x) for x in zip(*(part.estimate_inputs() for part in parts), strict=True)
     )
     left, other = (R, P.mT @ d) if parts[0].matrix.side == "right" else (d.mT @ P, R)  # lift(R) along d
     lost = torch.baddbmm(along, left, other, alpha=-1.0)

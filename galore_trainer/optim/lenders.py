@@ -32,11 +32,11 @@ def lending_rows(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Seque
         these are all rows, else those of this process.
     """
     if bucket.pieces[0].owner.shard.is_whole:
-        return rows_of_whole(bucket, bucket.each_gradient(), config, seed), None
+        return lending_rows_of_whole(bucket, bucket.each_gradient(), config, seed), None
     return _rows_of_cut(bucket, config, seed)
 
 
-def rows_of_whole(bucket: Bucket, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> Sequence[Tensor]:
+def lending_rows_of_whole(bucket: Bucket, G: Sequence[Tensor], config: GaLoreConfig, seed: int) -> Sequence[Tensor]:
     """The lending rows of whole gradients ``G``, each [blocks, rows, n]."""
     matrix = bucket.matrix
     if not matrix.lends_heads:
@@ -160,7 +160,7 @@ def _owned_squares(piece: Piece, P: Tensor) -> Tensor:
     totals = torch.zeros(2, dtype=P.dtype, device=G.device)
     for rows in w.rows(piece.matrix):
         X = rows.of(G).view(rows.matrix.blocks, rows.matrix.block_rows, -1)
-        R = galore.project(X, P[rows.bases], "right")
+        R = galore.project(X, P[rows.block_index], "right")
         norms = torch.stack([torch.linalg.vector_norm(x, dim=-1, dtype=P.dtype) for x in (X, R)])
         totals += (norms.square() * is_owned[rows.at].view(norms.shape[1:])).sum(dim=(1, 2))
     return totals

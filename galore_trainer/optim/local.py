@@ -3,7 +3,7 @@
 A whole weight is the shard that holds every row, so one path serves every backend. Under FSDP2 and ZeRO a process holds
 some rows of a stored weight. Projection on the right needs whole rows and nothing else, so the local rows of one basis
 are a matrix of their own. Their state lies with the weight under keys of their own: rows, DTensors and flat slices
-exist only where state is saved or loaded (``state_dict.py``).
+exist only where state is saved or loaded (``state_forms.py``, ``reshard.py``).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Piece(NamedTuple):
         weight, grad: tensors in which ``matrix`` lies; ``grad`` is not read where ``kept`` is given.
         name: logical name, with ``.q`` and the like for a part of a fused weight.
         matrix: where the rows lie in ``weight``, and how they are projected.
-        prefix: of the keys of this piece in ``owner.state``.
+        prefix: of the keys of its moments and residual in ``owner.state``; its bases lie under ``matrix.prefix``.
         owner: the weight.
         kept: what layer-wise mode kept of the gradient; None where ``grad`` is whole.
-        bases: which bases of the logical matrix are those of these rows; None for all of them.
+        block_index: which blocks of the logical matrix, and so which bases, are here; None for all of them.
     """
 
     weight: Tensor
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
     prefix: str
     owner: LocalWeight
     kept: KeptGradient | None = None
-    bases: Any = None
+    block_index: Any = None
 
     @property
     def state(self) -> MutableMapping[str, Any]:
@@ -53,7 +53,7 @@ class Piece(NamedTuple):
     def basis(self, key: str) -> Tensor | None:
         """A stored basis, or its scale, of these rows."""
         stored: Tensor | None = self.owner.state.get(self.matrix.prefix + key)
-        return stored if stored is None or self.bases is None else stored[self.bases]
+        return stored if stored is None or self.block_index is None else stored[self.block_index]
 
     def key(self) -> tuple[Any, ...]:
         """Equal for pieces that one bucket may hold."""
@@ -61,7 +61,7 @@ class Piece(NamedTuple):
         shape = (m.blocks, m.block_rows, m.columns, m.side, m.rank, m.head_dim, m.lenders)
         phase = (self.kept is None, owner.ok is None, s["refreshes"] > 0, s["calls"] - s["born"], s["refreshes"])
         lies = (owner.shard.ranks, self.weight.device)
-        return (id(owner.group), *shape, *phase, *lies, self.weight.dtype, self.grad.dtype, owner.factors)
+        return (id(owner.group), *shape, *phase, *lies, self.weight.dtype, self.grad.dtype, owner.compute_in)
 
 
 class LocalWeight:
@@ -75,14 +75,14 @@ class LocalWeight:
         weight, grad: the parameter and its gradient; of a cut weight this process's entries, [stop - start].
         matrices: its logical matrices; none for plain AdamW.
         kept: of each matrix, what layer-wise mode kept of its gradient; None where ``grad`` is whole.
-        factors: the dtype that factors of products are rounded to, where it is not that of weight and gradient:
+        compute_in: the dtype that factors of products are rounded to, where weight and gradient have another one:
             bfloat16 where a model computes in it and its optimizer adds up in float32 (ZeRO).
 
     Attributes:
         ok: 1.0 where every gradient of the weight on every process is usable, else 0.0; None until that is known.
         energy: squared norm of the whole gradient of a cut weight, where it was asked for.
-        cut_rows: rows that several processes share, complete, by local row.
-        ages: keys of the ages that grow in this step.
+        complete_rows: rows of the gradient that several processes share, complete, by local row.
+        age_keys: of the ages that grow in this step.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class LocalWeight:
         grad: Tensor,
         matrices: Sequence[LogicalMatrix] = (),
         kept: Sequence[KeptGradient] | None = None,
-        factors: torch.dtype | None = None,
+        compute_in: torch.dtype | None = None,
     ) -> None:
         self.name, self.group, self.state, self.shard = name, group, state, shard
-        self.weight, self.grad, self.matrices, self.kept, self.factors = weight, grad, matrices, kept, factors
+        self.weight, self.grad, self.matrices, self.kept, self.compute_in = weight, grad, matrices, kept, compute_in
         self.ok: Tensor | None = None
         self.energy: Tensor | None = None
-        self.cut_rows: dict[int, Tensor] = {}
-        self.ages: tuple[str, ...] = (AGE,)
+        self.complete_rows: dict[int, Tensor] = {}
+        self.age_keys: tuple[str, ...] = (AGE,)
         self._rows: Tensor | None = None
         self._copies: list[tuple[Any, Tensor]] = []
 
@@ -130,7 +130,7 @@ class LocalWeight:
     @property
     def made_in(self) -> torch.dtype:
         """The dtype in which the model makes the gradient, whatever adds it up."""
-        return self.factors or self.grad.dtype
+        return self.compute_in or self.grad.dtype
 
     @property
     def copied(self) -> int:
@@ -147,12 +147,12 @@ class LocalWeight:
     def gradient(self) -> Tensor:
         """Local rows of a cut weight's gradient, complete: [local rows, N]."""
         grads = self.shard.rows_of(self.grad)
-        for row, entries in self.cut_rows.items():
+        for row, entries in self.complete_rows.items():
             grads[row] = entries
         return grads
 
-    def whole_matrices(self) -> list[Piece]:
-        """Every logical matrix of the weight, for what its bases are kept and found with; rows may lie elsewhere."""
+    def matrix_pieces(self) -> list[Piece]:
+        """One piece a logical matrix, for its bases. Of a cut weight neither ``weight`` nor ``grad`` may be read."""
         if len(self.matrices) == 1:  # as most weights have: a step of a small model costs the host more than the device
             m, part = self.matrices[0], self.kept[0] if self.kept else None
             return [Piece(self.weight, self.grad, self.name, m, m.prefix, self, part)]
@@ -171,15 +171,15 @@ class LocalWeight:
         ]
 
     def pieces_of_state(self, matrix: LogicalMatrix | None = None) -> list[Piece]:
-        """The pieces with their state alone: weight and gradient are those of the whole parameter."""
+        """The pieces with their state alone. Of a cut weight neither ``weight`` nor ``grad`` may be read."""
         if self.shard.is_whole:
-            return [piece for piece in self.whole_matrices() if matrix is None or piece.matrix is matrix]
+            return [piece for piece in self.matrix_pieces() if matrix is None or piece.matrix is matrix]
         return [self._piece(rows, self.weight, self.grad) for rows in self.rows(matrix)]
 
     def open(self) -> list[Piece]:
         """The pieces that this step moves. ``close`` writes back what had to be copied."""
         if self.shard.is_whole:
-            return self.whole_matrices()
+            return self.matrix_pieces()
         self._rows, grads = self.shard.rows_of(self.weight), self.gradient()
         pieces = []
         for rows in self.rows():
@@ -190,7 +190,10 @@ class LocalWeight:
         return pieces
 
     def close(self) -> None:
-        """Every piece has moved."""
+        """Write back the rows that ``open`` copied.
+
+        Each process moves the whole of a row that is cut, of which it holds some entries, and keeps those entries.
+        """
         if self._rows is not None:
             for at, weight in self._copies:
                 self._rows[at] = weight
@@ -198,7 +201,7 @@ class LocalWeight:
             self._rows, self._copies = None, []
 
     def _piece(self, rows: Rows, weight: Tensor, grad: Tensor) -> Piece:
-        return Piece(weight, grad, rows.name, rows.matrix, rows.prefix, self, None, rows.bases)
+        return Piece(weight, grad, rows.name, rows.matrix, rows.prefix, self, None, rows.block_index)
 
 
 class Moved(NamedTuple):
@@ -207,19 +210,19 @@ class Moved(NamedTuple):
     Attributes:
         weights: of one device.
         ok: [weights], 1.0 where the gradient was usable, else 0.0.
-        ages: keys of the ages that still have to grow by ``ok``.
+        age_keys: of the ages that still have to grow by ``ok``.
     """
 
     weights: Sequence[LocalWeight]
     ok: Tensor
-    ages: Sequence[str]
+    age_keys: Sequence[str]
 
 
 def moved_together(weights: Iterable[LocalWeight]) -> list[Moved]:
     """Weights whose flags are known, by device and ages."""
     alike: dict[Any, list[LocalWeight]] = {}
     for w in weights:
-        alike.setdefault((w.weight.device, w.ages), []).append(w)
+        alike.setdefault((w.weight.device, w.age_keys), []).append(w)
     return [
         Moved(members, torch.stack([w.ok for w in members if w.ok is not None]), ages)
         for (_, ages), members in alike.items()
@@ -278,8 +281,8 @@ def _sum_over(ranks: Ranks, weights: Sequence[LocalWeight], flags: Sequence[Tens
     projected = [w for w in weights if w.matrices]
     if projected:
         completed = completed_cut_rows([w.shard for w in projected], [w.grad for w in projected])
-        for w, cut_rows in zip(projected, completed, strict=True):
-            w.cut_rows = cut_rows
+        for w, complete_rows in zip(projected, completed, strict=True):
+            w.complete_rows = complete_rows
 
 
 def rows_of_shard(matrices: Iterable[LogicalMatrix], name: str, shard: Shard) -> list[Rows]:

@@ -51,7 +51,7 @@ class TritonOps:
         known = bucket.ok
         if first.kept is None:
             G = places["gradients"]
-            P = places.bases(first.owner.factors or G.dtype)
+            P = places.bases(first.owner.compute_in or G.dtype)
             R, ok = project(G, places.layout(first.grad), P, matrix.side, matrix.blocks, LIMIT)
         else:
             R = bucket.kept(lambda grad: grad.projected)
@@ -68,13 +68,14 @@ class TritonOps:
             G, layout = places["gradients"], places.layout(first.grad)
         else:
             G, layout = places["sampled"], None
-        P = places.bases(first.owner.factors or first.grad.dtype)  # in the precision that projected
+        P = places.bases(first.owner.compute_in or first.grad.dtype)  # in the precision that projected
         return loss_at(G, layout, places[key], R, P, matrix.side, matrix.blocks, count)
 
     def adam_(self, incoming: Sequence[Incoming], moments: Sequence[tuple[str, bool]], age: str) -> list[Tensor]:
         """Take R into a pair of moments, in place; the normalised update N. Moments of few bits go through torch."""
         from galore_trainer.kernels.adam import adam_
 
+        assert len(incoming) <= 1  # ``project`` has looked up the places of one bucket
         updates = []
         for bucket, R, ok in incoming:
             places, group = self._places, bucket.group
@@ -115,7 +116,7 @@ class TritonOps:
     def _update_dtype(self, bucket: Bucket) -> torch.dtype:
         """What the factors of the lifted update are rounded to."""
         first = bucket.pieces[0]
-        return first.owner.factors or first.weight.dtype
+        return first.owner.compute_in or first.weight.dtype
 
 
 class Places:
@@ -165,7 +166,7 @@ class Places:
     def _stored_bases(self) -> list[Any]:
         """The stored bases; copies where a piece has some of a matrix's bases that do not follow one another."""
         stored = [piece.basis(BASIS) for piece in self._bucket.pieces]
-        if self._bucket.pieces[0].bases is not None:
+        if self._bucket.pieces[0].block_index is not None:
             self._alive += stored
         return stored
 
@@ -279,7 +280,7 @@ def _key(piece: Piece, config: GaLoreConfig) -> tuple[Any, ...]:
     p, g, matrix, owner = piece.weight, piece.grad, piece.matrix, piece.owner
     strides = None if piece.kept is None and p.is_contiguous() and g.is_contiguous() else (p.stride(), g.stride())
     known = (piece.kept is None, owner.ok is None, residual.kernel_phase(piece, config))
-    return (id(owner.group), matrix.form, known, p.shape, strides, p.dtype, g.dtype, owner.factors, p.get_device())
+    return (id(owner.group), matrix.form, known, p.shape, strides, p.dtype, g.dtype, owner.compute_in, p.get_device())
 
 
 def count_on_gpu(

@@ -260,7 +260,7 @@ def check_groups(placement: Placement, groups: Sequence[dict[str, Any]]) -> None
 
 
 def check_if_changed(noted: Noted, group: Mapping[str, Any], i: int, state: Mapping[str, Any] | None) -> None:
-    """``check_noted`` ``i`` of a group if its shape or its place in memory is no longer what was noted."""
+    """Call ``check_noted`` where the shape of a parameter, or its place in memory, is no longer what was noted."""
     p = group["params"][i]
     if p.shape != noted.shapes[i] or address_of(p) != noted.addresses[i]:
         check_noted(noted, group, i, state)
@@ -305,7 +305,7 @@ def _by_hand(got: str) -> OptionError:
 
 def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> None:
     """Raise ``OptionError`` where saved groups belong to another method, other settings or other parameters."""
-    if not any(isinstance(g, Mapping) and "projected" in g for g in saved):
+    if not all(isinstance(g, Mapping) and "projected" in g for g in saved):
         raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
     for before, now in zip([g for g in saved if g["projected"]], [g for g in ours if g["projected"]], strict=False):
         saved_settings = {**GaLoreConfig().to_dict(), **before.get("galore", {})}  # fields younger than the checkpoint

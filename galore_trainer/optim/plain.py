@@ -52,7 +52,7 @@ def move_plain(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) 
         assert w.ok is not None
         plain_step(w.weight, w.grad, w.state, w.group, w.ok, weight_noise(w.weight, w.name, calls, config, seed), noise)
     for w in by_torch:
-        w.ages = ()  # torch has counted it
+        w.age_keys = ()  # torch has counted it
     return moved + moved_together(by_torch)
 
 

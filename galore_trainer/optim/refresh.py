@@ -27,13 +27,13 @@ from galore_trainer.optim.bucket import MOMENTS, REFRESH_ELEMENTS, STACK_ELEMENT
 from galore_trainer.optim.guards import Later, Retries
 from galore_trainer.optim.kept import sketch, sketch_matrices, width_of_sketch
 from galore_trainer.optim.layerwise import is_usable, norms_of
-from galore_trainer.optim.lenders import lending_rows, norms_of_projection, rows_of_whole, stays
+from galore_trainer.optim.lenders import lending_rows, lending_rows_of_whole, norms_of_projection, stays
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
 from galore_trainer.optim.ops_triton import wanted
 from galore_trainer.optim.param_groups import gap_of
 from galore_trainer.optim.residual import reset_residual
 
-LIBRARY = 3_000_000  # k^3 / this: so many k x k matrices the library decomposes while the kernel does them all
+LIBRARY = 3_000_000  # below k^3 / this many k x k matrices, the library one by one is faster than the kernel
 
 
 # ---------------------------------------------------------------------- which weights
@@ -60,7 +60,7 @@ def _norm_of_cut(w: LocalWeight) -> Tensor:
 
 def part_due(due: Sequence[LocalWeight], config: GaLoreConfig) -> tuple[list[LocalWeight], list[LocalWeight]]:
     """Weights whose refresh may fail and is checked one step later, and weights whose gradients are checked first."""
-    async_due = [w for w in due if all(_may_fail(piece, config) for piece in w.whole_matrices())]
+    async_due = [w for w in due if all(_can_check_later(piece, config) for piece in w.matrix_pieces())]
     chosen = {id(w) for w in async_due}
     return async_due, [w for w in due if id(w) not in chosen]
 
@@ -88,14 +88,14 @@ def part_by_norm(
 
 
 def usable_at_first(w: LocalWeight) -> Tensor:
-    """The flag of a weight without a basis; a norm that overflows tells as much as an entry."""
+    """The flag of a weight without a basis; an infinite norm counts as unusable."""
     if w.ok is not None and not w.shard.is_whole:
         return w.ok
     return is_usable(w.grad) * torch.isfinite(norms_of([w.grad])[0])
 
 
-def _may_fail(piece: Piece, config: GaLoreConfig) -> bool:
-    """Whether a refresh can leave a basis for another step: it came from a whole gradient, and is not due off its grid.
+def _can_check_later(piece: Piece, config: GaLoreConfig) -> bool:
+    """Whether this refresh may be checked one step later: it is on its grid and not the first from a whole gradient.
 
     The residual begins at the first of these, with the gradient of that step. ``momentum_transfer: reset`` would start
     its moments anew twice; the library's SVDs raise an error at NaN; and where tools that never fail are as fast there
@@ -123,7 +123,7 @@ def refresh_buckets(weights: Sequence[LocalWeight], config: GaLoreConfig, asked:
     """
     by_key: dict[tuple[Any, ...], list[Piece]] = {}
     for w in weights:
-        for piece in w.whole_matrices():
+        for piece in w.matrix_pieces():
             by_key.setdefault(piece.key(), []).append(piece)
     for members in by_key.values():
         first = members[0]
@@ -178,14 +178,14 @@ def refresh_bucket(bucket: Bucket, config: GaLoreConfig, seed: int, retries: Ret
 
 
 def _with_moments(bucket: Bucket) -> Iterator[tuple[Bucket, Any]]:
-    """What holds the moments of the matrices in a bucket, each with the positions of its bases among those of all."""
+    """The buckets that hold the moments of the matrices in ``bucket``, each with its part of their joined bases."""
     if bucket.pieces[0].owner.shard.is_whole:
         yield bucket, slice(None)
         return
     for i, piece in enumerate(bucket.pieces):
         first = i * bucket.matrix.blocks
         for part in piece.owner.pieces_of_state(piece.matrix):
-            bases = part.bases
+            bases = part.block_index
             here = slice(first + bases.start, first + bases.stop) if isinstance(bases, slice) else first + bases
             yield Bucket([part]), here
 
@@ -274,7 +274,8 @@ def certain(find: Callable[..., Tensor], tools: Tools, reduce: Reduce | None = N
 def first_basis(bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
     """Give matrices their first basis from a sketch of their gradients: of whole ones, or the one that was kept.
 
-    A sketch sees all rows of a block, whoever lends later: it is the same for every split into micro-batches.
+    A sketch uses all rows of a block, even where one head will lend; its random matrices are the same for each
+    micro-batch.
     """
     side = bucket.matrix.side
     if bucket.is_kept:
@@ -319,7 +320,7 @@ def _eigenvectors(C: Tensor) -> Tensor:
 
 
 def by_library(C: Tensor) -> Tensor:
-    """``by_eigh``, which raises an error at NaN; what these vectors multiply is NaN then, too."""
+    """``by_eigh`` raises an error at NaN, so zeros are decomposed; the result is multiplied by NaN anyway."""
     return by_eigh(C.nan_to_num())
 
 
@@ -340,7 +341,7 @@ def diagnose(bucket: Bucket, P: Tensor, config: GaLoreConfig, seed: int) -> tupl
     """
     matrix, grads = bucket.matrix, bucket.each_gradient()
     excess, sharing = [], []
-    for G, lent, bases in zip(grads, rows_of_whole(bucket, grads, config, seed), bucket.split(P), strict=True):
+    for G, lent, bases in zip(grads, lending_rows_of_whole(bucket, grads, config, seed), bucket.split(P), strict=True):
         best = least_error(lent, matrix.rank)  # 0 where the lending rows have no more directions than the rank
         excess.append(torch.where(best > 1e-6, galore.lost_share(lent, bases, matrix.side) / best, 1.0))
         whole = G.reshape(1, matrix.rows, matrix.columns) if matrix.head_dim else G

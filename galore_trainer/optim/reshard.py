@@ -22,7 +22,7 @@ from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.bucket import MOMENTS
 from galore_trainer.optim.param_groups import SLICES, check_same_method, checked_shard
 from galore_trainer.optim.plain import plain_state
-from galore_trainer.optim.state_forms import BAR, ROW_KEYS, StateInFlat, living, restored
+from galore_trainer.optim.state_forms import BAR, ROW_KEYS, StateInFlat, restored, without_padding
 from galore_trainer.targets.matrices import check_shardable
 
 State = Mapping[str, Any]
@@ -78,7 +78,7 @@ def whole_of_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     states: dict[str, dict[str, Any]] = {}
     for group in saved["param_groups"]:
         for i, (name, key) in enumerate(zip(group["names"], group["params"], strict=True)):
-            if not (state := dict(living(saved["state"].get(key, {})))):
+            if not (state := dict(without_padding(saved["state"].get(key, {})))):
                 continue
             if group["projected"]:
                 rows = {k: v.reshape(-1, v.shape[-1]) if k in ROW_KEYS else v for k, v in state.items()}

@@ -24,12 +24,12 @@ from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
 from galore_trainer.optim.ops_torch import Incoming
 from galore_trainer.targets.matrices import has_residual, support_shape
 
-INDEX, CANDIDATES, MEAN = "residual_index", "candidate_index", "candidate_mean"
+INDEX, CANDIDATE_INDEX, MEAN = "residual_index", "candidate_index", "candidate_mean"
 MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))
 """Keys of the sparse moments, and whether they have a sign."""
-ROWS = (CANDIDATES, MEAN, INDEX, *(key for key, _ in MOMENTS))
+ROWS = (CANDIDATE_INDEX, MEAN, INDEX, *(key for key, _ in MOMENTS))
 """Keys of what has a row for each row of a weight."""
-PHASE_OF = {CANDIDATES: 1, MEAN: 1}
+PHASE_OF = {CANDIDATE_INDEX: 1, MEAN: 1}
 """The phase in which a key exists; of all others it is 2."""
 
 
@@ -39,8 +39,8 @@ def has_begun(state: Any, config: GaLoreConfig) -> bool:
     return begun
 
 
-def ages_to_count(w: LocalWeight, config: GaLoreConfig) -> tuple[str, ...]:
-    """Keys of the ages that grow in this step of a projected weight.
+def start_ages(w: LocalWeight, config: GaLoreConfig) -> tuple[str, ...]:
+    """Make the age of the sparse moments where it begins; keys of the ages that grow in this step of a weight.
 
     Every process that holds the weight comes to the same answer, whatever rows it holds, so that checkpoints agree. The
     age of the sparse moments is made in the step in which the support is chosen; after a warm-up they take in their
@@ -90,7 +90,7 @@ def _lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLor
         return None
     if not bucket.has(INDEX):
         _warm_up(bucket, ops, R, bucket.spread(ok), config)
-    if RESIDUAL_AGE not in first.ages:
+    if RESIDUAL_AGE not in first.age_keys:
         return None
     D: Tensor = ops.lost(bucket, R, INDEX)
     if bucket.ok is None:
@@ -135,12 +135,13 @@ def forms(
     if not has_residual(matrix, config) or int(state.get("refreshes", 0)) <= config.sketches_first:
         return
     blocks, lines, entries = support_shape(matrix, config)
-    if matrix.prefix + CANDIDATES in state:
-        wide_entries = state[matrix.prefix + CANDIDATES].shape[-1]  # as many as the lines hold, at most
-        yield CANDIDATES, Form((blocks, lines, wide_entries), torch.int32)
+    line = matrix.block_rows * matrix.columns // lines  # entries of a line, in which positions count
+    if matrix.prefix + CANDIDATE_INDEX in state:
+        wide_entries = state[matrix.prefix + CANDIDATE_INDEX].shape[-1]  # as many as the lines hold, at most
+        yield CANDIDATE_INDEX, Form((blocks, lines, wide_entries), torch.int32, below=line)
         yield MEAN, Form((blocks, lines, wide_entries), wide)
         return
-    yield INDEX, Form((blocks, lines, entries), torch.int32)
+    yield INDEX, Form((blocks, lines, entries), torch.int32, below=line)
     yield RESIDUAL_AGE, Form((), torch.float32)
     for key, _ in MOMENTS:
         yield key, stored_form((blocks, lines, entries), config.state_bits, wide)
@@ -161,23 +162,23 @@ def _is_last_of_warm_up(state: Any, config: GaLoreConfig) -> bool:
 def _warm_up(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLoreConfig) -> None:
     """Average D at the candidates; at the end of the warm-up the largest averages become the support."""
     _, lines, entries = support_shape(bucket.matrix, config)
-    if not bucket.has(CANDIDATES):
+    if not bucket.has(CANDIDATE_INDEX):
         G = bucket.G
         assert G is not None  # this step's basis came from it
-        wide = entries if config.residual_warmup_steps == 0 else entries * residual.CANDIDATES
+        wide = entries if config.residual_warmup_steps == 0 else entries * residual.CANDIDATES_PER_ENTRY
         index, D = residual.largest_lost(G, R, bucket.P, bucket.matrix.side, lines, wide)
-        bucket.put(CANDIDATES, index)
+        bucket.put(CANDIDATE_INDEX, index)
         bucket.put(MEAN, torch.zeros(index.shape, dtype=R.dtype, device=R.device))
     elif bucket.G is None or residual.samples(R.device):
-        D = ops.lost(bucket, R, CANDIDATES)
+        D = ops.lost(bucket, R, CANDIDATE_INDEX)
     else:  # where entries are gathered one product is cheaper than four times as many of them
-        support = Support(bucket.get(CANDIDATES), bucket.matrix.columns)
+        support = Support(bucket.get(CANDIDATE_INDEX), bucket.matrix.columns)
         D = read_at(residual.dense_loss(bucket.G, R, bucket.P, bucket.matrix.side), support)
     D = torch.where(ok > 0.0, D, 0.0)
     share = ok.to(D.dtype) * (1.0 - bucket.group["betas"][0])
     bucket.put(MEAN, torch.lerp(bucket.get(MEAN), D, share))
     if _is_last_of_warm_up(bucket.pieces[0].owner.state, config):
-        _make_moments(bucket, residual.best_candidates(bucket.pop(CANDIDATES), bucket.pop(MEAN), entries))
+        _make_moments(bucket, residual.best_candidates(bucket.pop(CANDIDATE_INDEX), bucket.pop(MEAN), entries))
 
 
 def _make_moments(bucket: Bucket, index: Tensor) -> None:

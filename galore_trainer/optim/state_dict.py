@@ -248,7 +248,7 @@ def _checked(
             state[key] = value.double()
         elif value.dtype != form.dtype:
             raise OptionError("checkpoint", f"{name}: {key} in {value.dtype}", f"{form.dtype}", WAY_OUT)
-        if key.endswith("_index") and not 0 <= int(value.min()) <= int(value.max()) < p.numel():
+        if form.below is not None and not 0 <= int(value.min()) <= int(value.max()) < form.below:
             raise OptionError("checkpoint", f"{name}: {key} outside of the weight", "positions inside it", WAY_OUT)
     return state
 

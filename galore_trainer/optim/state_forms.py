@@ -18,7 +18,7 @@ from torch import Tensor
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.matrix import LogicalMatrix, Rows
-from galore_trainer.core.residual import CANDIDATES
+from galore_trainer.core.residual import CANDIDATES_PER_ENTRY
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import is_cut, like, local
 from galore_trainer.optim import residual
@@ -90,7 +90,7 @@ def prepare_state(w: LocalWeight, config: GaLoreConfig, phase: int) -> None:
     device = w.weight.device
     state.update(calls=0, refreshes=0, due=0, born=0, phase=phase, skipped=no_skips(device))
     state[AGE] = torch.zeros((), dtype=torch.float32, device=device)
-    for piece in w.whole_matrices():
+    for piece in w.matrix_pieces():
         bucket = Bucket([piece])
         bucket.put_basis(bucket.zeros(piece.matrix.basis_shape))
     for piece in w.pieces_of_state():
@@ -120,7 +120,11 @@ def pieces_of_rows(
 ) -> None:
     """Cut a saved state of local rows into pieces, in place."""
     one_age(state, matrices, name)
+    columns = matrices[0].columns
     by_rows = {key: state.pop(key) for key in ROW_KEYS if key in state}
+    for key, value in by_rows.items():
+        if key.endswith("_index") and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < columns:
+            raise OptionError("checkpoint", f"{name}: {key} outside of a row", f"positions below {columns}", WAY_OUT)
     for rows in pieces:
         for key, value in by_rows.items():
             if key not in residual.ROWS or rows.matrix.loses:
@@ -189,7 +193,7 @@ def saved_dtensor(state: State, p: Any, matrices: Sequence[LogicalMatrix], confi
         rows, device, columns = len(state["exp_avg"]), state["exp_avg"].device, with_residual[0].columns
         entries = support_shape(with_residual[0], config)[-1]
         for key in residual.ROWS:
-            wide = entries * (CANDIDATES if key in residual.PHASE_OF and config.residual_warmup_steps else 1)
+            wide = entries * (CANDIDATES_PER_ENTRY if key in residual.PHASE_OF and config.residual_warmup_steps else 1)
             dtype = torch.int32 if key.endswith("index") else state["exp_avg"].dtype
             dtype = compute_dtype(p.dtype) if key == residual.MEAN else dtype
             packed.setdefault(key, torch.zeros(rows, min(wide, columns), dtype=dtype, device=device))
@@ -201,7 +205,7 @@ def saved_dtensor(state: State, p: Any, matrices: Sequence[LogicalMatrix], confi
 
 def rows_of_dtensor(packed: State) -> dict[str, Any]:
     """Undo ``saved_dtensor``: this process's rows, of what there was."""
-    state = dict(living(packed))
+    state = dict(without_padding(packed))
     for key, value in state.items():
         if is_cut(value):
             value = local(value)
@@ -209,7 +213,7 @@ def rows_of_dtensor(packed: State) -> dict[str, Any]:
     return state
 
 
-def living(packed: State) -> Iterator[tuple[str, Any]]:
+def without_padding(packed: State) -> Iterator[tuple[str, Any]]:
     """Of what ``saved_dtensor`` wrote, what there was."""
     phase = packed.get(PHASE)
     for key, value in packed.items():

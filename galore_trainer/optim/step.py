@@ -33,7 +33,7 @@ def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: G
     """One step of some buckets, with the bases that they have.
 
     Args:
-        buckets: one, or several on a CPU, where one call takes all gradients into the moments.
+        buckets: one, or several where torch computes: on a CPU one call takes all gradients into the moments.
         ops: moves them.
         config: of the optimizer.
 
@@ -56,7 +56,7 @@ def update(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, aske
     """One step of projected weights with the bases they have.
 
     Args:
-        weights: of one device, equal ones one after the other.
+        weights: equal ones one after the other.
         config, seed: of the optimizer.
         asked: gradient entries joined at a time, in place of what suits the device.
     """
@@ -65,9 +65,13 @@ def update(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, aske
     moved: list[Moved] = []
     most = bucket_elements(weights[0].weight.device, asked)
     for chunk in runs(weights, lambda w: w.copied, most):  # so many entries are copied at a time
+        if config.residual_percent > 0.0:
+            for w in chunk:
+                w.age_keys = residual.start_ages(w, config)
+        pieces = (piece for w in chunk for piece in w.open())  # as they are needed: the device works meanwhile
         rest: list[Piece] = []
         triton = TritonOps(config, seed)
-        for bucket in buckets_for_triton(_open(chunk, config), config, rest, asked):
+        for bucket in buckets_for_triton(pieces, config, rest, asked):
             with torch.cuda.device_of(bucket.pieces[0].weight):  # kernels are launched on the current device
                 moved += _moved([bucket], step_buckets([bucket], triton, config))
         together = runs(make_buckets(rest, most), lambda b: len(b.pieces) * entries(b.matrix), STACK_ELEMENTS)
@@ -78,27 +82,19 @@ def update(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, aske
     return moved + moved_together(w for w in weights if w.ok is not None)
 
 
-def _open(weights: Sequence[LocalWeight], config: GaLoreConfig) -> Iterator[Piece]:
-    """Pieces as they are needed, so that the device works while the host goes on."""
-    for w in weights:
-        if config.residual_percent > 0.0:
-            w.ages = residual.ages_to_count(w, config)
-        yield from w.open()
-
-
 def _moved(buckets: Iterable[Bucket], flags: Iterable[Tensor]) -> Iterator[Moved]:
-    """What was learned of weights of one piece; the flags of others were known before."""
+    """Weights whose flag their projection decided; the others got theirs in ``exchange``."""
     for bucket, ok in zip(buckets, flags, strict=True):
         weights = [piece.owner for piece in bucket.pieces]
         if weights[0].ok is None:
-            yield Moved(weights, ok, weights[0].ages)
+            yield Moved(weights, ok, weights[0].age_keys)
 
 
 def count(moved: Sequence[Moved], config: GaLoreConfig) -> None:
     """Count the step once a weight: ages of moments, skipped gradients, calls."""
     by_form: dict[tuple[torch.device, Sequence[str]], list[Moved]] = {}
     for some in moved:
-        by_form.setdefault((some.ok.device, some.ages), []).append(some)
+        by_form.setdefault((some.ok.device, some.age_keys), []).append(some)
     for (_, ages), members in by_form.items():
         states = [w.state for some in members for w in some.weights]
         oks = [some.ok for some in members]

@@ -100,7 +100,7 @@ class Run:
         state = self.states[rank].setdefault(name, {})
         weight = whole.reshape(-1)[here].clone()
         mine = grad.reshape(-1)[here].clone()
-        return LocalWeight(name, group, state, shard, weight, mine, matrices, factors=self.factors)
+        return LocalWeight(name, group, state, shard, weight, mine, matrices, compute_in=self.factors)
 
 
 def decaying(rows: int, columns: int, seed: int) -> Tensor:

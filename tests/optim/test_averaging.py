@@ -113,7 +113,7 @@ def test_norms_estimated_together_are_what_is_kept_and_one_look_at_what_is_lost(
     assert len(found) >= 4
     for name, grad in found.items():
         (own,), G = grad.parts, dense[name]
-        P, d, _, _ = (x.squeeze(0) for x in own.factors())
+        P, d, _, _ = (x.squeeze(0) for x in own.estimate_inputs())
         right = own.matrix.side == "right"
         kept, lost = (G @ P, G - G @ P @ P.T) if right else (P.T @ G, G - P @ P.T @ G)
         energy = kept.square().sum() + (lost @ d if right else d.T @ lost).square().sum()

@@ -87,12 +87,13 @@ def test_counters_are_counts(calls: float) -> None:
         make()[1].load_state_dict(saved)
 
 
-def test_positions_outside_of_a_weight_are_refused() -> None:
+@pytest.mark.parametrize("past_the_end", [10_000, 0], ids=["outside of the weight", "outside of its row"])
+def test_positions_outside_of_a_row_are_refused(past_the_end: int) -> None:
     params, optimizer = make()
     for seed in range(4):
         step(params, optimizer, seed)
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][0]["residual_index"][0, 0, 0] = 10_000
+    saved["state"][0]["residual_index"][0, 0, 0] = past_the_end or params[0].shape[1]
     with pytest.raises(OptionError, match="a: residual_index outside"):
         make()[1].load_state_dict(saved)
 

@@ -87,7 +87,7 @@ def _dtensor(group: dict[str, Any], i: int, grad: Tensor, state: Any, placement:
 
 
 def _in_flat(group: dict[str, Any], flat: Tensor, state: Any, placement: Placement) -> Iterator[LocalWeight]:
-    """The weights inside a flat tensor of DeepSpeed; plain ones are moved entry by entry, all at once."""
+    """The weights inside a flat tensor of DeepSpeed; all plain ones of it are one ``LocalWeight`` with one flag."""
     slices, names, weight, grad = placement.slices(group, flat), group["names"], flat.detach(), flat.grad
     assert grad is not None
     if not group["projected"]:
@@ -100,7 +100,7 @@ def _in_flat(group: dict[str, Any], flat: Tensor, state: Any, placement: Placeme
             check_shardable(matrix, name)
         made_in = torch.bfloat16 if part.dtype == torch.bfloat16 else None  # for gradients, whatever adds them up
         own = StateInFlat(state, name)
-        yield LocalWeight(name, group, own, part.shard, part.of(weight), part.of(grad), matrices, factors=made_in)
+        yield LocalWeight(name, group, own, part.shard, part.of(weight), part.of(grad), matrices, compute_in=made_in)
 
 
 def smallest_gradient(weights: Sequence[LocalWeight]) -> Tensor | None:
@@ -129,20 +129,30 @@ def kept_gradients(
 # ---------------------------------------------------------------------- by name
 
 
-def named_states(group: dict[str, Any], states: Any, placement: Placement) -> list[tuple[str, Any]]:
-    """Name and state of every weight of a group that has one."""
-    if not placement.is_flat(group):
-        return [(name, states[p]) for name, p in zip(group["names"], group["params"], strict=True) if p in states]
-    of_flats = states_of(group, states, placement)
-    if not group["projected"]:
-        return [(group["names"][0], state) for state in of_flats]
-    return [(name, one) for state in of_flats for name in group["names"] if (one := StateInFlat(state, name))]
+def named_states(groups: Groups, states: Any, placement: Placement) -> list[tuple[str, Any]]:
+    """Name and state of every weight that has one."""
+    named: list[tuple[str, Any]] = []
+    for group in groups:
+        names, kept = group["names"], _tensors_with_state(group, states, placement)
+        if not placement.is_flat(group):
+            named += [(name, states[p]) for name, p in zip(names, group["params"], strict=True) if p in states]
+        elif not group["projected"]:
+            named += [(names[0], states[flat]) for flat in kept]
+        else:
+            of_flats = [(name, StateInFlat(states[flat], name)) for flat in kept for name in names]
+            named += [(name, state) for name, state in of_flats if state]
+    return named
 
 
-def states_of(group: dict[str, Any], states: Any, placement: Placement) -> list[dict[str, Any]]:
-    """The states of a group as they are kept: one for each parameter or flat tensor that has one."""
+def kept_states(groups: Groups, states: Any, placement: Placement) -> list[tuple[bool, dict[str, Any]]]:
+    """Every state as it is kept, one for each parameter or flat tensor, with whether its group is projected."""
+    pairs = [(group["projected"], p) for group in groups for p in _tensors_with_state(group, states, placement)]
+    return [(projected, states[p]) for projected, p in pairs]
+
+
+def _tensors_with_state(group: dict[str, Any], states: Any, placement: Placement) -> list[Tensor]:
     tensors = placement.stepped_flats(group) if placement.is_flat(group) else group["params"]
-    return [states[p] for p in tensors if states.get(p)]
+    return [p for p in tensors if states.get(p)]
 
 
 def model_weights(groups: Groups, placement: Placement) -> list[tuple[str, Tensor]]:
@@ -154,10 +164,21 @@ def model_weights(groups: Groups, placement: Placement) -> list[tuple[str, Tenso
     return weights
 
 
-def local_weights(group: dict[str, Any], placement: Placement) -> list[tuple[str, Tensor]]:
-    """Name and local entries of every weight of a projected group."""
-    if not placement.is_flat(group):
-        return [(name, local(p)) for name, p in zip(group["names"], group["params"], strict=True)]
-    flats = placement.stepped_flats(group) or group["params"]
-    pairs = [(flat, part) for flat in flats for part in placement.slices(group, flat)]
-    return [(group["names"][part.index], part.of(flat)) for flat, part in pairs]
+def projected_weights(groups: Groups, placement: Placement) -> list[tuple[str, Tensor]]:
+    """Name and local entries of every projected weight."""
+    weights: list[tuple[str, Tensor]] = []
+    for group in (group for group in groups if group["projected"]):
+        names = group["names"]
+        if not placement.is_flat(group):
+            weights += [(name, local(p)) for name, p in zip(names, group["params"], strict=True)]
+            continue
+        for flat in placement.stepped_flats(group) or group["params"]:
+            weights += [(names[part.index], part.of(flat)) for part in placement.slices(group, flat)]
+    return weights
+
+
+def without_gradient(groups: Groups, states: Any, placement: Placement) -> list[str]:
+    """Names of weights that train and have no state; none under DeepSpeed, which fills in zero gradients."""
+    whole = [group for group in groups if not placement.is_flat(group)]
+    pairs = [pair for group in whole for pair in zip(group["names"], group["params"], strict=True)]
+    return [name for name, p in pairs if p.requires_grad and not states.get(p)]
