@@ -371,5 +371,17 @@ def test_the_table_is_long_enough_and_holds_nothing_else() -> None:
     lines = TABLE.read_text(encoding="utf-8").removeprefix(HEAD).splitlines()
     assert len(lines) == len(CASES) == len(set(CASES)) >= 120
     commands = {case.split()[0] for case in CASES}
-    assert commands >= {"train", "eval", "estimate", "inspect", "score", "ablate", "bench", "report", "config", "data",
-                        "state", "doctor"}  # fmt: skip
+    assert commands >= {
+        "train",
+        "eval",
+        "estimate",
+        "inspect",
+        "score",
+        "ablate",
+        "bench",
+        "report",
+        "config",
+        "data",
+        "state",
+        "doctor",
+    }

@@ -106,8 +106,16 @@ def test_messages_are_left_out_by_name_and_others_are_shown(caplog: pytest.LogCa
 
 
 def test_training_prints_nothing_on_standard_error(tiny_model_dir: Path, tmp_path: Path) -> None:
-    settings = ["max_steps=2", "galore.rank=4", "data.train_samples=20", "data.eval_samples=2", "eval.max_new_tokens=2",
-                "gradient_checkpointing=true", f"model_name_or_path={tiny_model_dir}", "logging_steps=1"]  # fmt: skip
+    settings = [
+        "max_steps=2",
+        "galore.rank=4",
+        "data.train_samples=20",
+        "data.eval_samples=2",
+        "eval.max_new_tokens=2",
+        "gradient_checkpointing=true",
+        f"model_name_or_path={tiny_model_dir}",
+        "logging_steps=1",
+    ]
     words = ["-m", "galore_trainer.cli", "train", "quickstart", *settings, "--output-dir", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -163,8 +171,10 @@ def test_control_c_while_libraries_are_imported_is_one_word(where: str) -> None:
 
 
 def test_a_pipe_whose_reader_has_gone_is_no_error() -> None:
-    code = "import os, sys\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n" \
-           "from galore_trainer.cli.main import main\nsys.exit(main(['config', 'list']))\n"  # fmt: skip
+    code = (
+        "import os, sys\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
+        "from galore_trainer.cli.main import main\nsys.exit(main(['config', 'list']))\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.stderr == ""
     assert done.returncode == 1

@@ -31,9 +31,15 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tied embeddings, two key-value heads, 111 columns in the feed-forward layers."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=111, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=256, tie_word_embeddings=True, max_position_embeddings=64,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=111,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )
     folder = tmp_path_factory.mktemp("odd-llama")
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

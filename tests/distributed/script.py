@@ -52,17 +52,30 @@ def backend_arguments(backend: str) -> dict[str, Any]:
     if backend == "fsdp2":
         if not ON_GPU:
             allow_fsdp_on_cpu()
-        return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                                               "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-                                               "state_dict_type": "SHARDED_STATE_DICT"}}  # fmt: skip
+        return {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+                "state_dict_type": "SHARDED_STATE_DICT",
+            },
+        }
     if backend.startswith("zero"):
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        return {"deepspeed": {"zero_optimization": {"stage": int(backend[4])}, "train_micro_batch_size_per_gpu": "auto",
-                              "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-                              "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
-                              "bf16": {"enabled": "auto"}}}  # fmt: skip
+        return {
+            "deepspeed": {
+                "zero_optimization": {"stage": int(backend[4])},
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_allow_untested_optimizer": True,
+                "bf16": {"enabled": "auto"},
+            }
+        }
     return {}
 
 
@@ -92,12 +105,24 @@ def make_trainer(backend: str, model_dir: str, output: str, options: dict[str, A
     bf16, adamw, by_attach = options.pop("bf16", False), options.pop("adamw", None), options.pop("attach", False)
     eps, accumulation = options.pop("eps", 1e-5), options.pop("accumulation", 2)
     args = Seq2SeqTrainingArguments(
-        output, max_steps=6, per_device_train_batch_size=BATCH // WORLD // accumulation, max_grad_norm=0.5,
-        gradient_accumulation_steps=accumulation, learning_rate=adamw or 2e-3, weight_decay=0.1, adam_epsilon=eps,
-        use_cpu=not ON_GPU, bf16=bf16, save_strategy="steps", save_steps=SAVE_AT, report_to="none", disable_tqdm=True,
-        seed=3, logging_steps=1,
+        output,
+        max_steps=6,
+        per_device_train_batch_size=BATCH // WORLD // accumulation,
+        max_grad_norm=0.5,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=adamw or 2e-3,
+        weight_decay=0.1,
+        adam_epsilon=eps,
+        use_cpu=not ON_GPU,
+        bf16=bf16,
+        save_strategy="steps",
+        save_steps=SAVE_AT,
+        report_to="none",
+        disable_tqdm=True,
+        seed=3,
+        logging_steps=1,
         **backend_arguments(backend),
-    )  # fmt: skip
+    )
     usual = {"rank": 4, "update_proj_gap": 2, "residual_percent": 1.2, "residual_warmup_steps": 2, "proj_type": "right"}
     config = GaLoreConfig(**{**usual, **options})
     model = AutoModelForCausalLM.from_pretrained(model_dir)

@@ -158,10 +158,13 @@ def test_weights_of_another_model_are_refused_before_anything_is_taken(tmp_path:
         check_shapes(torch.nn.Sequential(torch.nn.Linear(2, 3)), Weights(tmp_path))
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"proj_type": "std"}, "proj_type std.*wanted proj_type right.*cut, unless it began with proj_type right"),
-    ({"layerwise": True}, "layerwise True.*Layer-wise mode runs alone and under DDP"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"proj_type": "std"}, "proj_type std.*wanted proj_type right.*cut, unless it began with proj_type right"),
+        ({"layerwise": True}, "layerwise True.*Layer-wise mode runs alone and under DDP"),
+    ],
+)
 def test_what_only_whole_weights_can_go_on_with_is_told(settings: dict[str, Any], says: str) -> None:
     model = torch.nn.Linear(8, 8, bias=False)
     groups = [{"params": [model.weight], "names": ["w"], "projected": True}]

@@ -30,8 +30,13 @@ from galore_trainer.run.results.artifacts import environment
 from galore_trainer.run.settings.run_config import RunConfig
 
 AT_ONCE = 2  # campaigns
-MANIFESTED = ("before the manifest", "half of the manifest", "before the rotation", "half of the rotation",
-              "after the rotation")  # fmt: skip
+MANIFESTED = (
+    "before the manifest",
+    "half of the manifest",
+    "before the rotation",
+    "half of the rotation",
+    "after the rotation",
+)
 THREE_IN_A_ROW: tuple[tuple[Kill, ...], ...] = (
     (("half of the optimizer", 2), ("half of the rotation", 4), ("half of the model", LAST)),
     (("before the manifest", 4), ("checkpoints were moved aside", 0), ("the checkpoint was loaded", 0)),
@@ -193,9 +198,15 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 KILLED = (
-    "variant", "runs", "kills", "of the last step", "around manifest and rotation", "runs killed three times",
-    "runs that ended equal", "checkpoints lost",
-)  # fmt: skip
+    "variant",
+    "runs",
+    "kills",
+    "of the last step",
+    "around manifest and rotation",
+    "runs killed three times",
+    "runs that ended equal",
+    "checkpoints lost",
+)
 
 
 def report(
@@ -207,37 +218,39 @@ def report(
     made = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     total = [sum(column) for column in zip(*(dataclasses.astuple(row)[1:] for row in rows), strict=True)]
     points = dict.fromkeys(point for variant in VARIANTS for kills in sequences(variant) for point, _ in kills)
-    return "\n".join([
-        "# Kills, damaged checkpoints, full disks",
-        f"Written by `make faults` ({seconds / 60:.0f} minutes on a CPU; {made}). The tests have a part of it.",
-        "",
-        "## Kills",
-        f"A tiny Llama takes {LAST} steps and saves after 2, 4 and {LAST}, with `save_total_limit: 1`. A run is killed "
-        "(SIGKILL) at a chosen point, or at a random time, and goes on with `--resume auto`. What it comes to is "
-        "compared with a run that nothing happened to: model and optimizer, bit for bit. A checkpoint is lost where "
-        "the newest whole one after a kill is older than it should be.",
-        "",
-        table(KILLED, [*map(dataclasses.astuple, rows), ("all", *total)]),
-        "",
-        f"The points: {', '.join(points)}.",
-        "",
-        "## Damaged checkpoints",
-        f"Each file of a checkpoint ({', '.join(WAYS)}) and the content of its manifest ({', '.join(MANIFESTS)}): "
-        "`--resume auto` tells of the damage and takes the checkpoint before.",
-        "",
-        table(damages, [damages.values()]),
-        "",
-        "## Full disks",
-        "A run fails with one sentence and leaves no broken checkpoint; once there is room it ends equal.",
-        "",
-        table(("disk", "runs", "one sentence", "nothing broken", "ended equal"), map(dataclasses.astuple, full)),
-        "",
-        "## Signals",
-        "A signal to a run that is in its steps: the first SIGTERM or Ctrl-C saves a checkpoint.",
-        "",
-        table(("signal", "end", "newest checkpoint"), signalled),
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Kills, damaged checkpoints, full disks",
+            f"Written by `make faults` ({seconds / 60:.0f} minutes on a CPU; {made}). The tests have a part of it.",
+            "",
+            "## Kills",
+            f"A tiny Llama takes {LAST} steps and saves after 2, 4 and {LAST}, with `save_total_limit: 1`. A run is killed "
+            "(SIGKILL) at a chosen point, or at a random time, and goes on with `--resume auto`. What it comes to is "
+            "compared with a run that nothing happened to: model and optimizer, bit for bit. A checkpoint is lost where "
+            "the newest whole one after a kill is older than it should be.",
+            "",
+            table(KILLED, [*map(dataclasses.astuple, rows), ("all", *total)]),
+            "",
+            f"The points: {', '.join(points)}.",
+            "",
+            "## Damaged checkpoints",
+            f"Each file of a checkpoint ({', '.join(WAYS)}) and the content of its manifest ({', '.join(MANIFESTS)}): "
+            "`--resume auto` tells of the damage and takes the checkpoint before.",
+            "",
+            table(damages, [damages.values()]),
+            "",
+            "## Full disks",
+            "A run fails with one sentence and leaves no broken checkpoint; once there is room it ends equal.",
+            "",
+            table(("disk", "runs", "one sentence", "nothing broken", "ended equal"), map(dataclasses.astuple, full)),
+            "",
+            "## Signals",
+            "A signal to a run that is in its steps: the first SIGTERM or Ctrl-C saves a checkpoint.",
+            "",
+            table(("signal", "end", "newest checkpoint"), signalled),
+            "",
+        ]
+    )
 
 
 def main(path: Path) -> int:

@@ -152,8 +152,16 @@ def test_any_yaml(place: Path) -> None:
 
 def test_any_study(place: Path) -> None:
     (place / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
-    study = {"base": "tiny.yaml", "grid": {"galore.rank": [4, 8]}, "cells": [{"name": "a", "seed": 1}], "seeds": [0],
-             "metrics": ["score"], "set": {"galore": {"scale": 2}}, "title": "t", "question": "q"}  # fmt: skip
+    study = {
+        "base": "tiny.yaml",
+        "grid": {"galore.rank": [4, 8]},
+        "cells": [{"name": "a", "seed": 1}],
+        "seeds": [0],
+        "metrics": ["score"],
+        "set": {"galore": {"scale": 2}},
+        "title": "t",
+        "question": "q",
+    }
     file = place / "study.yaml"
 
     @FUZZ

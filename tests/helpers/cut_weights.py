@@ -57,9 +57,7 @@ def cuts_of(numel: int, columns: int, kind: str, seed: int) -> tuple[int, ...]:
 class Run:
     """A model and its optimizer, cut over the threads; each keeps its own weights and state."""
 
-    def __init__(
-        self, model: Any, config: GaLoreConfig, kind: str, factors: torch.dtype | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Any, config: GaLoreConfig, kind: str, factors: torch.dtype | None = None) -> None:
         self.kind, self.config, self.factors = kind, config, factors
         self.meeting = Meeting(WORLD)
         self.optimizers = [build(model, config) for _ in range(WORLD)]
@@ -92,9 +90,13 @@ class Run:
         columns = whole.shape[-1] if whole.dim() > 1 else 1
         boundaries = (0, *cuts_of(whole.numel(), columns, self.kind, len(name) + i), whole.numel())
         shard = Shard(
-            rows=whole.numel() // columns, columns=columns, start=boundaries[rank], stop=boundaries[rank + 1],
-            boundaries=boundaries[1:-1], ranks=Thread(self.meeting, rank),
-        )  # fmt: skip
+            rows=whole.numel() // columns,
+            columns=columns,
+            start=boundaries[rank],
+            stop=boundaries[rank + 1],
+            boundaries=boundaries[1:-1],
+            ranks=Thread(self.meeting, rank),
+        )
         matrices = group["matrices"][i] if group["projected"] else []
         here = slice(shard.start, shard.stop)
         state = self.states[rank].setdefault(name, {})

@@ -58,21 +58,36 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "a link to nothing": lambda path: _replace(path, lambda place: place.symlink_to("nothing")),
     "a loop of links": lambda path: _replace(path, _loop),
     "a pipe": lambda path: _replace(path, os.mkfifo),
-}  # fmt: skip
+}
 
 MANIFESTS: dict[str, str] = {
-    "null": "null", "a list": "[]", "a number": "1", "NaN": "NaN", "a text": '"files"', "nothing": "", "no files": "{}",
-    "files: null": '{"files": null}', "files: a list": '{"files": []}', "files: NaN": '{"files": NaN}',
+    "null": "null",
+    "a list": "[]",
+    "a number": "1",
+    "NaN": "NaN",
+    "a text": '"files"',
+    "nothing": "",
+    "no files": "{}",
+    "files: null": '{"files": null}',
+    "files: a list": '{"files": []}',
+    "files: NaN": '{"files": NaN}',
     "vouches for nothing": '{"files": {}}',
-    "a size of null": '{"files": {"optimizer.pt": null}}', "NaN for a size": '{"files": {"optimizer.pt": [NaN, NaN]}}',
-    "one number": '{"files": {"optimizer.pt": [1]}}', "texts": '{"files": {"optimizer.pt": ["1", "2"]}}',
-    "true": '{"files": {"optimizer.pt": [true, true]}}', "5,000 digits": '{"files": {"a": [' + "9" * 5000 + ", 1]}}",
-    "deep nesting": "[" * 100_000, "deep nesting inside": '{"files": ' + '{"a":' * 100_000,
-    "outside": '{"files": {"../checkpoint-4/a": [1, 1]}}', "absolute": '{"files": {"/etc/hostname": [1, 1]}}',
-    "NUL": '{"files": {"a\\u0000b": [1, 1]}}', "half a surrogate": '{"files": {"\\ud800": [1, 1]}}',
-    "a long name": '{"files": {"' + "a" * 5000 + '": [1, 1]}}', "the folder itself": '{"files": {"": [1, 1]}}',
+    "a size of null": '{"files": {"optimizer.pt": null}}',
+    "NaN for a size": '{"files": {"optimizer.pt": [NaN, NaN]}}',
+    "one number": '{"files": {"optimizer.pt": [1]}}',
+    "texts": '{"files": {"optimizer.pt": ["1", "2"]}}',
+    "true": '{"files": {"optimizer.pt": [true, true]}}',
+    "5,000 digits": '{"files": {"a": [' + "9" * 5000 + ", 1]}}",
+    "deep nesting": "[" * 100_000,
+    "deep nesting inside": '{"files": ' + '{"a":' * 100_000,
+    "outside": '{"files": {"../checkpoint-4/a": [1, 1]}}',
+    "absolute": '{"files": {"/etc/hostname": [1, 1]}}',
+    "NUL": '{"files": {"a\\u0000b": [1, 1]}}',
+    "half a surrogate": '{"files": {"\\ud800": [1, 1]}}',
+    "a long name": '{"files": {"' + "a" * 5000 + '": [1, 1]}}',
+    "the folder itself": '{"files": {"": [1, 1]}}',
     "no UTF-8": "\udcff",
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager

@@ -62,40 +62,60 @@ POINTS: dict[str, tuple[Any, str, Callable[..., int | None], Callable[..., Any] 
     # what is struck, the step it is at (None for any), what is done of it before the kill
     "forward": (Trainer, "training_step", lambda trainer, *_: trainer.state.global_step + 1, None),
     "update": (
-        callbacks.TimingCallback, "on_optimizer_step", lambda _, args, state, *__, **___: state.global_step + 1, None,
+        callbacks.TimingCallback,
+        "on_optimizer_step",
+        lambda _, args, state, *__, **___: state.global_step + 1,
+        None,
     ),
     "before the save": (Trainer, "_save_checkpoint", lambda trainer, *_: trainer.state.global_step, None),
     "half of the weights": (
-        Trainer, "save_model", lambda trainer, folder, **_: saves(trainer, folder),
+        Trainer,
+        "save_model",
+        lambda trainer, folder, **_: saves(trainer, folder),
         lambda real, *args, **more: (real(*args, **more), halve(args[1], *WEIGHTS)),
     ),
     "half of the optimizer": (
-        Trainer, "_save_optimizer_and_scheduler", saves,
+        Trainer,
+        "_save_optimizer_and_scheduler",
+        saves,
         lambda real, *args: (real(*args), halve(args[1], "optimizer*")),
     ),
     "before the trainer's state": (TrainerState, "save_to_json", lambda state, path: state.global_step, None),
     "before the manifest": (callbacks, "seal", checkpoints.step_of, None),
     "half of the manifest": (
-        checkpoints, "write_file", lambda path, text: checkpoints.step_of(path.parent),
+        checkpoints,
+        "write_file",
+        lambda path, text: checkpoints.step_of(path.parent),
         lambda real, path, text: path.with_name(".manifest.json-0").write_text('{"files": {'),
     ),
     "before the rotation": (callbacks, "rotate", lambda newest, *_: checkpoints.step_of(newest), None),
     "half of the rotation": (
-        callbacks, "rotate", lambda newest, *_: checkpoints.step_of(newest),
+        callbacks,
+        "rotate",
+        lambda newest, *_: checkpoints.step_of(newest),
         lambda real, newest, *_: halve_oldest(newest),
     ),
     "after the rotation": (
-        callbacks, "rotate", lambda newest, *_: checkpoints.step_of(newest), lambda real, *args: real(*args),
+        callbacks,
+        "rotate",
+        lambda newest, *_: checkpoints.step_of(newest),
+        lambda real, *args: real(*args),
     ),
     "half of the model": (
-        train, "save_whole_model", lambda *_: None, lambda real, *args: (real(*args), halve(args[1], WEIGHTS[0])),
+        train,
+        "save_whole_model",
+        lambda *_: None,
+        lambda real, *args: (real(*args), halve(args[1], WEIGHTS[0])),
     ),
     "before the result": (train, "write_artifacts", lambda *_: None, None),
     "checkpoints were moved aside": (train, "make_way", lambda *_: None, lambda real, *args: real(*args)),
     "the checkpoint was loaded": (
-        Trainer, "_load_optimizer_and_scheduler", lambda *_: None, lambda real, *args: real(*args),
+        Trainer,
+        "_load_optimizer_and_scheduler",
+        lambda *_: None,
+        lambda real, *args: real(*args),
     ),
-}  # fmt: skip
+}
 
 
 def strike(point: str, step: int | None) -> None:

@@ -26,34 +26,52 @@ GALORE = {"rank": 4, "update_proj_gap": 2, "residual_warmup_steps": 1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "galore_plus": {"galore": GALORE},
     "layer-wise, 8 bits": {
-        "galore": {**GALORE, "layerwise": True, "state_bits": 8, "basis_bits": 8}, "gradient_accumulation_steps": 2,
+        "galore": {**GALORE, "layerwise": True, "state_bits": 8, "basis_bits": 8},
+        "gradient_accumulation_steps": 2,
     },
     "bfloat16, 16 bits": {"galore": {**GALORE, "state_bits": 16, "basis_bits": 16}, "dtype": "bfloat16"},
     "AdamW": {"method": "adamw"},
     "LoRA": {"method": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
     "TRL": {"galore": GALORE, "trainer": "trl", "packing": False},
     "two processes": {"galore": GALORE, "per_device_train_batch_size": 1},
-}  # fmt: skip
+}
 Kill = tuple[str, int]
 """One of the worker's ``POINTS``, and a step."""
 SEALED = ("before the rotation", "half of the rotation", "after the rotation")
 FINAL: tuple[Kill, ...] = (("half of the model", LAST), ("before the result", LAST))
 IN_SAVE = (
-    "before the save", "half of the weights", "half of the optimizer", "before the trainer's state",
-    "before the manifest", "half of the manifest", *SEALED,
-)  # fmt: skip
+    "before the save",
+    "half of the weights",
+    "half of the optimizer",
+    "before the trainer's state",
+    "before the manifest",
+    "half of the manifest",
+    *SEALED,
+)
 
 
 def settings(variant: str, model: Path, output: Path, **more: Any) -> dict[str, Any]:
     """The configuration of a run of five steps, of which checkpoints are kept as ``save_total_limit: 1`` says."""
     batch = 1 if VARIANTS[variant].get("gradient_accumulation_steps") else 2
     return {
-        "model_name_or_path": str(model), "output_dir": str(output), "max_length": 400, "max_steps": LAST,
-        "per_device_train_batch_size": batch, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
-        "logging_steps": 1, "save_steps": SAVE_STEPS, "save_total_limit": 1, "use_cpu": True, "disable_tqdm": True,
-        "seed": 5, "data": {"source": "embedded:arithmetic", "train_samples": 6, "eval_samples": 0},
-        "eval": {"before": False}, **VARIANTS[variant], **more,
-    }  # fmt: skip
+        "model_name_or_path": str(model),
+        "output_dir": str(output),
+        "max_length": 400,
+        "max_steps": LAST,
+        "per_device_train_batch_size": batch,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_steps": SAVE_STEPS,
+        "save_total_limit": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 5,
+        "data": {"source": "embedded:arithmetic", "train_samples": 6, "eval_samples": 0},
+        "eval": {"before": False},
+        **VARIANTS[variant],
+        **more,
+    }
 
 
 class Worker:

@@ -27,18 +27,26 @@ from torch.distributed import TCPStore
 FORKS = not Path("/dev/nvidiactl").exists()
 NO_COMPILER = Path(__file__).with_name("no_compiler")
 LIBRARIES = [
-    "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "galore_trainer.hf.state_import",
-    "galore_trainer.run.training.train", "galore_trainer.cli.main",
-]  # fmt: skip
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed",
+    "galore_trainer.hf.state_import",
+    "galore_trainer.run.training.train",
+    "galore_trainer.cli.main",
+]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(LIBRARIES)
 
 
 def start_python(
-    args: Sequence[str], *, env: Mapping[str, str] | None = None, stdout: Any = None, stderr: Any = None,
+    args: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdout: Any = None,
+    stderr: Any = None,
     start_new_session: bool = False,
-) -> Forked | subprocess.Popen[bytes]:  # fmt: skip
+) -> Forked | subprocess.Popen[bytes]:
     """Start ``python [-u] -m MODULE WORDS`` or ``python [-u] SCRIPT WORDS``; stands in for ``subprocess.Popen``.
 
     Args:
@@ -72,10 +80,15 @@ def meeting(count: int) -> tuple[TCPStore, list[dict[str, str]]]:
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
     env = {
-        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # fmt: skip
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     return store, [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 

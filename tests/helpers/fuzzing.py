@@ -10,9 +10,12 @@ from hypothesis import HealthCheck, settings
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 FUZZ = settings(
-    deadline=None, max_examples=200 if SECONDS else 12, derandomize=not SECONDS, database=None,
+    deadline=None,
+    max_examples=200 if SECONDS else 12,
+    derandomize=not SECONDS,
+    database=None,
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 
 
 def fuzz(check: Callable[[], None]) -> None:

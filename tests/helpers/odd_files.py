@@ -10,31 +10,60 @@ from typing import Any
 import yaml
 
 SETTINGS: dict[str, Any] = {
-    "model_name_or_path": "tiny", "use_cpu": True, "max_steps": 2, "max_length": 64, "output_dir": "run",
-    "galore": {"rank": 4}, "data": {"train_samples": 20, "eval_samples": 2}, "eval": {"max_new_tokens": 2},
-}  # fmt: skip
+    "model_name_or_path": "tiny",
+    "use_cpu": True,
+    "max_steps": 2,
+    "max_length": 64,
+    "output_dir": "run",
+    "galore": {"rank": 4},
+    "data": {"train_samples": 20, "eval_samples": 2},
+    "eval": {"max_new_tokens": 2},
+}
 RESULT: dict[str, Any] = {
-    "method": "galore_plus", "task": "arithmetic", "seed": 0, "steps": 2, "resumed_from_step": None,
+    "method": "galore_plus",
+    "task": "arithmetic",
+    "seed": 0,
+    "steps": 2,
+    "resumed_from_step": None,
     "score_after": {
-        "n": 2, "metric": "exact_match_flexible", "score": 0.5, "interval": [0.1, 0.9], "eval_loss": 1.5,
+        "n": 2,
+        "metric": "exact_match_flexible",
+        "score": 0.5,
+        "interval": [0.1, 0.9],
+        "eval_loss": 1.5,
     },
     "seconds": {"training": 1.0, "forward_backward": 0.5, "update": 0.3, "refresh": 0.2, "evaluation": 0.1},
     "peak_memory": {"peak_bytes": 100, "meaning": "allocated on the device, weights included"},
     "optimizer_state_bytes": {"basis": 10, "moments": 10, "plain": 10},
     "projection_error": {"mean": 0.2, "excess": 0.1, "sharing_excess": 2.0, "by_matrix": {}},
     "environment": {
-        "versions": {"python": "3.11"}, "platform": "Linux x86_64", "device": "cpu", "accelerators": 0, "cores": 2,
-        "commit": None, "uncommitted_changes": None,
+        "versions": {"python": "3.11"},
+        "platform": "Linux x86_64",
+        "device": "cpu",
+        "accelerators": 0,
+        "cores": 2,
+        "commit": None,
+        "uncommitted_changes": None,
     },
     "config": {"method": "galore_plus", "galore": {"rank": 4, "update_proj_gap": 2}},
-}  # fmt: skip
+}
 STUDY: dict[str, Any] = {
-    "name": "small", "title": "small", "question": "", "base": "tiny.yaml", "metrics": ["score"], "commands": [],
-    "cells": [{
-        "name": "rank 4", "slug": "rank-4", "values": {"galore.rank": 4}, "timing": {},
-        "runs": [{"seed": 0, "folder": "rank-4/seed-0", "status": "finished", "exclusive": True, "reason": None}],
-    }],
-}  # fmt: skip
+    "name": "small",
+    "title": "small",
+    "question": "",
+    "base": "tiny.yaml",
+    "metrics": ["score"],
+    "commands": [],
+    "cells": [
+        {
+            "name": "rank 4",
+            "slug": "rank-4",
+            "values": {"galore.rank": 4},
+            "timing": {},
+            "runs": [{"seed": 0, "folder": "rank-4/seed-0", "status": "finished", "exclusive": True, "reason": None}],
+        }
+    ],
+}
 
 CONFIGS: dict[str, str | bytes] = {
     "empty.yaml": "",
@@ -155,9 +184,13 @@ def write_odd_files(folder: Path, model: Path) -> None:
     (folder / "unfinished").mkdir()
     (folder / "unfinished" / "config.resolved.yaml").write_text("max_steps: 3\n")
     records = {
-        "s_braces": {}, "s_null": None, "s_cells": changed(STUDY, "cells", None), "s_runs": {**STUDY, "cells": [{}]},
-        "s_unfinished": STUDY, "s_other": changed(STUDY, "name", "other"),
-    }  # fmt: skip
+        "s_braces": {},
+        "s_null": None,
+        "s_cells": changed(STUDY, "cells", None),
+        "s_runs": {**STUDY, "cells": [{}]},
+        "s_unfinished": STUDY,
+        "s_other": changed(STUDY, "name", "other"),
+    }
     for name, record in records.items():
         (folder / name).mkdir()
         (folder / name / "study.json").write_text(json.dumps(record))

@@ -14,8 +14,14 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "checkpoints"
-BACKENDS = {"single": "single-8-bit", "ddp": "ddp", "fsdp2": "fsdp2", "fsdp2-full": "fsdp2", "zero2": "zero2",
-            "zero3": "zero3"}  # fmt: skip
+BACKENDS = {
+    "single": "single-8-bit",
+    "ddp": "ddp",
+    "fsdp2": "fsdp2",
+    "fsdp2-full": "fsdp2",
+    "zero2": "zero2",
+    "zero3": "zero3",
+}
 
 
 class Payload:

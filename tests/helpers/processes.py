@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 PINNED = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default",
-    "ONEDNN_MAX_CPU_ISA": "SSE41", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MKL_CBWR": "COMPATIBLE",
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+}
 """Environment in which every x86 CPU gives equal bits: one thread, the narrowest vectors, no accelerator."""
 
 
@@ -25,8 +30,11 @@ def run_script(script: Path, *words: str, processes: int | None = None, **enviro
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
     done = subprocess.run(
-        [sys.executable, *launcher, str(script), *words], env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        timeout=300, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, *launcher, str(script), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
     told = done.stderr.split("torch/distributed/elastic")[0]  # what follows is the launcher's own traceback
     assert done.returncode == 0, told[-4000:]

@@ -20,7 +20,15 @@ def rows(count: int = 16) -> list[dict[str, list[int]]]:
 
 def arguments(folder: Path, cls: type = TrainingArguments, **more: Any) -> Any:
     settings: dict[str, Any] = dict(
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=2e-3, use_cpu=True,
-        save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1, seed=3,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=2e-3,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        seed=3,
+    )
     return cls(**{**settings, **more})

@@ -13,9 +13,13 @@ from xdist.scheduler import LoadScopeScheduling
 
 # One worker runs these: their processes are forks of one server, and some of their launches serve several tests.
 TOGETHER = (
-    "tests/distributed/", "tests/hf/test_ddp.py", "tests/run/test_launch.py", "tests/run/test_train.py",
-    "tests/run/test_ablate.py", "tests/faults/",
-)  # fmt: skip
+    "tests/distributed/",
+    "tests/hf/test_ddp.py",
+    "tests/run/test_launch.py",
+    "tests/run/test_train.py",
+    "tests/run/test_ablate.py",
+    "tests/faults/",
+)
 # Other files of more than ten seconds begin early, so that no worker is left with one of them at the end.
 LONG = ("tests/optim/test_sharded.py", "tests/kernels/", "tests/run/test_estimate.py", "tests/hf/test_smollm2.py")
 

@@ -22,8 +22,13 @@ from galore_trainer.hf.callback import unwrap_optimizer
 from tiny_training import CONFIG, arguments, rows
 
 CHANGED: dict[str, Any] = {
-    "learning_rate": 7e-3, "weight_decay": 0.3, "adam_beta1": 0.7, "adam_beta2": 0.9, "adam_epsilon": 1e-4, "seed": 11,
-}  # fmt: skip
+    "learning_rate": 7e-3,
+    "weight_decay": 0.3,
+    "adam_beta1": 0.7,
+    "adam_beta2": 0.9,
+    "adam_epsilon": 1e-4,
+    "seed": 11,
+}
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:

@@ -52,12 +52,19 @@ def test_optimizers_without_a_state_are_refused_likewise(tiny_llama: Any, tmp_pa
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-@pytest.mark.parametrize(("files", "kind"), [
-    (["optimizer.pt", "scheduler.pt"], "ddp"), (["scheduler.pt"], "ddp"), (["optimizer_0/x", "scheduler.pt"], "fsdp"),
-    (["optimizer.bin"], "fsdp"), (["global_step2/x", "latest"], "deepspeed"),
-    (["model.safetensors", "trainer_state.json", "training_args.bin"], "weights"),
-    (["pytorch_model_fsdp_0/x", "trainer_state.json"], "weights"), (["adapter_model.safetensors"], "weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (["optimizer.pt", "scheduler.pt"], "ddp"),
+        (["scheduler.pt"], "ddp"),
+        (["optimizer_0/x", "scheduler.pt"], "fsdp"),
+        (["optimizer.bin"], "fsdp"),
+        (["global_step2/x", "latest"], "deepspeed"),
+        (["model.safetensors", "trainer_state.json", "training_args.bin"], "weights"),
+        (["pytorch_model_fsdp_0/x", "trainer_state.json"], "weights"),
+        (["adapter_model.safetensors"], "weights"),
+    ],
+)
 def test_the_kind_of_a_checkpoint(files: list[str], kind: str, tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -24,10 +24,21 @@ def rows(count: int = 48) -> list[dict[str, list[int]]]:
 
 def run(model: Any, config: GaLoreConfig, folder: Any, resume: str | None = None, **more: Any) -> Trainer:
     settings: dict[str, Any] = dict(
-        output_dir=str(folder), max_steps=8, per_device_train_batch_size=4, learning_rate=2e-3, weight_decay=0.1,
-        logging_steps=1, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, seed=3,
-        max_grad_norm=0.5, lr_scheduler_type="linear", warmup_steps=2,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=8,
+        per_device_train_batch_size=4,
+        learning_rate=2e-3,
+        weight_decay=0.1,
+        logging_steps=1,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=3,
+        max_grad_norm=0.5,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+    )
     args = TrainingArguments(**{**settings, **more})
     trainer = Trainer(model, args, train_dataset=rows(), **galore_plugin(config, args))
     trainer.train(resume_from_checkpoint=resume)

@@ -149,7 +149,7 @@ def test_a_resume_and_the_best_model_change_no_membership(tiny_llama: Any, tmp_p
         optimizers, callbacks = (build_optimizer(tiny_llama, CONFIG, lr=2e-3), None), [GaLoreCallback()]
         trainer = Trainer(
             tiny_llama, args, train_dataset=rows(), eval_dataset=rows(4), optimizers=optimizers, callbacks=callbacks
-        )  # fmt: skip
+        )
         trainer.train(resume_from_checkpoint=resume)
         assert trainer.state.global_step == 3
 
@@ -173,11 +173,14 @@ def test_an_adapter_config_of_the_trainer_is_seen(tiny_model_dir: Path, tmp_path
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     args = trl.SFTConfig(**{**arguments(tmp_path).to_dict(), "bf16": False, "gradient_checkpointing": False})
     trainer = trl.SFTTrainer(
-        model, args, train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()]),
-        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir), callbacks=[GaLoreCallback()],
+        model,
+        args,
+        train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()]),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
+        callbacks=[GaLoreCallback()],
         peft_config=peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
         optimizers=(build_optimizer(model, CONFIG), None),
-    )  # fmt: skip
+    )
     with pytest.raises(OptionError, match=r"lora_A.*get_peft_model"):
         trainer.train()
 

@@ -96,9 +96,12 @@ def test_an_ordinary_resume_under_a_schedule_says_nothing(
         cycle: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=5)
         resume_from = None if beta == 0.999 else str(tmp_path / "checkpoint-2")
         Trainer(
-            tiny_llama, arguments(tmp_path, **BASE), train_dataset=rows(), optimizers=(optimizer, cycle),
+            tiny_llama,
+            arguments(tmp_path, **BASE),
+            train_dataset=rows(),
+            optimizers=(optimizer, cycle),
             callbacks=[GaLoreCallback()],
-        ).train(resume_from_checkpoint=resume_from)  # fmt: skip
+        ).train(resume_from_checkpoint=resume_from)
         told = warnings_of(caplog)
         assert len(told) == (beta != 0.999)
     assert "adam_beta2 0.999 (now asked for: 0.95); begin" in told[0]

@@ -23,9 +23,18 @@ def losses(way: str, folder: Path, output: Path) -> list[float]:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, num_hidden_layers=LAYERS)
     rows = encode_all(tokenizer, load_data(DataConfig(train_samples=2 * STEPS, eval_samples=1)).train, 256).rows
     settings: dict[str, Any] = dict(
-        output_dir=str(output), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-4, weight_decay=0.01,
-        logging_steps=1, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, seed=1,
-    )  # fmt: skip
+        output_dir=str(output),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        logging_steps=1,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=1,
+    )
     if way == "sft":
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer

@@ -25,10 +25,21 @@ def rows(vocabulary: int = 250, count: int = 24) -> list[dict[str, list[int]]]:
 
 def arguments(folder: Any, cls: type = TrainingArguments, **more: Any) -> Any:
     settings: dict[str, Any] = dict(
-        output_dir=str(folder), max_steps=5, per_device_train_batch_size=4, learning_rate=2e-3, weight_decay=0.1,
-        adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, logging_steps=1, use_cpu=True, save_strategy="no",
-        report_to="none", disable_tqdm=True, seed=3,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=5,
+        per_device_train_batch_size=4,
+        learning_rate=2e-3,
+        weight_decay=0.1,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        logging_steps=1,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=3,
+    )
     return cls(**{**settings, **more})
 
 
@@ -151,9 +162,15 @@ def test_sharding_backends_refuse_what_they_would_drop_or_cannot_do(
     with pytest.raises(OptionError, match="galore_plugin"):
         build_optimizer(tiny_llama, CONFIG)
     refused = {
-        "proj_type": "left", "state_bits": 8, "plain_state_bits": 8, "diagnose_refreshes": 1,
-        "residual_selection": "global", "share_output_heads": True, "layerwise": True, "first_basis": "sketch",
-    }  # fmt: skip
+        "proj_type": "left",
+        "state_bits": 8,
+        "plain_state_bits": 8,
+        "diagnose_refreshes": 1,
+        "residual_selection": "global",
+        "share_output_heads": True,
+        "layerwise": True,
+        "first_basis": "sketch",
+    }
     for field, value in refused.items():
         with pytest.raises(OptionError, match=rf"galore\.{field}.*under {backend.lower()}"):
             galore_plugin(dataclasses.replace(CONFIG, residual_percent=1.2, **{field: value}), args)

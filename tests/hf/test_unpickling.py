@@ -138,13 +138,25 @@ def test_the_plugin_checks_what_the_trainer_is_to_resume(copy, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("global_step", "../../x"), ("global_step", -1), ("global_step", 1.5), ("global_step", True),
-        ("global_step", None), ("global_step", 10**400), ("best_global_step", "../x"),
-        ("best_model_checkpoint", "../../elsewhere"), ("best_model_checkpoint", 3), ("max_steps", "7"),
-        ("epoch", "many"), ("log_history", [{"step": "../x"}]), ("log_history", {}), ("stateful_callbacks", []),
-        ("is_world_process_zero", 1), ("trial_name", 3), ("no_such_field", 1),
+        ("global_step", "../../x"),
+        ("global_step", -1),
+        ("global_step", 1.5),
+        ("global_step", True),
+        ("global_step", None),
+        ("global_step", 10**400),
+        ("best_global_step", "../x"),
+        ("best_model_checkpoint", "../../elsewhere"),
+        ("best_model_checkpoint", 3),
+        ("max_steps", "7"),
+        ("epoch", "many"),
+        ("log_history", [{"step": "../x"}]),
+        ("log_history", {}),
+        ("stateful_callbacks", []),
+        ("is_world_process_zero", 1),
+        ("trial_name", 3),
+        ("no_such_field", 1),
     ],
-)  # fmt: skip
+)
 def test_fields_of_the_trainer_state_are_what_the_trainer_writes(field, value, copy, tmp_path: Path) -> None:
     folder = copy("single")
     path = folder / "trainer_state.json"

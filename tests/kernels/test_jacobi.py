@@ -25,7 +25,7 @@ def factors(k: int, n: int, smallest: float, device: torch.device, count: int = 
 
 @pytest.mark.parametrize(
     ("k", "smallest", "count"), [(2, 0.5, 3), (3, 1e-3, 3), (16, 1e-4, 1), (17, 1e-2, 1), (34, 0.1, 1)]
-)  # fmt: skip
+)
 def test_eigenvectors_are_float64s(k: int, smallest: float, count: int, device: torch.device) -> None:
     """Even and odd sizes; float32's error over the gap between neighbouring eigenvalues, columns orthonormal."""
     B = factors(k, k + 5, smallest, device, count)

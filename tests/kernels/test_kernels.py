@@ -36,9 +36,17 @@ CONV1D = LogicalMatrix(label="v", start=24, length=12, columns=30, rank=3, trans
 INTERLEAVED = LogicalMatrix(label="q", outer=4, start=3, length=5, columns=28, rank=4, side="left")  # of [4, 9, n]
 STORED = {"FUSED": (56, 40), "CONV1D": (30, 40), "INTERLEAVED": (36, 28), "EXPERTS": (3, 20, 33)}
 MATRICES = {
-    "PLAIN": PLAIN, "WIDE": WIDE, "TALL": TALL, "DEEP": DEEP, "HIGH": HIGH, "HEADS": HEADS, "EXPERTS": EXPERTS,
-    "FUSED": FUSED, "CONV1D": CONV1D, "INTERLEAVED": INTERLEAVED,
-}  # fmt: skip
+    "PLAIN": PLAIN,
+    "WIDE": WIDE,
+    "TALL": TALL,
+    "DEEP": DEEP,
+    "HIGH": HIGH,
+    "HEADS": HEADS,
+    "EXPERTS": EXPERTS,
+    "FUSED": FUSED,
+    "CONV1D": CONV1D,
+    "INTERLEAVED": INTERLEAVED,
+}
 every_matrix = pytest.mark.parametrize("name", MATRICES)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -117,9 +125,17 @@ def test_bfloat16_factors_of_float32_weights(name: str, device: torch.device) ->
     assert ((R - exact).abs() <= BOUND * size).all()
     before, N = [x.clone() for x in tensors], moment(name, device, low)
     apply_update_(
-        places(tensors, matrix), layout(name, tensors), N, P, matrix.side, ok, matrix.blocks,
-        step=0.1, decay=0.03, keys=None,
-    )  # fmt: skip
+        places(tensors, matrix),
+        layout(name, tensors),
+        N,
+        P,
+        matrix.side,
+        ok,
+        matrix.blocks,
+        step=0.1,
+        decay=0.03,
+        keys=None,
+    )
     moved = blocks_of(name, before).double() * (1 - 0.03) - 0.1 * lifted(name, N, P)
     torch.testing.assert_close(blocks_of(name, tensors), moved.float(), rtol=1e-6, atol=1e-6)
 
@@ -127,9 +143,7 @@ def test_bfloat16_factors_of_float32_weights(name: str, device: torch.device) ->
 def test_infinite_gradients_are_not_finite(device: torch.device) -> None:
     tensors = stored("PLAIN", device, torch.bfloat16)
     tensors[0][3, 3], tensors[2][69, 36] = float("inf"), -float("inf")
-    _, ok = project(
-        places(tensors), layout("PLAIN", tensors), basis("PLAIN", device, torch.bfloat16), "right", 1
-    )  # fmt: skip
+    _, ok = project(places(tensors), layout("PLAIN", tensors), basis("PLAIN", device, torch.bfloat16), "right", 1)
     assert ok.tolist() == [0.0, 1.0, 0.0]
 
 
@@ -191,9 +205,17 @@ def test_update(name: str, dtype: torch.dtype, device: torch.device) -> None:
     before = [x.clone() for x in tensors]
     N, P, ok = moment(name, device, dtype), basis(name, device, dtype), flags(device, 1.0, 0.0, 1.0)
     apply_update_(
-        places(tensors, matrix), layout(name, tensors), N, P, matrix.side, ok, matrix.blocks,
-        step=0.1, decay=0.03, keys=None,
-    )  # fmt: skip
+        places(tensors, matrix),
+        layout(name, tensors),
+        N,
+        P,
+        matrix.side,
+        ok,
+        matrix.blocks,
+        step=0.1,
+        decay=0.03,
+        keys=None,
+    )
     exact = blocks_of(name, before).double() * (1 - 0.03) - 0.1 * lifted(name, N, P)
     for i in (0, 2):
         wanted = before[i].clone()
@@ -222,9 +244,17 @@ def test_stochastic_rounding_is_unbiased_and_repeats(device: torch.device) -> No
         for _ in range(2 if seed == 0 else 1):
             W = [torch.ones(rows, columns, device=device, dtype=torch.bfloat16) for _ in range(JOBS)]
             apply_update_(
-                places(W), Layout.of(W[0][None]), N, P, "right", flags(device), 1, step=-1.0, decay=0.0,
+                places(W),
+                Layout.of(W[0][None]),
+                N,
+                P,
+                "right",
+                flags(device),
+                1,
+                step=-1.0,
+                decay=0.0,
                 keys=keys_of(device, seed),
-            )  # fmt: skip
+            )
             results.append(torch.stack(W))
         assert all(torch.equal(results[0], other) for other in results)
         up = results[0].float() - 1.0
@@ -295,9 +325,7 @@ def test_add_at_the_support(name: str, dtype: torch.dtype, device: torch.device)
     positions = support(name, device, 4)
     values = random(device, JOBS * matrix.blocks, matrix.block_rows, 4, seed=80)
     ok = flags(device, 1.0, 0.0, 1.0)
-    kernel_add_at_(
-        places(tensors, matrix), layout(name, tensors), places(positions), values, ok, step=0.5, keys=None
-    )  # fmt: skip
+    kernel_add_at_(places(tensors, matrix), layout(name, tensors), places(positions), values, ok, step=0.5, keys=None)
     exact = blocks_of(name, before).float().clone()
     add_at_(exact, Support(torch.cat(positions), matrix.columns), values * spread(ok, matrix.blocks), alpha=-0.5)
     for i, part in enumerate(exact.split(matrix.blocks)):
@@ -327,9 +355,19 @@ def test_plain_adamw_is_torchs(dtype: torch.dtype, weight_decay: float, device: 
         t = t + ok
         before = [x.clone() for x in W]
         adamw_(
-            places(W), places(G), places(M), places(V), t, ok, 3000, lr=0.01, betas=(0.9, 0.999), eps=1e-8,
-            weight_decay=weight_decay, keys=None,
-        )  # fmt: skip
+            places(W),
+            places(G),
+            places(M),
+            places(V),
+            t,
+            ok,
+            3000,
+            lr=0.01,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=weight_decay,
+            keys=None,
+        )
         for i in range(JOBS):
             if ok[i] == 0.0:
                 assert torch.equal(W[i], before[i])

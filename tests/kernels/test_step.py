@@ -18,9 +18,13 @@ from galore_trainer.optim.ops_triton import TritonOps
 
 STEPS, GAP, BAD_STEP = 8, 3, 5
 SETTINGS: dict[str, Any] = {
-    "rank": 5, "update_proj_gap": GAP, "residual_percent": 6.0, "residual_warmup_steps": 2, "scale": 2.0,
+    "rank": 5,
+    "update_proj_gap": GAP,
+    "residual_percent": 6.0,
+    "residual_warmup_steps": 2,
+    "scale": 2.0,
     "stochastic_rounding": False,
-}  # fmt: skip
+}
 SHAPES = [(40, 24), (24, 40), (40, 24), (17, 33)]
 
 

@@ -35,9 +35,17 @@ def run(layerwise: bool, bits: int, svd: str, dtype: torch.dtype) -> list[torch.
     params = [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float32).to(DEVICE, dtype)) for s in shapes]
     bias = nn.Parameter(torch.randn(40, generator=generator, dtype=torch.float32).to(DEVICE, dtype))
     config = GaLoreConfig(
-        rank=4, update_proj_gap=3, residual_percent=10.0, residual_warmup_steps=2, layerwise=layerwise, state_bits=bits,
-        basis_bits=bits, plain_state_bits=bits, svd=svd, diagnose_refreshes=1,
-    )  # fmt: skip
+        rank=4,
+        update_proj_gap=3,
+        residual_percent=10.0,
+        residual_warmup_steps=2,
+        layerwise=layerwise,
+        state_bits=bits,
+        basis_bits=bits,
+        plain_state_bits=bits,
+        svd=svd,
+        diagnose_refreshes=1,
+    )
     optimizer = GaLoreAdamW([{"params": params, "projected": True}, {"params": [bias]}], config, lr=1e-2)
     for step in range(6):
         generator = torch.Generator().manual_seed(step)

@@ -58,9 +58,14 @@ def test_projected_weights_equal_the_reference_to_1e_12(
     matrix = LogicalMatrix(length=24, columns=32, side=side, rank=5)
     params = [nn.Parameter(numbers(seed, *shape)) for seed in ((0, 50) if stacked else (0,))]
     config = GaLoreConfig(
-        rank=5, update_proj_gap=GAP, scale=2.0, svd=svd, momentum_transfer=transfer, residual_percent=percent,
+        rank=5,
+        update_proj_gap=GAP,
+        scale=2.0,
+        svd=svd,
+        momentum_transfer=transfer,
+        residual_percent=percent,
         residual_warmup_steps=WARMUP,
-    )  # fmt: skip
+    )
     names = [f"w{i}" for i in range(len(params))]
     group = {"params": params, "names": names, "projected": True, "matrices": [[matrix]] * len(params)}
     optimizer = GaLoreAdamW([group], config, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99))

@@ -30,11 +30,27 @@ def step(params: list[nn.Parameter], optimizer: GaLoreAdamW, seed: int = 0) -> N
 
 
 BAD = [
-    ("lr", math.nan), ("lr", math.inf), ("lr", -1.0), ("lr", "0.1"), ("lr", None), ("lr", torch.tensor([1e-3, 1e-4])),
-    ("eps", math.nan), ("eps", -1.0), ("weight_decay", math.inf), ("betas", (1.0, 0.9)), ("betas", (0.9,)),
-    ("betas", (0.9, math.nan)), ("scale", math.nan), ("scale", -1.0), ("maximize", True), ("amsgrad", True),
-    ("rank", 8), ("update_proj_gap", 2), ("proj_type", "left"), ("projected", False),
-]  # fmt: skip
+    ("lr", math.nan),
+    ("lr", math.inf),
+    ("lr", -1.0),
+    ("lr", "0.1"),
+    ("lr", None),
+    ("lr", torch.tensor([1e-3, 1e-4])),
+    ("eps", math.nan),
+    ("eps", -1.0),
+    ("weight_decay", math.inf),
+    ("betas", (1.0, 0.9)),
+    ("betas", (0.9,)),
+    ("betas", (0.9, math.nan)),
+    ("scale", math.nan),
+    ("scale", -1.0),
+    ("maximize", True),
+    ("amsgrad", True),
+    ("rank", 8),
+    ("update_proj_gap", 2),
+    ("proj_type", "left"),
+    ("projected", False),
+]
 
 
 @pytest.mark.parametrize(("key", "value"), BAD)

@@ -28,9 +28,14 @@ METHOD: dict[str, Any] = {"rank": 4, "update_proj_gap": 4, "scale": 1.0, "residu
 def make_model(**changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(3)
     sizes = {
-        "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
 
 
@@ -299,8 +304,13 @@ def test_bases_in_fewer_bits_are_not_held_in_float32() -> None:
     optimizer = make_optimizer(model, config)
     train(model, optimizer, batches()[:2])
     model(input_ids=batches()[2], labels=batches()[2]).loss.backward()
-    held = [x for p in model.parameters() if isinstance(p.grad, ProjectedGradient) for part in p.grad.parts
-            for x in (part._basis.values, part._basis.scale)]  # fmt: skip
+    held = [
+        x
+        for p in model.parameters()
+        if isinstance(p.grad, ProjectedGradient)
+        for part in p.grad.parts
+        for x in (part._basis.values, part._basis.scale)
+    ]
     stored = {s[key].data_ptr() for s in optimizer.state.values() for key in ("basis", "basis_scale") if key in s}
     assert held
     assert {x.data_ptr() for x in held} <= stored

@@ -128,11 +128,17 @@ def test_equals_float64_reference(
     optimizer = GaLoreAdamW([group], config, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
     references = [
         ReferenceMatrix(
-            W, side, lr=1e-2, scale=2.0, betas=(0.9, 0.99), weight_decay=0.1, momentum_transfer=transfer,
+            W,
+            side,
+            lr=1e-2,
+            scale=2.0,
+            betas=(0.9, 0.99),
+            weight_decay=0.1,
+            momentum_transfer=transfer,
             residual_scale=config.residual_scale,
         )
         for W in p.detach().chunk(blocks)
-    ]  # fmt: skip
+    ]
     raw: list[torch.Tensor] = []
     for step, G in enumerate(gradients(shape)):
         p.grad = G.clone()

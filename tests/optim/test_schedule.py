@@ -14,9 +14,13 @@ from galore_trainer.core.galore import lost_share
 from galore_trainer.hf.build import build_optimizer
 
 LLAMA = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
     num_key_value_heads=2,
-)  # fmt: skip
+)
 GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4)
 
 
@@ -41,9 +45,13 @@ def test_a_stack_moves_as_its_matrices_would_alone(
     """Joined in one go, joined two at a time, or one by one: the same weights; non-finite gradients included."""
     start = model_of(architecture).to(dtype)
     config = GaLoreConfig(
-        rank=4, update_proj_gap=3, head_sharing=sharing, residual_percent=5.0, residual_warmup_steps=2,
+        rank=4,
+        update_proj_gap=3,
+        head_sharing=sharing,
+        residual_percent=5.0,
+        residual_warmup_steps=2,
         stagger_refresh=stagger,
-    )  # fmt: skip
+    )
     results = []
     for elements in (0, 2 * 32 * 48, 1 << 20):
         model = copy.deepcopy(start)
@@ -67,10 +75,15 @@ def test_a_bad_part_of_a_fused_weight_skips_all_of_it_whatever_else_is_in_the_st
     """Phi-3's output projection has the shape of its q part and may stand in one stack with it."""
     model = model_of(
         Phi3Config(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=4, pad_token_id=0,
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     optimizer = build_optimizer(model, GaLoreConfig(rank=4, share_output_heads=True, update_proj_gap=2), lr=1e-3)
     optimizer.max_stack_elements = elements
     fused = model.model.layers[0].self_attn.qkv_proj.weight

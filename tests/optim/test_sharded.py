@@ -52,7 +52,7 @@ MIXTRAL = MixtralConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, n
         (MIXTRAL, {}),
     ],
     ids=lambda x: x.model_type if hasattr(x, "model_type") else "-".join(map(str, x.values())) or "default",
-)  # fmt: skip
+)
 def test_any_sharding_equals_the_whole_weight(architecture: Any, settings: dict[str, Any], kind: str) -> None:
     check_sharding(architecture, settings, kind)
 
@@ -127,8 +127,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_triton
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
-    ("kind", "sharing"), [("rows", "shared"), ("anywhere", "per_head")]  # several pieces of a weight of blocks
-)  # fmt: skip
+    ("kind", "sharing"),
+    [("rows", "shared"), ("anywhere", "per_head")],  # several pieces of a weight of blocks
+)
 def test_kernels_move_cut_weights_too(kind: str, sharing: str) -> None:
     check_sharding(LLAMA, {"kernels": "triton", "head_sharing": sharing}, kind, steps=FEW)
 
@@ -152,9 +153,7 @@ def test_float32_weights_of_a_bfloat16_model() -> None:
         exact.step(grads)
     for group in whole.param_groups:
         for name in group["names"] if group["projected"] else []:
-            distance, moved = (
-                (low.weights[name] - x[name]).abs().median() for x in (exact.weights, start)
-            )  # fmt: skip
+            distance, moved = ((low.weights[name] - x[name]).abs().median() for x in (exact.weights, start))
             assert 0.0 < distance < 2**-8 * moved
 
 
@@ -177,9 +176,12 @@ def check_sharding(
 ) -> None:
     """Steps of cut weights, and of whole ones without kernels; ``most`` entries of the cut ones together."""
     config = GaLoreConfig(
-        rank=4, update_proj_gap=3, scale=0.5, proj_type="right",
+        rank=4,
+        update_proj_gap=3,
+        scale=0.5,
+        proj_type="right",
         **{"residual_percent": 5.0, "residual_warmup_steps": 2, **settings},
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(architecture)
     cut, whole = Run(model, config, kind), build(model, dataclasses.replace(config, kernels="torch"))
@@ -198,10 +200,12 @@ def check_sharding(
         assert (w - start[name]).abs().max() > 1e-2
         torch.testing.assert_close(w, params[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     counters = [
-        {name: {k: float(v) for k, v in state.items() if k.endswith(("step", "calls", "due", "born"))}
-         for name, state in states.items()}
+        {
+            name: {k: float(v) for k, v in state.items() if k.endswith(("step", "calls", "due", "born"))}
+            for name, state in states.items()
+        }
         for states in cut.states
-    ]  # fmt: skip
+    ]
     assert counters[0] == counters[1] == counters[2]
 
 

@@ -27,10 +27,15 @@ def make(config: GaLoreConfig, dtype: torch.dtype = torch.float32) -> tuple[nn.M
     torch.manual_seed(3)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=True,
+            vocab_size=48,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
         )
-    ).to(dtype)  # fmt: skip
+    ).to(dtype)
     return model, GaLoreAdamW(galore_groups(model, config, lr=3e-3, weight_decay=0.1), config, lr=3e-3, seed=7)
 
 
@@ -54,11 +59,13 @@ def train(model: nn.Module, optimizer: GaLoreAdamW, data: Tensor) -> list[float]
 @pytest.mark.parametrize(
     ("bits", "dtype", "layerwise"),  # each pair of values once
     [
-        (BITS[0], torch.float32, False), (BITS[0], torch.bfloat16, True),
-        (BITS[1], torch.float32, True), (BITS[1], torch.bfloat16, False),
+        (BITS[0], torch.float32, False),
+        (BITS[0], torch.bfloat16, True),
+        (BITS[1], torch.float32, True),
+        (BITS[1], torch.bfloat16, False),
     ],
     ids=["16-float32", "16-bfloat16-layerwise", "8-float32-layerwise", "8-bfloat16"],
-)  # fmt: skip
+)
 def test_it_learns_as_well_as_with_32_bits(bits: dict[str, int], dtype: torch.dtype, layerwise: bool) -> None:
     ends = []
     for more in ({}, bits):

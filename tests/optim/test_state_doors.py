@@ -129,11 +129,17 @@ def by_float_steps(model: Model, optimizer: GaLoreAdamW, folder: Path) -> tuple[
 
 
 DOORS: dict[str, Callable] = {
-    "file": by_file, "dcp": by_dcp, "names": by_names(False, False), "names by dcp": by_names(False, True),
-    "flattened names": by_names(True, False), "flattened names by dcp": by_names(True, True),
-    "deepcopy": by_deepcopy, "pickle": by_pickle, "file of an earlier version": by_old_file,
+    "file": by_file,
+    "dcp": by_dcp,
+    "names": by_names(False, False),
+    "names by dcp": by_names(False, True),
+    "flattened names": by_names(True, False),
+    "flattened names by dcp": by_names(True, True),
+    "deepcopy": by_deepcopy,
+    "pickle": by_pickle,
+    "file of an earlier version": by_old_file,
     "numbers for scalars": by_float_steps,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("door", DOORS)

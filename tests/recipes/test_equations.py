@@ -79,9 +79,18 @@ def test_working(equation, answer, lines):
 
 @pytest.mark.parametrize(
     ("equation", "answer"),
-    [("x=40/7", 5.0), ("X-6=52", 57.0), ("3+4=7", 9.0), ("x=1/0", 1.0), ("x=0.32=0.21", 0.53), ("x+y=3", 1.0),
-     ("x+3", 5.0), ("x", 5.0), ("12 apples", 12.0)],
-)  # fmt: skip
+    [
+        ("x=40/7", 5.0),
+        ("X-6=52", 57.0),
+        ("3+4=7", 9.0),
+        ("x=1/0", 1.0),
+        ("x=0.32=0.21", 0.53),
+        ("x+y=3", 1.0),
+        ("x+3", 5.0),
+        ("x", 5.0),
+        ("12 apples", 12.0),
+    ],
+)
 def test_equation_that_does_not_give_the_answer(equation, answer):
     with pytest.raises(EquationError):
         working(equation, answer)

@@ -213,9 +213,18 @@ class TestReasoningGym:
 class TestConfig:
     @pytest.mark.parametrize(
         "settings",
-        [{"difficulty": 5}, {"difficulty": 0}, {"max_number": 10}, {"max_number": 10**6}, {"train_samples": 0},
-         {"eval_samples": -1}, {"task": "chess"}, {"source": 3}, {"columns": {"question": 1}}],
-    )  # fmt: skip
+        [
+            {"difficulty": 5},
+            {"difficulty": 0},
+            {"max_number": 10},
+            {"max_number": 10**6},
+            {"train_samples": 0},
+            {"eval_samples": -1},
+            {"task": "chess"},
+            {"source": 3},
+            {"columns": {"question": 1}},
+        ],
+    )
     def test_impossible_values_name_the_option(self, settings):
         with pytest.raises(OptionError) as error:
             DataConfig(**settings)

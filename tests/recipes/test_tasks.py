@@ -35,9 +35,20 @@ class TestGsm8k:
 
     @pytest.mark.parametrize(
         ("written", "gold"),
-        [("$5.00", "5"), ("+5", "5"), ("1e3", "1000"), ("1_000", "1000"), ("1 234", "1234"), ("-$7", "-7"),
-         (".5", "0.5"), ("20%", "20"), ("12.", "12"), ("1,234,567", "1234567"), ("3.50", "3.5")],
-    )  # fmt: skip
+        [
+            ("$5.00", "5"),
+            ("+5", "5"),
+            ("1e3", "1000"),
+            ("1_000", "1000"),
+            ("1 234", "1234"),
+            ("-$7", "-7"),
+            (".5", "0.5"),
+            ("20%", "20"),
+            ("12.", "12"),
+            ("1,234,567", "1234567"),
+            ("3.50", "3.5"),
+        ],
+    )
     @pytest.mark.parametrize("mark", ["#### ", "####", "####   "])
     def test_the_target_of_any_spelling_scores_as_right(self, mark, written, gold):
         example = gsm8k.parse(rows({"question": "q", "answer": f"so\n{mark}{written}"})).examples[0]

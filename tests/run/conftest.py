@@ -40,12 +40,18 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_base(tiny_model_dir: Path, tmp_path: Path) -> Path:
     """A configuration of a few steps with the tiny Llama."""
     settings = {
-        "model_name_or_path": str(tiny_model_dir), "max_length": 400, "max_steps": 4,
-        "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no",
-        "use_cpu": True, "galore": {"rank": 4, "update_proj_gap": 2, "residual_warmup_steps": 1},
+        "model_name_or_path": str(tiny_model_dir),
+        "max_length": 400,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "galore": {"rank": 4, "update_proj_gap": 2, "residual_warmup_steps": 1},
         "data": {"source": "embedded:arithmetic", "train_samples": 40, "eval_samples": 4},
         "eval": {"max_new_tokens": 4},
-    }  # fmt: skip
+    }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -91,13 +97,22 @@ def short_run(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
     def configure(name: str = "run", **more: object) -> RunConfig:
         settings = {
-            "model_name_or_path": str(tiny_model_dir), "output_dir": str(tmp_path / name), "max_length": 400,
-            "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1,
-            "save_steps": 4, "use_cpu": True, "disable_tqdm": True, "seed": 5,
-            "galore": {"rank": 4, "update_proj_gap": 2}, "lora": {"rank": 4, "alpha": 8},
+            "model_name_or_path": str(tiny_model_dir),
+            "output_dir": str(tmp_path / name),
+            "max_length": 400,
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_steps": 4,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "seed": 5,
+            "galore": {"rank": 4, "update_proj_gap": 2},
+            "lora": {"rank": 4, "alpha": 8},
             "data": {"source": "embedded:arithmetic", "train_samples": 40, "eval_samples": 4},
             "eval": {"max_new_tokens": 4, "before": False},
-        }  # fmt: skip
+        }
         return RunConfig.from_dict({**settings, **more})
 
     return configure

@@ -286,8 +286,9 @@ def test_further_seeds_and_cells_join_an_earlier_sweep(make_study: MakeStudy, in
     ablate(make_study({"galore.rank": [2]}), output, say=quiet)
     ablate(make_study({"galore.rank": [4]}, seeds=[1]), output, say=quiet)
     assert {folder: run["status"] for folder, run in entries(output).items()} == {
-        "rank-4/seed-1": "finished", "rank-2/seed-0": "finished",
-    }  # fmt: skip
+        "rank-4/seed-1": "finished",
+        "rank-2/seed-0": "finished",
+    }
 
 
 def test_data_that_is_not_there_is_refused_before_any_run(make_study: MakeStudy, tmp_path: Path) -> None:

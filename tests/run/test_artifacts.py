@@ -113,8 +113,13 @@ def test_commit_is_of_the_packages_own_repository_only(tmp_path: Path):
 
 FACTS = {"versions": {"python": "3.11.7", "torch": "2.13.0"}, "device": "some processor", "commit": "abc123"}
 BEFORE = {
-    "task": "arithmetic", "extract": "flexible", "n": 100, "score": 0.09, "interval": [0.05, 0.16], "eval_loss": 2.3456,
-}  # fmt: skip
+    "task": "arithmetic",
+    "extract": "flexible",
+    "n": 100,
+    "score": 0.09,
+    "interval": [0.05, 0.16],
+    "eval_loss": 2.3456,
+}
 AFTER = {**BEFORE, "score": 0.75, "interval": [0.66, 0.82], "eval_loss": 0.1}
 
 
@@ -174,9 +179,14 @@ def test_card_links_hub_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_card_of_texts_shows_every_metric_and_what_was_skipped():
     scores = {"bleu": 0.6512, "nist": 7.25, "meteor": None, "rouge_l": 0.7, "cider": 2.125}
     texts = {
-        **AFTER, **scores, "task": "nlg", "score": 0.6512, "interval": None, "extract": None,
+        **AFTER,
+        **scores,
+        "task": "nlg",
+        "score": 0.6512,
+        "interval": None,
+        "extract": None,
         "notes": ["METEOR is skipped: it needs Java."],
-    }  # fmt: skip
+    }
     before = {**texts, "bleu": 0.01}
     text = model_card(RunConfig(), before=before, after=texts, environment=FACTS)
     assert "| | BLEU | NIST | METEOR | ROUGE-L | CIDEr | loss on the targets | examples |\n|---|---|---|" in text

@@ -15,8 +15,20 @@ from galore_trainer.run.bench.measure import Timing, copy_bandwidth, percentile,
 from galore_trainer.run.bench.refresh import USUAL
 from galore_trainer.run.bench.weights import Bench, galore_plus, linear_weights
 
-TINY = Bench(shape="tiny", layers=1, model_layers=1, rank=4, lora_rank=2, dtype="float32", batch_size=1, length=8,
-             gap=10, rounds=1, steps=2, device="cpu")  # fmt: skip
+TINY = Bench(
+    shape="tiny",
+    layers=1,
+    model_layers=1,
+    rank=4,
+    lora_rank=2,
+    dtype="float32",
+    batch_size=1,
+    length=8,
+    gap=10,
+    rounds=1,
+    steps=2,
+    device="cpu",
+)
 
 
 def taking(*ms: float) -> Timing:
@@ -33,22 +45,41 @@ def test_a_ratio_is_that_of_rounds_that_ran_together() -> None:
 
 def test_the_rows_follow_from_what_the_parts_found() -> None:
     found: dict[str, Any] = {
-        "step": {"timings": {"GaLore+": taking(8.0), "GaLore+, residual": taking(12.0), "AdamW fused": taking(16.0)},
-                 "floor": 5.0},
+        "step": {
+            "timings": {"GaLore+": taking(8.0), "GaLore+, residual": taking(12.0), "AdamW fused": taking(16.0)},
+            "floor": 5.0,
+        },
         "refresh": {"timings": {USUAL: taking(30.0)}, "svd": 60000.0},
-        "e2e": {"timings": {"forward and backward": taking(100.0), "GaLore+": taking(109.0),
-                            "AdamW fused": taking(110.0), "galore-torch": taking(120.0), "LoRA": taking(180.0),
-                            "GaLore+, layer-wise": taking(121.0)},
-                "refresh": taking(200.0), "svd": 50000.0, "staggered": [100.0] * 99 + [150.0]},
-    }  # fmt: skip
+        "e2e": {
+            "timings": {
+                "forward and backward": taking(100.0),
+                "GaLore+": taking(109.0),
+                "AdamW fused": taking(110.0),
+                "galore-torch": taking(120.0),
+                "LoRA": taking(180.0),
+                "GaLore+, layer-wise": taking(121.0),
+            },
+            "refresh": taking(200.0),
+            "svd": 50000.0,
+            "staggered": [100.0] * 99 + [150.0],
+        },
+    }
     told = rows.rows_of(found, Bench(gap=200), device="d", commit="c")
     assert [row["ratio"] and round(row["ratio"], 4) for row in told] == [
-        1.6, 0.5, 0.75, 0.0005, 0.01, 1.0, round(110 / 370, 4), 1.0, round(110 / 180, 4), None, 1.1,
-    ]  # fmt: skip
+        1.6,
+        0.5,
+        0.75,
+        0.0005,
+        0.01,
+        1.0,
+        round(110 / 370, 4),
+        1.0,
+        round(110 / 180, 4),
+        None,
+        1.1,
+    ]
     assert told[9]["note"] == "DoRA was not timed"
-    assert [row["bound"] for row in told] == [
-        1.35, 0.5, 0.85, 1 / 500, 0.01, 1.1, 1 / 3.6, 1.0, 0.75, 0.42, 1.05
-    ]  # fmt: skip
+    assert [row["bound"] for row in told] == [1.35, 0.5, 0.85, 1 / 500, 0.01, 1.1, 1 / 3.6, 1.0, 0.75, 0.42, 1.05]
     assert rows.rows_of({"refresh": found["refresh"]}, Bench())[0]["name"] == "refresh: GaLore+ / galore-torch"
 
 
@@ -97,11 +128,15 @@ def test_the_command_writes_a_row_for_each_line_and_names_what_is_missing(
     assert "adamw_8bit: left out, bitsandbytes' 8-bit AdamW needs a GPU" in told
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["bench", "speed"], "one of step, refresh, e2e, all"), (["bench", "--shape", "huge"], "one of tiny"),
-    (["bench", "--device", "tpu"], "cuda where there is a GPU"),
-    (["bench", "step", "--profile", "--device", "cpu"], "a GPU, whose kernels it lists"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["bench", "speed"], "one of step, refresh, e2e, all"),
+        (["bench", "--shape", "huge"], "one of tiny"),
+        (["bench", "--device", "tpu"], "cuda where there is a GPU"),
+        (["bench", "step", "--profile", "--device", "cpu"], "a GPU, whose kernels it lists"),
+    ],
+)
 def test_what_cannot_be_timed_is_refused(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert says in capsys.readouterr().err

@@ -52,22 +52,38 @@ def test_each_source_lies_above_the_one_before(file: Path) -> None:
     assert config.output_dir == "runs/mine-galore_plus"
     assert load_run_config(file, [], {"method": "adamw"}).training["learning_rate"] == 3e-4
     assert load_run_config(file, ["methods.adamw.learning_rate=1e-3"], {"method": "adamw"}).training == {
-        "learning_rate": 1e-3, "max_steps": 100, "bf16": "auto"
-    }  # fmt: skip
+        "learning_rate": 1e-3,
+        "max_steps": 100,
+        "bf16": "auto",
+    }
 
 
 def test_values_take_the_type_of_their_field(file: Path) -> None:
     overrides = [
-        "run_name=001", "galore.target_modules=[qk]_proj$", "report_to=[wandb, tensorboard]", "warmup_steps=.03",
-        "galore.oversampling=none", "galore.rank_pattern={o_proj: 8}", "lr_scheduler_kwargs={num_cycles: 2}",
-        "eval.extract=strict", "gradient_checkpointing=true", "data.revision=1e5", "hub_revision=a #b",
-    ]  # fmt: skip
+        "run_name=001",
+        "galore.target_modules=[qk]_proj$",
+        "report_to=[wandb, tensorboard]",
+        "warmup_steps=.03",
+        "galore.oversampling=none",
+        "galore.rank_pattern={o_proj: 8}",
+        "lr_scheduler_kwargs={num_cycles: 2}",
+        "eval.extract=strict",
+        "gradient_checkpointing=true",
+        "data.revision=1e5",
+        "hub_revision=a #b",
+    ]
     config = load_run_config(file, overrides)
     assert config.training == {
-        "learning_rate": 2e-4, "max_steps": 100, "bf16": "auto", "run_name": "001",
-        "report_to": ["wandb", "tensorboard"], "warmup_steps": 0.03, "lr_scheduler_kwargs": {"num_cycles": 2},
-        "gradient_checkpointing": True, "hub_revision": "a #b",
-    }  # fmt: skip
+        "learning_rate": 2e-4,
+        "max_steps": 100,
+        "bf16": "auto",
+        "run_name": "001",
+        "report_to": ["wandb", "tensorboard"],
+        "warmup_steps": 0.03,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "gradient_checkpointing": True,
+        "hub_revision": "a #b",
+    }
     assert type(config.training["max_steps"]) is int
     assert config.galore.target_modules == "[qk]_proj$"
     assert config.galore.rank_pattern == {"o_proj": 8}

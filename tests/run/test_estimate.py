@@ -19,9 +19,14 @@ from galore_trainer.run.settings.run_config import load_run_config
 
 HIDDEN, LAYERS, VOCABULARY = 128, 2, 512
 SIZES: dict[str, Any] = {
-    "hidden_size": HIDDEN, "intermediate_size": 192, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": False,
-}  # fmt: skip
+    "hidden_size": HIDDEN,
+    "intermediate_size": 192,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture
@@ -162,8 +167,17 @@ def test_inspect_shows_the_plan_and_refuses_what_training_would(
 
 def test_a_finished_run_tells_what_was_predicted(tiny_model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = ["train", "quickstart", f"model_name_or_path={tiny_model_dir}", "max_steps=2", "galore.rank=4",
-             "data.train_samples=20", "data.eval_samples=2", "eval.before=false", "use_cpu=true"]  # fmt: skip
+    words = [
+        "train",
+        "quickstart",
+        f"model_name_or_path={tiny_model_dir}",
+        "max_steps=2",
+        "galore.rank=4",
+        "data.train_samples=20",
+        "data.eval_samples=2",
+        "eval.before=false",
+        "use_cpu=true",
+    ]
     assert main([*words, "bf16=false", "eval.max_new_tokens=4", "--output-dir", str(out)]) == 0
     told = json.loads((out / "result.json").read_text())["predicted_memory"]
     assert told["peak_bytes"] > told["weights_bytes"] > 0
@@ -202,8 +216,10 @@ def test_zero_adds_master_weights_and_cuts_stage_by_stage(folder: Path) -> None:
     elements = count(config)
     bucket = 2 * min(BUCKET, elements)
     for stage, weights, gradients in (
-        (1, 2 * elements, 2 * elements), (2, 2 * elements, elements), (3, elements, elements + bucket)
-    ):  # fmt: skip
+        (1, 2 * elements, 2 * elements),
+        (2, 2 * elements, elements),
+        (3, elements, elements + bucket),
+    ):
         one = estimate_one(config, "adamw", 0, Layout(f"zero{stage}", 2))
         assert one.weights == pytest.approx(weights + 2 * elements, rel=0.002)  # rotary buffers
         assert one.gradients == gradients
@@ -231,8 +247,9 @@ def test_frozen_embeddings_have_no_gradients_on_several_processes_either(folder:
     embeddings = 2 * VOCABULARY * HIDDEN
     one, two = estimate_one(config, "galore_plus", 8), estimate_one(config, "galore_plus", 8, Layout("ddp", 2))
     assert two.gradients - one.gradients == 4 * (count(config) - embeddings)
-    zero = estimate_one(configure(folder, "galore.embeddings=frozen", "dtype=bfloat16"), "galore_plus", 8,
-                        Layout("zero2", 2))  # fmt: skip
+    zero = estimate_one(
+        configure(folder, "galore.embeddings=frozen", "dtype=bfloat16"), "galore_plus", 8, Layout("zero2", 2)
+    )
     assert zero.weights == pytest.approx(2 * count(config) + 2 * (count(config) - embeddings), rel=0.002)
 
 

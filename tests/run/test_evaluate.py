@@ -172,9 +172,13 @@ def test_score_interval_and_predictions_agree(loaded, tmp_path):
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [row["correct"] for row in rows] == [True] * 5 + [False]
     assert rows[1] == {
-        "id": "eval/17", "prompt": prompts_of(loaded[1])[1], "prediction": "so\n#### 17", "answer": "17",
-        "extracted": "17", "correct": True,
-    }  # fmt: skip
+        "id": "eval/17",
+        "prompt": prompts_of(loaded[1])[1],
+        "prediction": "so\n#### 17",
+        "answer": "17",
+        "extracted": "17",
+        "correct": True,
+    }
     assert result["score"] == 5 / 6
     assert (result["metric"], result["extract"]) == ("exact_match_flexible", "flexible")
     assert result["n"] == 6

@@ -69,8 +69,15 @@ def test_the_number_alone_means_ddp_and_the_name_alone_all_gpus(short_run: Run, 
     assert (whole.backend, whole.processes, whole.on_cpu) == ("fsdp", 4, False)
     command = whole.command(["train", "x.yaml", CONFIG, "fsdp2"])
     assert command == [
-        "--config_file", str(whole.file), "--num_processes", "4", "--module", "galore_trainer.cli", "train", "x.yaml",
-    ]  # fmt: skip
+        "--config_file",
+        str(whole.file),
+        "--num_processes",
+        "4",
+        "--module",
+        "galore_trainer.cli",
+        "train",
+        "x.yaml",
+    ]
     assert set(whole.environment({"PATH": "/bin"})) == {"PATH"}
 
 

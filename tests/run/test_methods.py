@@ -101,9 +101,11 @@ def test_adapters_resume_bit_for_bit(short_run: Run, method: str) -> None:
 def test_the_package_galore_torch_takes_the_steps_of_our_galore(short_run: Run) -> None:
     pytest.importorskip("galore_torch")
     settings = {
-        "adam_epsilon": 1e-12, "weight_decay": 0.1, "save_strategy": "no",
+        "adam_epsilon": 1e-12,
+        "weight_decay": 0.1,
+        "save_strategy": "no",
         "galore": {"rank": 4, "update_proj_gap": 2, "scale": 2, "plain_lr_ratio": 0.5, "rank_pattern": {"q_proj": 6}},
-    }  # fmt: skip
+    }
     ours, theirs = (short_run(method, method=method, **settings) for method in ("galore", "galore_torch"))
     expected, got = train(ours).result, train(theirs).result
     start = load_file(Path(ours.model_name_or_path) / "model.safetensors")

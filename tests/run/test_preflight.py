@@ -48,7 +48,7 @@ def test_a_run_that_has_everything_passes(short_run: Run, tmp_path: Path, capsys
 )
 def test_what_is_missing_is_found_by_a_dry_run_and_by_training(
     settings: dict[str, Any], option: str, short_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     if "lora" in settings:
         pytest.importorskip("peft")
     config = short_run(**settings)

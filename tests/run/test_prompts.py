@@ -49,9 +49,11 @@ def test_a_template_that_raises_is_named_with_the_row(template, said, tokenizer)
 def test_without_a_template_the_prompt_is_plain_and_the_target_follows_a_blank(tokenizer):
     tokenizer.chat_template = None
     turns = [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + {1}?"},
-        {"role": "assistant", "content": "2"}, {"role": "user", "content": "2 + 3?"},
-    ]  # fmt: skip
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + {1}?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2 + 3?"},
+    ]
     assert render_prompt(tokenizer, turns) == (
         "Be brief.\n\nQuestion: 1 + {1}?\nAnswer: 2\n\nQuestion: 2 + 3?\nAnswer:"
     )

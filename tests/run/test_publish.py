@@ -85,10 +85,15 @@ def test_where_a_model_goes(settings: dict[str, Any], repo_id: str, hub: SimpleN
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("hub_strategy", "every_save"), ("hub_strategy", "all_checkpoints"), ("hub_always_push", True),
-        ("hub_model_id", "bob/tiny"), ("hub_model_id", "a b"), ("hub_model_id", "../x"), ("hub_model_id", "a/b/c"),
+        ("hub_strategy", "every_save"),
+        ("hub_strategy", "all_checkpoints"),
+        ("hub_always_push", True),
+        ("hub_model_id", "bob/tiny"),
+        ("hub_model_id", "a b"),
+        ("hub_model_id", "../x"),
+        ("hub_model_id", "a/b/c"),
     ],
-)  # fmt: skip
+)
 def test_what_asks_for_something_else_is_refused(option: str, value: Any, hub: SimpleNamespace) -> None:
     with pytest.raises(OptionError) as error:
         check_publish(config(**{option: value}))
@@ -98,9 +103,17 @@ def test_what_asks_for_something_else_is_refused(option: str, value: Any, hub: S
 def test_the_model_its_tokenizer_and_its_card_are_uploaded_and_nothing_else(hub: SimpleNamespace, tmp_path) -> None:
     folder = tmp_path / "run" / "model"
     wanted = {
-        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
-        "tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model", "chat_template.jinja", "README.md",
-    }  # fmt: skip
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "spiece.model",
+        "chat_template.jinja",
+        "README.md",
+    }
     page = publish(Destination(repo_id="ann/demo", private=None, revision="v1"), folder)
     assert page == "https://hub/ann/demo"
     assert [name for name, *_ in hub.asked] == ["create_repo", "create_branch", "upload_folder"]

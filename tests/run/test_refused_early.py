@@ -56,9 +56,15 @@ def test_a_best_model_is_chosen_by_what_is_measured(trainer: str, short_run: Cal
         pytest.importorskip("trl")
     for metric in BEST_METRICS[trainer]:
         config = short_run(
-            f"run-{metric}", trainer=trainer, max_steps=2, eval_strategy="steps", eval_steps=2, save_steps=2,
-            load_best_model_at_end=True, metric_for_best_model=metric,
-        )  # fmt: skip
+            f"run-{metric}",
+            trainer=trainer,
+            max_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model=metric,
+        )
         assert train(config).result["steps"] == 2
     for metric in ("accuracy", "eval_bleu", "eval_exact_match_flexible", ""):
         with pytest.raises(OptionError, match="metric_for_best_model"):

@@ -61,9 +61,12 @@ def test_on_a_cpu_there_are_no_more_than_cores(short_run: Run, monkeypatch: pyte
 
 
 def test_a_sweep_takes_auto(
-    make_study: Callable[..., Any], in_process: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    make_study: Callable[..., Any],
+    in_process: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     make_study({"galore.rank": [2, 4]})
     monkeypatch.setattr("galore_trainer.run.study.sweep.choose_jobs", lambda *args: (2, "2 at a time: so it is"))
     words = ["ablate", str(tmp_path / "small.yaml"), "--output-dir", str(tmp_path / "out"), "--jobs"]

@@ -22,13 +22,22 @@ from galore_trainer.run.training.train import train
 
 def make_config(model: Path, output: Path, **more: Any) -> RunConfig:
     settings = {
-        "model_name_or_path": str(model), "output_dir": str(output), "max_length": 400, "max_steps": 6,
-        "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2,
-        "save_total_limit": 4, "use_cpu": True, "disable_tqdm": True, "seed": 5,
+        "model_name_or_path": str(model),
+        "output_dir": str(output),
+        "max_length": 400,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "save_total_limit": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 5,
         "galore": {"rank": 4, "update_proj_gap": 2},
         "data": {"source": "embedded:arithmetic", "train_samples": 40, "eval_samples": 4},
         "eval": {"max_new_tokens": 4},
-    }  # fmt: skip
+    }
     return RunConfig.from_dict({**settings, **more})
 
 

@@ -61,9 +61,12 @@ def test_trl_s_own_defaults_do_not_sneak_in(short_run: Run) -> None:
 def test_packed_examples_do_not_see_each_other(short_run: Run) -> None:
     """Four examples in one row: the loss of the first step is that of four rows, and later steps go on from there."""
     settings = {
-        "per_device_train_batch_size": 4, "max_length": 1000, "save_strategy": "no", "method": "adamw",
+        "per_device_train_batch_size": 4,
+        "max_length": 1000,
+        "save_strategy": "no",
+        "method": "adamw",
         "data": {"source": "embedded:arithmetic", "train_samples": 4, "eval_samples": 4},
-    }  # fmt: skip
+    }
     plain = short_run("plain", **settings)
     train(plain)
     for name, more in {"packed": {"packing": True}, "flat": {"padding_free": True}}.items():
@@ -109,11 +112,13 @@ def test_a_run_by_trl_resumes_leaves_one_card_and_reports_to_nobody(
         ({"trainer": "trl", "completion_only_loss": False}, "completion_only_loss", "on the answer alone"),
         ({"trainer": "trl", "activation_offloading": True}, "activation_offloading", "a GPU"),
         pytest.param(
-            {"trainer": "trl", "router_aux_loss_coef": 0.1}, "trainer", "Mixture-of-Experts",
+            {"trainer": "trl", "router_aux_loss_coef": 0.1},
+            "trainer",
+            "Mixture-of-Experts",
             marks=pytest.mark.skipif(Version(trl.__version__) < Version("1.14"), reason="older ones say nothing"),
         ),
     ],
-)  # fmt: skip
+)
 def test_what_fights_with_our_examples_or_the_machine_is_refused(
     short_run: Run, settings: dict, option: str, words: str
 ) -> None:

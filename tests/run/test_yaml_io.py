@@ -85,9 +85,11 @@ def test_the_command_ends_with_2_for_a_run_a_study_and_a_launch(tmp_path: Path, 
     path = tmp_path / "bomb.yaml"
     path.write_text(MERGES)
     for words in (
-        ["train", str(path)], ["ablate", str(path)], ["train", str(path), "--show-config"],
+        ["train", str(path)],
+        ["ablate", str(path)],
+        ["train", str(path), "--show-config"],
         ["train", "quickstart", "use_cpu=true", "--launch-config", str(path)],
-    ):  # fmt: skip
+    ):
         assert main(words) == 2, words
         assert "bomb.yaml, line 7" in capsys.readouterr().err
 

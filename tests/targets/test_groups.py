@@ -134,9 +134,7 @@ def test_head_dim_need_not_be_hidden_over_heads() -> None:
 
 
 def test_experts_are_projected_one_by_one() -> None:
-    model = build(
-        "MixtralConfig", **SMALL, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2
-    )  # fmt: skip
+    model = build("MixtralConfig", **SMALL, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2)
     config = GaLoreConfig(rank=4, update_proj_gap=2)
     plan = plan_weights(model, config)
     stack = next(w for w in plan if w.parameter.dim() == 3)
@@ -162,9 +160,11 @@ def test_output_heads_share_a_basis_by_columns() -> None:
     assert (matrix.transposed, matrix.rows, matrix.head_dim, matrix.side) == (True, 32, 8, "right")
     upright = nn.Parameter(weight.parameter.detach().T.clone())
     group = {
-        "params": [upright], "names": [weight.name], "projected": True,
+        "params": [upright],
+        "names": [weight.name],
+        "projected": True,
         "matrices": [[dataclasses.replace(matrix, transposed=False)]],
-    }  # fmt: skip
+    }
     by_columns = GaLoreAdamW(parameter_groups([weight], config, lr=1e-2, weight_decay=0.0), config)
     by_rows = GaLoreAdamW([group], config, lr=1e-2)
     for step in range(5):
@@ -268,8 +268,12 @@ def test_embeddings_and_output_layer_are_plain_frozen_or_projected(tied: bool) -
         rest = {w.name: w.kind for w in plan if w.name not in ends}
         assert rest == {n: "plain" if "norm" in n else "projected" for n in rest}
     assert kinds == {choice: {choice} for choice in kinds}
-    (end,) = {m.basis_shape for w in plan_weights(llama(), GaLoreConfig(rank=4, embeddings="projected"))
-              if w.name in ends for m in w.matrices}  # fmt: skip
+    (end,) = {
+        m.basis_shape
+        for w in plan_weights(llama(), GaLoreConfig(rank=4, embeddings="projected"))
+        if w.name in ends
+        for m in w.matrices
+    }
     assert end == (1, 32, 4)  # the hidden side, whatever the vocabulary
     with pytest.raises(OptionError, match=r"galore\.embeddings"):
         plan_weights(nn.Sequential(nn.Linear(8, 8)), GaLoreConfig(rank=2, head_sharing="joint", embeddings="frozen"))

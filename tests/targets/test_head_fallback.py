@@ -45,8 +45,11 @@ def heads(plan: list[Weight]) -> dict[str, tuple[int, int]]:
     """Heads and rows of each, by weight, of weights that are one matrix."""
     return {
         w.name.removesuffix(".weight"): (m.rows // m.head_dim, m.head_dim)
-        for w in plan if len(w.matrices) == 1 for m in w.matrices if m.head_dim
-    }  # fmt: skip
+        for w in plan
+        if len(w.matrices) == 1
+        for m in w.matrices
+        if m.head_dim
+    }
 
 
 # ---------------------------------------------------------------------- what is known
