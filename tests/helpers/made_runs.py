@@ -9,6 +9,8 @@ from typing import Any
 
 from galore_trainer.run.settings.run_config import RunConfig
 
+RANKS, SEEDS, STEPS, GAP = (16, 32, 64), (0, 1, 2), 100, 20
+
 
 def make_result(rank: int = 16, seed: int = 0, **changes: Any) -> dict[str, Any]:
     """A result as a run writes it; figures differ in every run."""

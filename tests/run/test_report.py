@@ -19,8 +19,6 @@ from galore_trainer.run.report.write import report, without_places
 from made_runs import GAP, RANKS, SEEDS, STEPS, change_runs, make_result, tables, write_run, write_study
 from page import Page
 
-RANKS, SEEDS, STEPS, GAP = (16, 32, 64), (0, 1, 2), 100, 20
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[Any]]:
