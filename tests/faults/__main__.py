@@ -225,9 +225,9 @@ def report(
             "",
             "## Kills",
             f"A tiny Llama takes {LAST} steps and saves after 2, 4 and {LAST}, with `save_total_limit: 1`. A run is "
-            "killed (SIGKILL) at a chosen point, or at a random time, and goes on with `--resume auto`. What it comes to "
-            "is compared with a run that nothing happened to: model and optimizer, bit for bit. A checkpoint is lost "
-            "where the newest whole one after a kill is older than it should be.",
+            "killed (SIGKILL) at a chosen point, or at a random time, and goes on with `--resume auto`. What it "
+            "comes to is compared with a run that nothing happened to: model and optimizer, bit for bit. A checkpoint "
+            "is lost where the newest whole one after a kill is older than it should be.",
             "",
             table(KILLED, [*map(dataclasses.astuple, rows), ("all", *total)]),
             "",
