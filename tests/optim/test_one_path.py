@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, Phi3Config
 
 from cut_weights import Run, build, some_gradients
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.matrix import local_rows
 from galore_trainer.errors import OptionError
 from galore_trainer.optim import lenders, refresh
 from galore_trainer.optim.bucket import Bucket
@@ -153,3 +154,14 @@ def test_refresh_now_leaves_cut_weights_alone(monkeypatch: pytest.MonkeyPatch) -
     optimizer.refresh_now()
     for w, state in zip(cut, before, strict=True):
         assert_equal(w.state, state)
+
+
+def test_indices_of_scattered_rows_lie_where_the_rows_do() -> None:
+    """A step on a GPU would wait for indices that come from the host."""
+    run = cut_run(NEOX, {"head_sharing": "per_head"}, 0)
+    group = next(g for g in run.optimizers[0].param_groups if g["projected"])
+    matrices = next(m for m, name in zip(group["matrices"], group["names"], strict=True) if "query" in name)
+    rows = [r for m in matrices for r in local_rows(m, "w", 48, 0, 30, torch.device("meta"))]
+    scattered = [index for r in rows for index in (r.at, r.block_index) if not isinstance(index, slice)]
+    assert scattered
+    assert all(index.is_meta for index in scattered)
