@@ -193,7 +193,9 @@ def stored_rows(matrix: LogicalMatrix, total_rows: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def local_rows(matrix: LogicalMatrix, name: str, total_rows: int, first: int, count: int) -> list[Rows]:
+def local_rows(
+    matrix: LogicalMatrix, name: str, total_rows: int, first: int, count: int, device: torch.device
+) -> list[Rows]:
     """The local rows of a logical matrix, as one ``Rows`` for all blocks with the same number of local rows.
 
     Args:
@@ -201,6 +203,7 @@ def local_rows(matrix: LogicalMatrix, name: str, total_rows: int, first: int, co
         name: of its weight.
         total_rows: of the stored weight.
         first, count: the local rows of the stored weight are ``first:first + count``.
+        device: of the indices in the result. Indices on another device than the rows would make each step wait.
     """
     local = stored_rows(matrix, total_rows) - first
     is_local = (local >= 0) & (local < count)  # [blocks, block rows]
@@ -214,12 +217,12 @@ def local_rows(matrix: LogicalMatrix, name: str, total_rows: int, first: int, co
         )
         logical = f"{matrix.logical(name)}@{first + int(at[0])}"
         prefix = f"{matrix.prefix}@{len(parts)}."
-        parts.append(Rows(piece, _as_slice(at), _as_slice(blocks), logical, prefix))
+        parts.append(Rows(piece, _as_slice(at, device), _as_slice(blocks, device), logical, prefix))
     return parts
 
 
-def _as_slice(index: Tensor) -> Any:
-    """Consecutive indices as a slice, which indexes without a copy; other indices unchanged."""
+def _as_slice(index: Tensor, device: torch.device) -> Any:
+    """Consecutive indices as a slice, which indexes without a copy; other indices on a device."""
     start, length = int(index[0]), len(index)
     is_range = torch.equal(index, torch.arange(start, start + length, dtype=torch.int64, device="cpu"))
-    return slice(start, start + length) if is_range else index
+    return slice(start, start + length) if is_range else index.to(device)

@@ -142,7 +142,7 @@ class LocalWeight:
 
     def rows(self, matrix: LogicalMatrix | None = None) -> list[Rows]:
         """Of a cut weight the local rows of one logical matrix, or of all of them."""
-        return rows_of_shard(self.matrices if matrix is None else [matrix], self.name, self.shard)
+        return rows_of_shard(self.matrices if matrix is None else [matrix], self.name, self.shard, self.weight.device)
 
     def gradient(self) -> Tensor:
         """Local rows of a cut weight's gradient, complete: [local rows, N]."""
@@ -285,6 +285,7 @@ def _sum_over(ranks: Ranks, weights: Sequence[LocalWeight], flags: Sequence[Tens
             w.complete_rows = complete_rows
 
 
-def rows_of_shard(matrices: Iterable[LogicalMatrix], name: str, shard: Shard) -> list[Rows]:
-    """The rows of a weight's logical matrices that a shard holds."""
-    return [r for m in matrices for r in local_rows(m, name, shard.rows, shard.first, shard.local_rows)]
+def rows_of_shard(matrices: Iterable[LogicalMatrix], name: str, shard: Shard, device: torch.device) -> list[Rows]:
+    """The rows of a weight's logical matrices that a shard on this device holds."""
+    here = (shard.rows, shard.first, shard.local_rows)
+    return [rows for matrix in matrices for rows in local_rows(matrix, name, *here, device)]

@@ -100,7 +100,7 @@ def _saved_state(
         return saved_form(state, matrices, config)
     if projected:
         shard = placement.shard(p, name)
-        pieces = rows_of_shard(matrices, name, shard)
+        pieces = rows_of_shard(matrices, name, shard, p.device)
         state = saved_form(state, matrices, config, pieces, shard.local_rows, p.dtype)
     return saved_dtensor(state, p, matrices, config)
 
@@ -115,7 +115,7 @@ def _saved_flat(
     for part in placement.slices(group, flat):
         name, matrices, shard = names[part.index], group["matrices"][part.index], part.shard
         if of_weight := StateInFlat(dict(state), name):
-            pieces = rows_of_shard(matrices, name, shard)
+            pieces = rows_of_shard(matrices, name, shard, flat.device)
             rows = saved_form(of_weight, matrices, config, pieces, shard.local_rows, flat.dtype)
             saved |= {f"{name}{BAR}{key}": value for key, value in rows.items()}
     return saved

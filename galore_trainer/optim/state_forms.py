@@ -105,14 +105,14 @@ def one_age(state: MutableMapping[str, Any], matrices: Iterable[LogicalMatrix], 
     Raises:
         OptionError: they are not equal.
     """
-    prefixes = [matrix.prefix for matrix in matrices]
     for key in AGE_KEYS:
-        ages = [state.pop(prefix + key) for prefix in prefixes if prefix + key in state]
-        if any(float(age) != float(ages[0]) for age in ages):
-            steps = sorted({int(age) for age in ages})
+        ages = {k: state[k] for matrix in matrices if (k := matrix.prefix + key) in state}
+        if len({float(age) for age in ages.values()}) > 1:
+            steps = sorted({int(age) for age in ages.values()})
             raise OptionError("checkpoint", f"matrices of {name} with {steps} steps", "equally many steps", WAY_OUT)
-        if ages:
-            state[key] = ages[0]
+        for k, age in ages.items():
+            del state[k]
+            state[key] = age
 
 
 def pieces_of_rows(
@@ -158,7 +158,8 @@ def saved_form(
         if key in saved:
             age = saved.pop(key)
             aged = [m for m in matrices if key == AGE or has_residual(m, config)]
-            saved.update({matrix.prefix + key: age for matrix in aged})
+            # tensors of their own: what a tool reads in place of one must not change another
+            saved.update({matrix.prefix + key: age.clone() if matrix.prefix else age for matrix in aged})
     if local_rows is None or MOMENTS[0][0] in saved:
         return saved
     rows: dict[str, Tensor] = {}
