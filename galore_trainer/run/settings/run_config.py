@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, knob
+from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, check_target_modules, knob
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig
 from galore_trainer.run.settings.keys import TRL_HINTS, coerce, refuse_key, training_hints
@@ -65,8 +65,7 @@ class LoraSettings:
         check_fields("lora.", self)
         if self.dropout >= 1.0:
             raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
-        if not self.target_modules:
-            raise OptionError("lora.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
+        check_target_modules("lora.target_modules", self.target_modules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
