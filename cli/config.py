@@ -1,4 +1,4 @@
-"""``galore-ft config list | show | validate``."""
+"""``galore-ft config list | show | validate | convert | schema``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ KINDS = {
 }
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="One of those that 'config list' names.")]
+Foreign = Annotated[str, typer.Argument(metavar="FILE", help="YAML file of another program.")]
+Program = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="NAME", help="llama-factory, axolotl, trl or transformers (default: by the file's keys)."
+    ),
+]
 File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file or packaged name.")]
 
 
@@ -38,6 +45,19 @@ def show(name: Name) -> None:
     """Print a packaged configuration, study or launch configuration, to be saved and changed."""
     texts = {**packaged_configs("studies"), **packaged_configs("launch")}
     typer.echo((texts[name] if name in texts else read_packaged(name)).rstrip())
+
+
+@app.command(cls=OptionsOnce)
+def convert(file: Foreign, program: Program = None, debug: Debug = False) -> None:
+    """Print a configuration of LLaMA-Factory, axolotl, TRL or transformers as ours, and say what became of each key.
+
+    The YAML goes to standard output, the list of keys to standard error: galore-ft config convert theirs.yaml > my.yaml
+    """
+    from galore_trainer.run.settings.convert import convert as convert_file
+
+    conversion = convert_file(file, program)
+    typer.echo(conversion.report(file), err=True)
+    typer.echo(conversion.text.rstrip())
 
 
 @app.command(cls=OptionsOnce)

@@ -29,6 +29,8 @@ ResidualSelection = Literal["row", "global"]
 ALL_LINEAR = "all-linear"
 EVERY_LINEAR = ("all", "all_linear", ALL_LINEAR)
 """What programs call the choice of every linear layer."""
+COMMAS = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
+"""Names with commas between them, which some programs take in place of a list."""
 LARGEST_INTEGER = 2**63 - 1
 
 
@@ -242,7 +244,7 @@ def check_target_modules(option: str, value: str | list[str]) -> None:
         raise OptionError(option, value, "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
     if value != ALL_LINEAR and any(entry in EVERY_LINEAR for entry in entries):
         raise OptionError(option, value, "all-linear, one regex, or a list of names", f"Write {ALL_LINEAR!r}.")
-    if any(re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", entry) for entry in entries):
+    if any(COMMAS.fullmatch(entry) for entry in entries):
         names = ", ".join(part.strip() for entry in entries for part in entry.split(","))
         raise OptionError(option, value, "all-linear, one regex, or a list of names", f"Write a list: [{names}].")
 
