@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
 from galore_trainer.cli.once import OptionsOnce
-from galore_trainer.cli.options import Debug, Overrides
+from galore_trainer.cli.options import Debug, Overrides, names_of
 from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.run_config import load_run_config, packaged_configs, read_packaged
 
-app = typer.Typer(help="Packaged configurations, and a check of one's own.", no_args_is_help=True)
+app = typer.Typer(help="Packaged configurations, a check of yours, other programs' as ours.", no_args_is_help=True)
 
 KINDS = {
     "train": "galore-ft train CONFIG",
@@ -20,15 +21,26 @@ KINDS = {
     "launch": "galore-ft train CONFIG --launch-config NAME",
 }
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="One of those that 'config list' names.")]
-Foreign = Annotated[str, typer.Argument(metavar="FILE", help="YAML file of another program.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="One of those that 'config list' names.",
+        autocompletion=names_of("train", "studies", "launch", files=False),
+    ),
+]
+Foreign = Annotated[
+    str, typer.Argument(metavar="FILE", help="YAML file of another program.", autocompletion=names_of())
+]
 Program = Annotated[
     str | None,
     typer.Option(
         "--from", metavar="NAME", help="llama-factory, axolotl, trl or transformers (default: by the file's keys)."
     ),
 ]
-File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file or packaged name.")]
+File = Annotated[
+    str, typer.Argument(metavar="FILE", help="YAML file or packaged name.", autocompletion=names_of("train"))
+]
 
 
 @app.command("list", cls=OptionsOnce)
@@ -72,3 +84,14 @@ def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> N
                 typer.echo(f"--method {other}: valid.")
             except OptionError as error:
                 typer.echo(f"--method {other}: refused. {error}")
+
+
+@app.command(cls=OptionsOnce)
+def schema(debug: Debug = False) -> None:
+    """Print a JSON schema of our YAML, for editors: galore-ft config schema > galore-ft.schema.json
+
+    A first line '# yaml-language-server: $schema=galore-ft.schema.json' in a file makes editors check and complete it.
+    """
+    from galore_trainer.run.settings.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))

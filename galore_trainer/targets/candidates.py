@@ -153,8 +153,7 @@ def choose_targets(candidates: Mapping[str, Candidate], config: GaLoreConfig) ->
             way_out = "Write the character that follows the number, too, for example 'layers.1.'."
             raise OptionError("galore.target_modules", got, "a part of names that cuts no number in two", way_out)
         if not parts and not any(_matches_regex(pattern, name) for name in candidates):
-            others = "The list's other entries are no name endings of this model alone, so it holds parts of names."
-            raise _no_match(pattern, candidates, others if len(endings) > 1 and any(endings.values()) else "")
+            raise _no_match(pattern, candidates, "")
         targets |= parts | {name for name in candidates if not parts and _matches_regex(pattern, name)}
     return targets, False
 

@@ -68,7 +68,21 @@ config validate foo_null.yaml
 config validate foo_zero.yaml
 config validate other_seed.yaml
 config validate minus_seed.yaml
+config validate typos.yaml
+config validate factory.yaml
 config list nosuch
+config convert
+config convert nosuch
+config convert vacant
+config convert empty.yaml
+config convert broken.yaml
+config convert tiny.yaml
+config convert quickstart
+config convert compose.yaml
+config convert nearly.yaml
+config convert compose.yaml --from trl
+config convert factory.yaml --from unsloth
+config schema nosuch
 doctor nosuch
 doctor --jsn
 data preview
@@ -153,6 +167,7 @@ ablate one_value.yaml
 ablate bad_value.yaml
 ablate bad_metric.yaml
 ablate bad_key.yaml
+ablate bad_keys.yaml
 ablate bad_seeds.yaml
 ablate own_seed.yaml
 ablate alike.yaml
@@ -188,6 +203,11 @@ inspect m_wide
 inspect m_letters
 inspect tiny galore.rank=4000
 inspect tiny galore.target_modules=nosuch
+inspect tiny galore.target_modules=attn
+inspect tiny 'galore.target_modules=[attn, nosuch]'
+inspect tiny 'galore.target_modules=[q_proj, nosuch]'
+inspect tiny 'galore.target_modules=["*attn*"]'
+inspect tiny galore.target_modules=all_linear
 inspect tiny seed=-1
 estimate
 estimate nosuch
@@ -300,6 +320,16 @@ train tiny.yaml galore=4
 train tiny.yaml galore.scale=.inf
 train tiny.yaml galore.residual_percent=101
 train tiny.yaml galore.target_modules=[]
+train tiny.yaml galore.target_modules=
+train tiny.yaml galore.target_modules=all
+train tiny.yaml --target-modules mlp,self_attn
+train tiny.yaml 'galore.target_modules=[all-linear]'
+train tiny.yaml 'galore.target_modules=[""]'
+train tiny.yaml --method lora --lora-target-modules q_proj,v_proj
+train tiny.yaml galore_target=all galore_rank=8 lerning_rate=1
+train tiny.yaml optim_target_modules=all_linear
+train tiny.yaml --model owner/nosuch stage=sft cutoff_len=99
+train factory.yaml
 train tiny.yaml 'galore.rank_pattern={o_proj: 0}'
 train tiny.yaml galore.state_bits=4
 train tiny.yaml max_length=1

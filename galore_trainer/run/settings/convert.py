@@ -16,6 +16,13 @@ from galore_trainer.run.settings.yaml_io import Document, dump, parse_value
 
 VALUE = "{value}"
 """Stands for the value in the settings of a rule."""
+TO_BE_WRITTEN = {"model_name_or_path": "path/to/model", "data.source": "path/to/train.jsonl"}
+"""What stands for the model and the data where a file names none, so that no run takes the defaults unasked."""
+SECRETS = ("hub_token", "api_key", "secret", "webhook_url")
+"""Endings of keys whose values are not shown."""
+OLD_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
+"""Texts that are true or false in YAML 1.1, which other programs read."""
+CHOICE = " --from NAME says whose it is."
 TITLES: dict[Kind, str] = {
     "mapped": "mapped",
     "changed": "changed in meaning, or to be done by hand",
@@ -42,8 +49,10 @@ class Line:
     note: str
 
     def __str__(self) -> str:
-        left = f"{self.key}: {_shown(self.value)}" if self.key else "(not written)"
-        right = ", ".join(f"{key}: {_shown(value)}" for key, value in self.settings.items())
+        value = "..." if self.key.endswith(SECRETS) else _shown(self.value)
+        left = f"{self.key}: {value}" if self.key else "(not written)"
+        same = self.settings == {self.key: self.value}
+        right = "" if same else ", ".join(f"{key}: {_shown(value)}" for key, value in self.settings.items())
         return f"{left}{f' -> {right}' if right else ''}{f'  ({self.note})' if self.note else ''}"
 
 
@@ -89,6 +98,8 @@ def convert(file: str, program: str | None = None) -> Conversion:
     tool = _tool(document, program)
     flat = dict(_flatten(document.data, tool.rules))
     lines = {key: _translate(key, value, flat, tool.rules) for key, value in flat.items()}
+    if not any(line.settings for line in lines.values()):
+        raise _nobodys(document, "" if program else CHOICE)
     order = {key: number for number, key in enumerate(tool.rules)}
     settings: dict[str, Any] = {}
     for line in sorted(lines.values(), key=lambda line: order.get(line.key, -1)):
@@ -97,6 +108,9 @@ def convert(file: str, program: str | None = None) -> Conversion:
     settings |= {key: value for line in defaults for key, value in line.settings.items()}
     _leave_out_refused(settings, [*lines.values(), *defaults])
     for line in lines.values():  # what a later rule overrode is shown as it is now
+        optimizer = line.settings.get("method", "").startswith(("galore", "adamw_8bit"))
+        if optimizer and settings["method"] in ("lora", "dora"):
+            line.kind, line.note = "changed", "Adapters are trained with AdamW."
         line.settings = {key: settings[key] for key in line.settings if key in settings}
     head = f"# From a file of {tool.name}.\n"
     return Conversion(tool=tool.name, text=head + dump(_nested(settings)), lines=[*lines.values(), *defaults])
@@ -111,16 +125,21 @@ def _tool(document: Document, program: str | None) -> Tool:
         raise OptionError("--from", program, f"one of {', '.join(names)}")
     if recognised := recognise(document.data, known_keys()):
         return recognised
-    keys = list(document.data)
     try:
         RunConfig.from_dict(document.data)
     except OptionError:
         pass
     else:
         wanted = "a file of another program"
-        raise OptionError(document.name, "a configuration of galore-ft", wanted, f"galore-ft train {document.name}")
-    share = {tool: len(set(tool.typical) & set(keys)) for tool in TOOLS}
-    nearest = max(TOOLS, key=lambda tool: share[tool])
+        way_out = f"'galore-ft train {document.name}' takes it as it is."
+        raise OptionError(document.name, "a configuration of galore-ft", wanted, way_out)
+    raise _nobodys(document, CHOICE)
+
+
+def _nobodys(document: Document, choice: str) -> OptionError:
+    """The error for a file of no known program: what it looks like and what is missing."""
+    names, keys = [tool.name for tool in TOOLS], list(document.data)
+    nearest = max(TOOLS, key=lambda tool: len(set(tool.typical) & set(keys)))
     has, lacks = ([key for key in nearest.typical if (key in keys) == here] for here in (True, False))
     looks = f"It looks most like one of {nearest.name}, as it has {', '.join(has)}; it lacks {', '.join(lacks)}."
     known = [key for key in keys if key in known_keys()]
@@ -129,15 +148,15 @@ def _tool(document: Document, program: str | None) -> Tool:
         looks = f"It has none of the keys that their files have ({typical})."
     ours = f" Keys of galore-ft in it: {', '.join(known)}." if known else ""
     got = f"keys such as {', '.join(keys[:5])}" if keys else "no keys"
-    raise OptionError(
-        document.name, got, f"a file of {', '.join(names)}", f"{looks}{ours} --from NAME says whose it is."
-    )
+    return OptionError(document.name, got, f"a file of {', '.join(names)}", f"{looks}{ours}{choice}")
 
 
 def _flatten(data: Mapping[str, Any], rules: Mapping[str, Rule], above: str = "") -> Iterator[tuple[str, Any]]:
     """Keys and values of a file; what a table knows the parts of is taken apart, of a list the first entry alone."""
     for name, value in data.items():
         key = f"{above}{name}"
+        if isinstance(value, str) and not name.endswith("strategy"):
+            value = OLD_BOOLEANS.get(value.lower(), value)
         has_parts = any(rule.startswith(f"{key}.") for rule in rules)
         if has_parts and isinstance(value, str) and "=" in value:  # optim_args: "rank=64, scale=0.25"
             pairs = (part.partition("=") for part in value.split(","))
@@ -192,7 +211,7 @@ def _rule(key: str, value: Any, rules: Mapping[str, Rule]) -> Rule:
 
 
 def _defaults(tool: Tool, settings: Mapping[str, Any]) -> list[Line]:
-    """What the program does where the file says nothing, and this project would do otherwise."""
+    """What the program does where the file says nothing, and this project would do otherwise or cannot guess."""
     method = settings.get("method", tool.defaults.get("method"))
     defaults = dict(tool.defaults)
     if method in ("galore", "galore_plus"):
@@ -200,10 +219,12 @@ def _defaults(tool: Tool, settings: Mapping[str, Any]) -> list[Line]:
     if method in ("lora", "dora"):
         defaults |= tool.lora_defaults
     written = {key: value(settings) if callable(value) else value for key, value in defaults.items()}
-    note = f"{tool.name}'s default"
+    note = f"the default of {tool.name}"
+    lines = [(key, value, note) for key, value in written.items()]
+    lines += [(key, value, "The file names none: write yours.") for key, value in TO_BE_WRITTEN.items()]
     return [
         Line(key="", value=None, kind="changed", settings={key: value}, note=note)
-        for key, value in written.items()
+        for key, value, note in lines
         if key not in settings
     ]
 
@@ -224,7 +245,10 @@ def _leave_out_refused(settings: dict[str, Any], lines: list[Line]) -> None:
             del settings[error.option]
             for line in lines:
                 if error.option in line.settings:
-                    line.kind, line.note = "missing", f"{error.option}: wanted {error.wanted}. {error.way_out}".strip()
+                    line.kind, line.note = (
+                        "missing",
+                        f"{error.option}: wanted {error.wanted}. {error.way_out.removesuffix('(settings)')}".strip(),
+                    )
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def refuse_all(refusals: Sequence[OptionError], way_out: str) -> OptionError:
     """
     if len(refusals) == 1:
         return refusals[0]
-    lines = [f"  {error.option}: {error.way_out or 'wanted ' + error.wanted}" for error in refusals]
+    lines = [f"  {error.option}: {error.way_out or f'wanted {error.wanted}.'}" for error in refusals]
     text = "\n".join(["Each with its way out:", *lines, *([way_out] if way_out else [])])
     return OptionError("configuration", [error.option for error in refusals], "known keys", text)
 
