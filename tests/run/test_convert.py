@@ -11,8 +11,10 @@ import pytest
 from galore_trainer.cli.main import main
 from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.convert import Conversion, Line, convert
+from galore_trainer.run.settings.convert_rules import Tool
 from galore_trainer.run.settings.convert_tables import TOOLS, TRL
 from galore_trainer.run.settings.run_config import RunConfig, known_keys, load_run_config
+from galore_trainer.run.settings.yaml_io import dump
 
 PEERS = Path(__file__).parents[1] / "fixtures" / "peers"
 # file -> whose it is; keys that are mapped, that change their meaning, that have no counterpart
@@ -171,6 +173,15 @@ def test_yaml_goes_to_standard_output_alone_and_trains_in_a_dry_run(
     more = [f"model_name_or_path={tiny_model_dir}", f"data.source={tmp_path / 'rows.jsonl'}", "galore.rank=4"]
     words = ["data.eval_samples=2", "use_cpu=true", f"output_dir={tmp_path / 'run'}", "--dry-run"]
     assert main(["train", str(ours), *more, *words]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [None, True, 1, -1, 0.5, 1e300, "x", "a, b", [], ["a", 1], {}, {"a": 1}])
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_any_value_of_any_key_is_reported(tool: Tool, value: object, tmp_path: Path) -> None:
+    data = dict.fromkeys((key for key in tool.rules if "." not in key), value)
+    config, conversion = converted(dump({**data, "optim": "galore_adamw", "seed": 3}), tmp_path, tool.name)
+    assert config.training["seed"] == 3
+    assert {line.key.partition("[")[0].partition(".")[0] for line in conversion.lines if line.key} >= data.keys()
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)

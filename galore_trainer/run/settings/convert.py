@@ -165,14 +165,20 @@ def _flatten(data: Mapping[str, Any], rules: Mapping[str, Rule], above: str = ""
             yield from _flatten(value[0], rules, f"{key}.")
             for number, more in enumerate(value[1:], start=2):
                 yield f"{key}[{number}]", more
-        elif has_parts and isinstance(value, Mapping):
+        elif has_parts and isinstance(value, Mapping) and value:
             yield from _flatten(value, rules, f"{key}.")
-        elif key in rules and rules[key].commas and isinstance(value, str) and "," in value:
-            first, *others = (part.strip() for part in value.split(","))
+        elif key in rules and rules[key].commas and (entries := _entries(value)):
+            first, *others = entries
             yield key, first
             yield from ((f"{key}[{number}]", more) for number, more in enumerate(others, start=2))
         else:
             yield key, value
+
+
+def _entries(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) and value else []
 
 
 def _translate(key: str, value: Any, file: Mapping[str, Any], rules: Mapping[str, Rule]) -> Line:
@@ -191,7 +197,7 @@ def _translate(key: str, value: Any, file: Mapping[str, Any], rules: Mapping[str
 
 
 def _rule(key: str, value: Any, rules: Mapping[str, Rule]) -> Rule:
-    if value is None or value == "":
+    if value is None or value in ("", [], {}):
         return as_here("empty")
     base = key.partition("[")[0]
     if base != key:  # a further entry of a list
@@ -242,7 +248,10 @@ def _leave_out_refused(settings: dict[str, Any], lines: list[Line]) -> None:
         except OptionError as error:
             if error.option not in settings:
                 raise
-            del settings[error.option]
+            if error.option in TO_BE_WRITTEN:
+                settings[error.option] = TO_BE_WRITTEN[error.option]
+            else:
+                del settings[error.option]
             for line in lines:
                 if error.option in line.settings:
                     line.kind, line.note = (

@@ -126,8 +126,8 @@ def held_out(value: Any, _: File) -> int:
 def share_of_steps(value: Any, file: File) -> Any:
     """Times an epoch as a share of all steps."""
     epochs = file.get("num_epochs") or 1
-    if not isinstance(value, int | float) or value <= 0:
-        raise Untranslatable("Not a number above 0.")
+    if not all(isinstance(number, int | float) and number > 0 for number in (value, epochs)):
+        raise Untranslatable("It or num_epochs is no number above 0.")
     share = 1 / (value * epochs)
     if share >= 1:
         raise Untranslatable("Less than once in the run.")
@@ -141,4 +141,5 @@ def inverted(value: Any, _: File) -> bool:
 
 def twice_the_rank(value: Any, file: File) -> Any:
     """An alpha of LLaMA-Factory: 0 is twice the rank."""
-    return value or 2 * (file.get("lora_rank") or 8)
+    rank = file.get("lora_rank") or 8
+    return value or (2 * rank if isinstance(rank, int) else rank)

@@ -118,7 +118,9 @@ LLAMA_FACTORY = Tool(
     typical=("stage", "finetuning_type", "dataset", "template", "cutoff_len"),
     defaults={"method": "lora", "max_length": 2048, "gradient_checkpointing": True},
     galore_defaults={"galore.rank": 16, "galore.update_proj_gap": 200, "galore.scale": 2.0},
-    lora_defaults={"lora.rank": 8, "lora.alpha": lambda settings: 2 * settings.get("lora.rank", 8)},
+    lora_defaults={
+        "lora.rank": 8, "lora.alpha": lambda settings: twice_the_rank(0, {"lora_rank": settings.get("lora.rank")}),
+    },
     rules={
         **TRAINING,
         "stage": case({"sft": as_here()}, none(PREFERENCES)),

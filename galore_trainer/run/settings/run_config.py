@@ -249,6 +249,8 @@ def _resolve(
     else:
         hints = known_keys()
     file, command_line = (collect(source, hints, _check_method) for source in sources)
+    if own_only and (file.methodless or command_line.methodless):
+        return _resolve(document, overrides, flags)  # which names the trainers' unknown keys, too
     _check_names(document, file, command_line)
     method = command_line.values.get("method", file.values.get("method", RunConfig.method))
     for key in command_line.values:
