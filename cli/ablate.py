@@ -9,12 +9,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from galore_trainer.cli.options import Debug, Overrides, integers
+from galore_trainer.cli.options import Debug, Overrides, integers, names_of
 from galore_trainer.cli.outcome import FAILED, INTERRUPTED
 from galore_trainer.errors import OptionError
 
 Name = Annotated[
-    str, typer.Argument(metavar="STUDY", help="rank, residual, cross_head, svd, methods, or a YAML file of yours.")
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help="rank, residual, cross_head, svd, methods, or a YAML file of yours.",
+        autocompletion=names_of("studies"),
+    ),
 ]
 OutputDir = Annotated[
     str | None, typer.Option("--output-dir", metavar="TEXT", help="Folder of the study (default runs/ablate-STUDY).")

@@ -43,7 +43,7 @@ _COMMANDS: dict[Callable[..., None], str] = {
 for _command, _line in _COMMANDS.items():
     _name = "eval" if _command is evaluate else _command.__name__
     app.command(_name, cls=OptionsOnce, short_help=_line)(_command)
-app.add_typer(config.app, name="config", short_help="List, show and check configurations.")
+app.add_typer(config.app, name="config", short_help="List, show, check and convert configurations.")
 app.add_typer(data.app, name="data", short_help="Look at the data before training.")
 app.add_typer(state.app, name="state", short_help="Let a checkpoint go on under another launch.")
 

@@ -1,18 +1,19 @@
-"""``galore-ft config list | show | validate``."""
+"""``galore-ft config list | show | validate | convert | schema``."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
 from galore_trainer.cli.once import OptionsOnce
-from galore_trainer.cli.options import Debug, Overrides
+from galore_trainer.cli.options import Debug, Overrides, names_of
 from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.run_config import load_run_config, packaged_configs, read_packaged
 
-app = typer.Typer(help="Packaged configurations, and a check of one's own.", no_args_is_help=True)
+app = typer.Typer(help="Packaged configurations, a check of yours, other programs' as ours.", no_args_is_help=True)
 
 KINDS = {
     "train": "galore-ft train CONFIG",
@@ -20,8 +21,26 @@ KINDS = {
     "launch": "galore-ft train CONFIG --launch-config NAME",
 }
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="One of those that 'config list' names.")]
-File = Annotated[str, typer.Argument(metavar="FILE", help="YAML file or packaged name.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="One of those that 'config list' names.",
+        autocompletion=names_of("train", "studies", "launch", files=False),
+    ),
+]
+Foreign = Annotated[
+    str, typer.Argument(metavar="FILE", help="YAML file of another program.", autocompletion=names_of())
+]
+Program = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="NAME", help="llama-factory, axolotl, trl or transformers (default: by the file's keys)."
+    ),
+]
+File = Annotated[
+    str, typer.Argument(metavar="FILE", help="YAML file or packaged name.", autocompletion=names_of("train"))
+]
 
 
 @app.command("list", cls=OptionsOnce)
@@ -41,6 +60,19 @@ def show(name: Name) -> None:
 
 
 @app.command(cls=OptionsOnce)
+def convert(file: Foreign, program: Program = None, debug: Debug = False) -> None:
+    """Print a configuration of LLaMA-Factory, axolotl, TRL or transformers as ours, and say what became of each key.
+
+    The YAML goes to standard output, the list of keys to standard error: galore-ft config convert theirs.yaml > my.yaml
+    """
+    from galore_trainer.run.settings.convert import convert as convert_file
+
+    conversion = convert_file(file, program)
+    typer.echo(conversion.report(file), err=True)
+    typer.echo(conversion.text.rstrip())
+
+
+@app.command(cls=OptionsOnce)
 def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check every key, type and value; say which other methods the file would serve. Loads no model and no data."""
     method = load_run_config(file, overrides or ()).method
@@ -52,3 +84,14 @@ def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> N
                 typer.echo(f"--method {other}: valid.")
             except OptionError as error:
                 typer.echo(f"--method {other}: refused. {error}")
+
+
+@app.command(cls=OptionsOnce)
+def schema(debug: Debug = False) -> None:
+    """Print a JSON schema of our YAML, for editors: galore-ft config schema > galore-ft.schema.json
+
+    A first line '# yaml-language-server: $schema=galore-ft.schema.json' in a file makes editors check and complete it.
+    """
+    from galore_trainer.run.settings.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))

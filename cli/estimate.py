@@ -7,16 +7,29 @@ from typing import Annotated, Any
 import typer
 
 from galore_trainer.cli.loading import load, require_reach
-from galore_trainer.cli.options import Config, Debug, Overrides, integers, with_flags
+from galore_trainer.cli.options import Config, Debug, Overrides, choices, integers, names_of, with_flags
+from galore_trainer.run.settings.methods import Method
 from galore_trainer.run.settings.run_config import load_own_settings, load_run_config
 
 Methods = Annotated[
-    str | None, typer.Option("--methods", metavar="A,B", help="Methods to compare; layerwise is galore_plus so.")
+    str | None,
+    typer.Option(
+        "--methods",
+        metavar="A,B",
+        help="Methods to compare; layerwise is galore_plus so.",
+        autocompletion=choices(Method, many=True),
+    ),
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, a hub id, or embedded:smollm2-135m.")]
 Processes = Annotated[int | None, typer.Option("--num-processes", metavar="N", help="Count one of N processes.")]
 Launch = Annotated[
-    str | None, typer.Option("--launch-config", metavar="NAME", help="ddp (default), fsdp2, zero1, zero2 or zero3.")
+    str | None,
+    typer.Option(
+        "--launch-config",
+        metavar="NAME",
+        help="ddp (default), fsdp2, zero1, zero2 or zero3.",
+        autocompletion=names_of("launch", files=False),
+    ),
 ]
 Ranks = Annotated[str | None, typer.Option("--ranks", metavar="16,32", help="Ranks to compare.")]
 

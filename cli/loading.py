@@ -12,7 +12,13 @@ from galore_trainer.recipes import DataConfig
 from galore_trainer.recipes.sources import kind_of
 from galore_trainer.run.models.model import EMBEDDED, is_hub_id
 from galore_trainer.run.models.model import OPTION as MODEL_OPTION
-from galore_trainer.run.settings.run_config import RunConfig, load_own_settings, load_run_config, packaged_configs
+from galore_trainer.run.settings.run_config import (
+    RunConfig,
+    has_foreign_keys,
+    load_own_settings,
+    load_run_config,
+    packaged_configs,
+)
 
 
 def split_overrides(config: str | None, overrides: Sequence[str] | None) -> tuple[str | None, list[str]]:
@@ -48,7 +54,7 @@ def load(
     if name is None:
         wanted = f"a packaged name ({', '.join(packaged_configs())}) or the path of a YAML file"
         raise OptionError("CONFIG", "nothing", wanted, "For example: galore-ft train quickstart.")
-    if reach:
+    if reach and not has_foreign_keys(name, rest):
         project_settings = load_own_settings(name, rest, flags)
         if "data" in reach:
             _require_data(project_settings.data)

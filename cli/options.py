@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import inspect
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -14,7 +17,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.knobs import field_help, show_default
 from galore_trainer.run.settings.methods import METHOD_DEFAULTS
-from galore_trainer.run.settings.run_config import LoraSettings, RunConfig
+from galore_trainer.run.settings.run_config import LoraSettings, RunConfig, packaged_configs
 from galore_trainer.run.settings.sources import flag_name
 
 TOP_LEVEL = ("method", "trainer", "model_name_or_path", "output_dir")
@@ -25,9 +28,52 @@ TRAINING: dict[str, tuple[type, str]] = {
     "seed": (int, "Seed of the run."),
 }
 
+
+def names_of(*kinds: str, files: bool = True) -> Callable[[str], list[tuple[str, str]]]:
+    """A shell's completion of packaged names, and of YAML files and folders where ``files`` says so.
+
+    Args:
+        kinds: of ``packaged_configs``: train, studies, launch.
+        files: whether a path may be given, too.
+    """
+
+    def complete(incomplete: str) -> list[tuple[str, str]]:
+        texts = {name: text for kind in kinds for name, text in packaged_configs(kind).items()}
+        words = [(name, text.splitlines()[0].lstrip("# ")) for name, text in texts.items()]
+        paths = [Path(p) for p in glob.glob(f"{glob.escape(os.path.expanduser(incomplete))}*")] if files else []
+        words += [(str(path), "") for path in sorted(paths) if path.suffix in (".yaml", ".yml")]
+        words += [(f"{path}/", "") for path in sorted(paths) if path.is_dir()]
+        return [(word, help) for word, help in words if word.startswith(os.path.expanduser(incomplete))]
+
+    return complete
+
+
+def choices(hint: Any, many: bool = False) -> Callable[[str], list[str]] | None:
+    """A shell's completion of the values of a ``Literal``; None for any other type.
+
+    Args:
+        hint: the annotation.
+        many: several values may be given, with commas between them.
+    """
+    if get_origin(hint) is not Literal:
+        return None
+    values = [str(value) for value in get_args(hint)]
+
+    def complete(incomplete: str) -> list[str]:
+        before = incomplete[: incomplete.rfind(",") + 1] if many else ""
+        return [f"{before}{value}" for value in values if f"{before}{value}".startswith(incomplete)]
+
+    return complete
+
+
 Config = Annotated[
     str | None,
-    typer.Argument(metavar="CONFIG", show_default=False, help="Packaged name (see 'config list') or YAML file."),
+    typer.Argument(
+        metavar="CONFIG",
+        show_default=False,
+        help="Packaged name (see 'config list') or YAML file.",
+        autocompletion=names_of("train"),
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -68,7 +114,7 @@ class Flag:
         if self.hint is bool:
             option = typer.Option(f"{name}/{flag_name(self.key, negated=True)}", **common)
             return inspect.Parameter(self.parameter, kind, default=None, annotation=Annotated[bool | None, option])
-        option = typer.Option(name, metavar=_metavar(self.hint), **common)
+        option = typer.Option(name, metavar=_metavar(self.hint), autocompletion=choices(self.hint), **common)
         return inspect.Parameter(self.parameter, kind, default=None, annotation=Annotated[str | None, option])
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from galore_trainer.cli.loading import load
-from galore_trainer.cli.options import Config, Debug, Overrides, with_flags
+from galore_trainer.cli.options import Config, Debug, Overrides, names_of, with_flags
 from galore_trainer.cli.outcome import INTERRUPTED
 from galore_trainer.errors import OptionError
 from galore_trainer.run.launching.distributed import is_main_process
@@ -25,7 +25,10 @@ Processes = Annotated[
 LaunchConfig = Annotated[
     str | None,
     typer.Option(
-        "--launch-config", metavar="NAME|FILE", help="ddp (default), fsdp2, zero1, zero2, zero3, or accelerate's YAML."
+        "--launch-config",
+        metavar="NAME|FILE",
+        help="ddp (default), fsdp2, zero1, zero2, zero3, or accelerate's YAML.",
+        autocompletion=names_of("launch"),
     ),
 ]
 ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print the resolved configuration and stop.")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -26,6 +27,10 @@ Kernels = Literal["auto", "triton", "torch"]
 ResidualSelection = Literal["row", "global"]
 
 ALL_LINEAR = "all-linear"
+EVERY_LINEAR = ("all", "all_linear", ALL_LINEAR)
+"""What programs call the choice of every linear layer."""
+COMMAS = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
+"""Names with commas between them, which some programs take in place of a list."""
 LARGEST_INTEGER = 2**63 - 1
 
 
@@ -64,7 +69,8 @@ class GaLoreConfig:
     )
     target_modules: str | list[str] = knob(
         ALL_LINEAR,
-        "What is projected: all-linear (the linear layers of the blocks), one regex, or name endings, as in peft.",
+        "What is projected: all-linear (the linear layers of the blocks), one regex, or a list: name endings, as in "
+        "peft; parts of names or regexes, as in transformers.",
         trajectory=True,
     )
     embeddings: Embeddings = knob(
@@ -155,8 +161,7 @@ class GaLoreConfig:
     def __post_init__(self) -> None:
         """Check every field; raises ``OptionError`` for the first that is impossible."""
         check_fields("galore.", self)
-        if isinstance(self.target_modules, list) and not self.target_modules:
-            raise OptionError("galore.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
+        check_target_modules("galore.target_modules", self.target_modules)
         if self.warm_start and self.svd == "exact":
             raise OptionError("galore.warm_start", True, "svd randomized", "An exact SVD starts from nothing.")
         if self.residual_percent > 100.0:
@@ -230,6 +235,18 @@ def check_fields(prefix: str, config: Any) -> None:
         if low is not None and value is not None and not ((is_integer or math.isfinite(value)) and value >= low):
             kind = "an integer" if is_integer else "a finite number"
             raise OptionError(prefix + field.name, value, f"{kind} of at least {low:g}")
+
+
+def check_target_modules(option: str, value: str | list[str]) -> None:
+    """Raise ``OptionError`` for a choice of modules that other programs take and no model here could match."""
+    entries = [value] if isinstance(value, str) else value
+    if not all(entry.strip() for entry in entries) or not entries:
+        raise OptionError(option, value, "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
+    if value != ALL_LINEAR and any(entry in EVERY_LINEAR for entry in entries):
+        raise OptionError(option, value, "all-linear, one regex, or a list of names", f"Write {ALL_LINEAR!r}.")
+    if any(COMMAS.fullmatch(entry) for entry in entries):
+        names = ", ".join(part.strip() for entry in entries for part in entry.split(","))
+        raise OptionError(option, value, "all-linear, one regex, or a list of names", f"Write a list: [{names}].")
 
 
 def check_integers(option: str, value: Any) -> None:

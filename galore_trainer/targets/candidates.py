@@ -122,26 +122,63 @@ def embedding_weights(model: nn.Module, config: GaLoreConfig) -> dict[str, nn.Pa
     return {name: p for name, p in named.items() if any(p is module.weight for module in modules)}
 
 
-def choose_targets(candidates: Mapping[str, Candidate], config: GaLoreConfig) -> set[str]:
-    """Names of the candidates that ``target_modules`` chooses.
+def choose_targets(candidates: Mapping[str, Candidate], config: GaLoreConfig) -> tuple[set[str], bool]:
+    """Names of the candidates that ``target_modules`` chooses, and whether it names them one by one.
+
+    One text is a regular expression for the whole name. A list whose every entry ends some module's name holds name
+    endings, as in peft. Any other list is read as transformers reads ``optim_target_modules``: an entry is a part of a
+    name, or a regular expression for the whole name. ``all-linear`` and parts of names choose without naming.
 
     Raises:
-        OptionError: a pattern or name ending without a match, or an invalid regular expression.
+        OptionError: an entry without a match, an entry that could mean two things, or an invalid regular expression.
     """
     patterns = config.target_modules
     if patterns == ALL_LINEAR:
-        return {name for name, candidate in candidates.items() if candidate.in_block}
-    # as in peft: one text is a regular expression, a list holds name endings
-    matches = _matches_regex if isinstance(patterns, str) else _has_ending
-    targets: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {name for name in candidates if matches(pattern, name)}
+        return {name for name, candidate in candidates.items() if candidate.in_block}, False
+    if isinstance(patterns, str):
+        hits = {name for name in candidates if _matches_regex(patterns, name)}
         if not hits:
-            leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in candidates}))
-            wanted = f"a regex or name endings that match linear layers ({leaves})"
-            raise OptionError("galore.target_modules", pattern, wanted, "A regex must match the whole module name.")
-        targets |= hits
-    return targets
+            raise _no_match(patterns, candidates, "A regex must match the whole module name.")
+        return hits, True
+    endings = {pattern: {name for name in candidates if _has_ending(pattern, name)} for pattern in patterns}
+    if all(endings.values()):
+        return set().union(*endings.values()), True
+    targets: set[str] = set()
+    for pattern, ended in endings.items():
+        parts = {name for name in candidates if pattern in name}
+        if ended and ended != parts:
+            raise _ambiguous(pattern, ended, parts)
+        if cut := {name for name in parts if not _cuts_no_number(pattern, name)}:
+            got = f"{pattern!r}, which is also a part of {min(cut)}"
+            way_out = "Write the character that follows the number, too, for example 'layers.1.'."
+            raise OptionError("galore.target_modules", got, "a part of names that cuts no number in two", way_out)
+        if not parts and not any(_matches_regex(pattern, name) for name in candidates):
+            raise _no_match(pattern, candidates, "")
+        targets |= parts | {name for name in candidates if not parts and _matches_regex(pattern, name)}
+    return targets, False
+
+
+def _no_match(pattern: str, candidates: Mapping[str, Candidate], way_out: str) -> OptionError:
+    leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in candidates}))
+    wanted = f"a regex, name endings or parts of names that match linear layers ({leaves})"
+    if any(pattern in name for name in candidates):
+        way_out += f" A part of names stands in a list: [{pattern}]."
+    return OptionError("galore.target_modules", pattern, wanted, way_out)
+
+
+def _ambiguous(pattern: str, endings: Collection[str], parts: Collection[str]) -> OptionError:
+    """The error for an entry that is a name ending to peft and a part of more names to transformers."""
+    more = min(set(parts) - set(endings))
+    got = f"{pattern!r}, the ending of {len(endings)} names and a part of {len(parts)}, such as {more}"
+    text = re.escape(pattern)
+    way_out = f"Write a regex: '(.*\\.)?{text}' for the endings, '.*{text}.*' for the parts."
+    return OptionError("galore.target_modules", got, "an entry with one meaning", way_out)
+
+
+def _cuts_no_number(part: str, name: str) -> bool:
+    """Whether a part occurs in a name without cutting a number: ``layers.1`` in ``layers.10`` cuts one."""
+    before, after = (r"(?<!\d)" if part[0].isdigit() else ""), (r"(?!\d)" if part[-1].isdigit() else "")
+    return re.search(before + re.escape(part) + after, name) is not None
 
 
 def ranks_by_pattern(targets: Collection[str], config: GaLoreConfig) -> dict[str, int]:

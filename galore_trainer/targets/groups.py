@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from galore_trainer.config import ALL_LINEAR, GaLoreConfig
+from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import stored_basis_bytes, stored_bytes
@@ -109,7 +109,7 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
     """
     check_not_lazy(model)
     candidates = find_candidates(model)
-    targets = choose_targets(candidates, config)
+    targets, by_user = choose_targets(candidates, config)
     if config.embeddings == "frozen":
         for parameter in embedding_weights(model, config).values():
             parameter.requires_grad_(False)
@@ -118,7 +118,6 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
         candidates |= {name: Candidate(name=name, parameters=(p,)) for name, p in embeddings.items()}
         targets |= embeddings.keys()
     pattern_ranks = ranks_by_pattern(targets, config)
-    by_user = config.target_modules != ALL_LINEAR
     # named_parameters() lists a tied weight once, perhaps not under its target's name, so it is looked up by identity;
     # reversed, so that the first of several tied targets counts
     by_parameter = {id(p): c for name, c in reversed(candidates.items()) if name in targets for p in c.parameters}
@@ -132,7 +131,7 @@ def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
             weights.append(Weight(name, parameter))
             continue
         rank = pattern_ranks.get(candidate.name, config.rank)
-        # what the user named is projected or refused; what all-linear chose may stay plain, with a note
+        # what the user named is projected or refused; what all-linear or parts of names chose may stay plain
         named_by_user = by_user or candidate.name in pattern_ranks
         if candidate.computed and named_by_user:
             raise computed_weight(candidate.name, name, in_pattern=not by_user)

@@ -87,6 +87,11 @@ CONFIGS: dict[str, str | bytes] = {
     "foo_zero.yaml": "methods: {adamw: 0}\n",
     "other_seed.yaml": "methods:\n  adamw: {seed: -1}\n",
     "minus_seed.yaml": "max_steps: 3\nseed: -1\n",
+    "typos.yaml": "lerning_rate: 1\ngalore: {rnak: 8}\nmethods:\n  adamw: {max_stpes: 2}\n  foo: {seed: 1}\nzzz: 0\n",
+    "factory.yaml": "stage: sft\nuse_galore: true\ngalore_target: mlp,self_attn\ngalore_proj_type: full\n"
+    "galore_rank: 0\ncutoff_len: 1024\n",
+    "compose.yaml": "services: {web: {image: nginx}}\nvolumes: {}\n",
+    "nearly.yaml": "output_dir: out\nper_device_train_batch_size: 1\nvolumes: {}\n",
 }
 STUDIES: dict[str, Any] = {
     "nothing.yaml": {"base": "tiny.yaml"},
@@ -96,6 +101,7 @@ STUDIES: dict[str, Any] = {
     "bad_value.yaml": {"base": "tiny.yaml", "grid": {"galore.rank": [4, 0]}},
     "bad_metric.yaml": {"base": "tiny.yaml", "grid": {"galore.rank": [4]}, "metrics": ["beauty"]},
     "bad_key.yaml": {"base": "tiny.yaml", "gird": {"galore.rank": [4]}},
+    "bad_keys.yaml": {"base": "tiny.yaml", "gird": {"galore.rank": [4]}, "sedes": [1]},
     "bad_seeds.yaml": {"base": "tiny.yaml", "grid": {"galore.rank": [4]}, "seeds": [-1]},
     "own_seed.yaml": {"base": "tiny.yaml", "grid": {"seed": [1, 2]}},
     "alike.yaml": {"base": "tiny.yaml", "cells": [{"galore.rank": 4}, {"galore.rank": 4}]},

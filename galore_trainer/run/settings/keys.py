@@ -7,11 +7,12 @@ import difflib
 import enum
 import functools
 import operator
+import re
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from galore_trainer.config import check_type, describe_type
+from galore_trainer.config import ALL_LINEAR, COMMAS, EVERY_LINEAR, check_type, describe_type
 from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.yaml_io import parse_value
 
@@ -107,21 +108,32 @@ def training_hints() -> dict[str, Any]:
     return fields
 
 
-def refuse_key(key: str, value: Any, known: Iterable[str], *, option: str = "", place: str = "") -> OptionError:
+def refuse_key(
+    key: str,
+    value: Any,
+    known: Iterable[str],
+    accept: Callable[[str, Any], Any],
+    *,
+    option: str = "",
+    place: str = "",
+    brief: bool = False,
+) -> OptionError:
     """The error for a key that is not known: its replacement where it has one, else the nearest match.
 
     Args:
         key: dotted, as the user wrote it.
         value: what stands there.
         known: every dotted key that would have been accepted.
+        accept: raises ``OptionError`` for a known key with a value that it does not take, which is not advised then.
         option: the key with what stands before it, for example ``methods.adamw.lr``.
         place: where it was written, for example ``gsm8k.yaml, line 7``.
+        brief: leave out the list of known keys where none is near.
     """
     option = option or key
     place_text = _written_at(option, place)
     for table, wanted in REFUSED:
         if key in table:
-            return OptionError(option, value, wanted, table[key].format(value=_as_yaml(value)) + place_text)
+            return OptionError(option, value, wanted, _advice(table[key], value, accept) + place_text)
     known = list(known)
     block = key.partition(".")[0] + "."
     siblings = [name for name in known if name.startswith(block)]
@@ -129,12 +141,53 @@ def refuse_key(key: str, value: Any, known: Iterable[str], *, option: str = "", 
         way_out = f"Write {inside + '={' + key.removeprefix(inside + '.') + f': {_as_yaml(value)}' + '}'!r}."
     elif match := nearest_key(key, known):
         way_out = f"Did you mean {match!r}?"
+    elif brief:
+        way_out = "No known key is near it."
     elif siblings:
         way_out = f"{block[:-1]!r} takes {', '.join(name.removeprefix(block) for name in siblings)}."
     else:
-        top_level = ", ".join(name for name in known if "." not in name and name not in training_hints())
-        way_out = f"The top level takes {top_level}, the blocks, and every field of transformers.TrainingArguments."
+        way_out = top_level(known)
     return OptionError(option, value, "a known key", way_out + place_text)
+
+
+def refuse_all(refusals: Sequence[OptionError], way_out: str) -> OptionError:
+    """One error for several, with the way out of each on a line of its own.
+
+    Args:
+        refusals: at least one, each for a name.
+        way_out: a last line; empty for none.
+    """
+    if len(refusals) == 1:
+        return refusals[0]
+    lines = [f"  {error.option}: {error.way_out or f'wanted {error.wanted}.'}" for error in refusals]
+    text = "\n".join(["Each with its way out:", *lines, *([way_out] if way_out else [])])
+    return OptionError("configuration", [error.option for error in refusals], "known keys", text)
+
+
+def top_level(known: Iterable[str]) -> str:
+    """What stands at the top of a configuration, in words."""
+    names = ", ".join(name for name in known if "." not in name and name not in training_hints())
+    return f"The top level takes {names}, the blocks, and every field of transformers.TrainingArguments."
+
+
+def modules_in_our_words(value: Any) -> Any:
+    """What other programs write for a choice of modules, as ``target_modules`` takes it."""
+    if isinstance(value, str) and value in EVERY_LINEAR:
+        return ALL_LINEAR
+    if isinstance(value, str) and COMMAS.fullmatch(value):
+        return [part.strip() for part in value.split(",")]
+    return value
+
+
+def _advice(template: str, value: Any, accept: Callable[[str, Any], Any]) -> str:
+    """The way out with the user's value, or with what is wanted in its place where the other key would refuse it."""
+    if target := re.search(r"'([\w.]+)(?:=|: )\{value\}'", template):
+        value = modules_in_our_words(value) if target[1].endswith("target_modules") else value
+        try:
+            accept(target[1], value)
+        except OptionError as error:
+            return f"{template.format(value='...')} It takes {error.wanted}."
+    return template.format(value=_as_yaml(value))
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str | None:
@@ -209,6 +262,8 @@ def _takes_text(hint: Any) -> bool:
 
 
 def _as_yaml(value: Any) -> str:
-    if isinstance(value, dict | list):
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    if isinstance(value, dict):
         return "..."
     return {"True": "true", "False": "false", "None": "null"}.get(str(value), str(value))

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, knob
+from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, check_target_modules, knob
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig
-from galore_trainer.run.settings.keys import TRL_HINTS, coerce, refuse_key, training_hints
+from galore_trainer.run.settings.convert_tables import FOREIGN, recognise
+from galore_trainer.run.settings.keys import TRL_HINTS, coerce, refuse_all, refuse_key, top_level, training_hints
 from galore_trainer.run.settings.methods import METHOD_DEFAULTS, METHODS, Method, methods_reading
 from galore_trainer.run.settings.ranges import check_best_metric, check_range
-from galore_trainer.run.settings.sources import Setting, collect, command_line_settings, file_settings
+from galore_trainer.run.settings.sources import Setting, Source, collect, command_line_settings, file_settings
 from galore_trainer.run.settings.yaml_io import Document, dump, read_mapping
 
 Extract = Literal["flexible", "strict", "last_number"]
@@ -65,8 +66,7 @@ class LoraSettings:
         check_fields("lora.", self)
         if self.dropout >= 1.0:
             raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
-        if not self.target_modules:
-            raise OptionError("lora.target_modules", [], "at least one name", f"Use {ALL_LINEAR!r} for all of them.")
+        check_target_modules("lora.target_modules", self.target_modules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,9 +121,11 @@ class RunConfig:
                     "Use method: galore_plus to choose, or set it under 'methods: {galore_plus: ...}' alone.",
                 )
         training, hints = {}, trainer_hints() if self.training else {}
+        if unknown := [key for key in self.training if key not in hints]:
+            brief = len(unknown) > 1
+            errors = [refuse_key(key, self.training[key], hints, _accept, brief=brief) for key in unknown]
+            raise refuse_all(errors, top_level(known_keys()) if brief else "")
         for key, value in self.training.items():
-            if key not in hints:
-                raise refuse_key(key, value, hints)
             if key in TRL_HINTS and self.trainer != "trl":
                 raise OptionError(
                     key,
@@ -212,6 +214,12 @@ def read_config(config: str | Path, kind: str = "train") -> Document:
     return read_mapping(text, str(config))
 
 
+def has_foreign_keys(config: str | Path, overrides: Sequence[str]) -> bool:
+    """Whether a configuration has keys that are surely unknown here; it needs no transformers to tell."""
+    keys = {*read_config(config).data, *(text.partition("=")[0].strip() for text in overrides)}
+    return not keys.isdisjoint(FOREIGN.difference(own_keys()))
+
+
 def trainer_hints() -> dict[str, Any]:
     """The fields of TrainingArguments, and those of TRL's that are passed on, with their types."""
     return {**training_hints(), **TRL_HINTS}
@@ -241,6 +249,9 @@ def _resolve(
     else:
         hints = known_keys()
     file, command_line = (collect(source, hints, _check_method) for source in sources)
+    if own_only and (file.methodless or command_line.methodless):
+        return _resolve(document, overrides, flags)  # which names the trainers' unknown keys, too
+    _check_names(document, file, command_line)
     method = command_line.values.get("method", file.values.get("method", RunConfig.method))
     for key in command_line.values:
         readers = methods_reading(key)
@@ -270,6 +281,28 @@ def _resolve(
         methods=methods,
         training={key: value for key, value in top.items() if key not in OWN},
     )
+
+
+def _check_names(document: Document, *sources: Source) -> None:
+    """Raise one ``OptionError`` for every unknown key and method of a file and a command line."""
+    refusals = [error for source in sources for error in source.methodless.values()]
+    unknown = [pair for source in sources for pair in source.unknown]
+    brief = len(refusals) + len(unknown) > 1
+    for key, setting in unknown:
+        known = [k for k in known_keys() if not (setting.key.startswith("methods.") and k == "method")]
+        options: dict[str, Any] = {"option": setting.key, "place": setting.place, "brief": brief}
+        refusals.append(refuse_key(key, setting.value, known, _accept, **options))
+    if refusals:
+        tool = recognise(document.data, known_keys(), 2)
+        command = f"'galore-ft config convert {document.name}'"
+        converter = f"This looks like a file of {tool.name}: {command} prints what stands for it here." if tool else ""
+        raise refuse_all(refusals, converter or (top_level(known_keys()) if unknown and brief else ""))
+
+
+def _accept(key: str, value: Any) -> None:
+    """Raise ``OptionError`` for a value that the known key ``key`` does not take under any method and trainer."""
+    trainer = {"trainer": "trl"} if key in TRL_HINTS else {}
+    _resolve(Document("advice", {key: value, **trainer}, {}), (), {})
 
 
 def _check_method(name: str) -> None:

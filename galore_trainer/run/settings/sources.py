@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.settings.keys import coerce, refuse_key
+from galore_trainer.run.settings.keys import coerce
 from galore_trainer.run.settings.ranges import check_range
 from galore_trainer.run.settings.yaml_io import Document, parse_value
 
@@ -42,11 +42,15 @@ class Source:
         values: for every method, by dotted key.
         methods: {method: {dotted key: value}} for single methods.
         places: where each key was written.
+        methodless: the error for each name under ``methods:`` that is no method.
+        unknown: settings with unknown keys, by their key without the method's.
     """
 
     values: dict[str, Any]
     methods: dict[str, dict[str, Any]]
     places: dict[str, str]
+    methodless: dict[str, OptionError]
+    unknown: list[tuple[str, Setting]]
 
 
 def file_settings(document: Document) -> Iterator[Setting]:
@@ -85,7 +89,7 @@ def flag_name(key: str, *, negated: bool = False) -> str:
 
 
 def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method: Callable[[str], Any]) -> Source:
-    """Check and sort the settings of one source.
+    """Check and sort the settings of one source; where a name is unknown, values are neither checked nor kept.
 
     Args:
         settings: of one file or one command line.
@@ -93,9 +97,10 @@ def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method:
         check_method: raises for a name under ``methods:`` that is no method.
 
     Raises:
-        OptionError: a key that is unknown, that is set twice, or whose value is of another type.
+        OptionError: a key that is set twice, or whose value is of another type.
     """
-    source = Source({}, {}, {})
+    source = Source({}, {}, {}, {}, [])
+    checked: list[tuple[Setting, str, dict[str, Any]]] = []
     for setting in settings:
         if setting.key in source.places:
             both = f"{source.places[setting.key]} and {setting.place}"
@@ -104,15 +109,21 @@ def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method:
         head, _, rest = setting.key.partition(".")
         if head == "methods":
             method, dot, key = rest.partition(".")
-            check_method(method)
+            try:
+                check_method(method)
+            except OptionError as error:
+                source.methodless[method] = error
+                continue
             if not dot:  # a method without settings of its own
                 continue
             target = source.methods.setdefault(method, {})
         else:
             key, target = setting.key, source.values
         if key not in hints or (head == "methods" and key == "method"):
-            known = [k for k in hints if not (head == "methods" and k == "method")]
-            raise refuse_key(key, setting.value, known, option=setting.key, place=setting.place)
+            source.unknown.append((key, setting))
+        else:
+            checked.append((setting, key, target))
+    for setting, key, target in [] if source.unknown or source.methodless else checked:
         target[key] = coerce(setting.key, setting.value, hints[key], written=setting.written, place=setting.place)
         check_range(key, target[key], option=setting.key, place=setting.place)
     return source

@@ -14,6 +14,7 @@ from typing import Any
 from galore_trainer.config import check_type
 from galore_trainer.errors import OptionError
 from galore_trainer.run.results.columns import metric_names
+from galore_trainer.run.settings.keys import refuse_all
 from galore_trainer.run.settings.methods import methods_reading
 from galore_trainer.run.settings.run_config import RunConfig, load_run_config, packaged_configs, read_config
 from galore_trainer.run.settings.sources import Setting, command_line_settings, file_settings
@@ -165,13 +166,16 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _checked(document: Document) -> dict[str, Any]:
-    for key, value in document.data.items():
+    unknown = []
+    for key in (key for key in document.data if key not in KEYS):
+        close = difflib.get_close_matches(key, KEYS, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"A study takes {', '.join(KEYS)}."
         place = document.place((key,))
-        if key not in KEYS:
-            close = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"A study takes {', '.join(KEYS)}."
-            raise OptionError(key, value, "a key of a study", f"{hint} ({place})")
-        check_type(f"{key} ({place})", value, KEYS[key])
+        unknown.append(OptionError(key, document.data[key], "a key of a study", f"{hint} ({place})"))
+    if unknown:
+        raise refuse_all(unknown, "")
+    for key, value in document.data.items():
+        check_type(f"{key} ({document.place((key,))})", value, KEYS[key])
     data = document.data
     if not data.get("grid") and not data.get("cells"):
         raise OptionError(
