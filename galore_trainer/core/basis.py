@@ -24,13 +24,27 @@ from galore_trainer.core.linalg import (
 
 BasisFunction = Callable[..., Tensor]
 BASES: dict[str, BasisFunction] = {}
+REDUCES: set[str] = set()
+"""Bases that take ``reduce``: they are found from the rows of each process, which stay where they are."""
+EXACT: set[str] = set()
+"""Bases that join and widen the whole gradient, and take no test matrix."""
 
 
-def register(name: str) -> Callable[[BasisFunction], BasisFunction]:
-    """Decorator that adds a basis function to ``BASES`` under a value of ``svd``."""
+def register(name: str, *, reduces: bool = False, exact: bool = False) -> Callable[[BasisFunction], BasisFunction]:
+    """Decorator that adds a basis function to ``BASES``.
+
+    The keyword arguments of a basis function are those of ``randomized``; it may ignore what it does not need.
+
+    Args:
+        name: the value of ``svd``.
+        reduces: the function takes ``reduce``. Without it the rows of cut weights are gathered.
+        exact: the function joins whole gradients in float32 and needs no ``omega``.
+    """
 
     def add(function: BasisFunction) -> BasisFunction:
         BASES[name] = function
+        REDUCES.update({name} if reduces else ())
+        EXACT.update({name} if exact else ())
         return function
 
     return add
@@ -50,7 +64,7 @@ def decomposes(svd: str, width: int, m: int, n: int, raw_signs: bool) -> bool:
         m, n: shape of the matrix that is decomposed.
         raw_signs: as for ``exact``.
     """
-    return (svd == "exact" or width >= min(m, n)) and not _by_gram(m, n, raw_signs)
+    return (svd in EXACT or width >= min(m, n)) and not _by_gram(m, n, raw_signs)
 
 
 def _by_gram(m: int, n: int, raw_signs: bool) -> bool:
@@ -58,7 +72,7 @@ def _by_gram(m: int, n: int, raw_signs: bool) -> bool:
     return not raw_signs and 2 * min(m, n) <= max(m, n)
 
 
-@register("exact")
+@register("exact", exact=True)
 def exact(
     G: Sequence[Tensor],
     rank: int,
@@ -76,7 +90,7 @@ def exact(
         G: tensors that together are [blocks, m, n], in one dtype: float32, bfloat16 or float64.
         rank: r, at most min(m, n).
         side: ``right`` or ``left``.
-        omega, previous, iterations: unused, since all basis functions share one signature.
+        omega, previous, iterations: unused; see ``register``.
         raw_signs: keep the signs of ``torch.linalg.svd``, as GaLore does. Otherwise a matrix with one side at most half
             the other is decomposed through its smaller Gram matrix.
         tools: routines for the Gram matrix.
@@ -96,7 +110,7 @@ def exact(
     return Vh[..., :rank, :].mT.contiguous() if side == "right" else U[..., :rank].contiguous()
 
 
-@register("randomized")
+@register("randomized", reduces=True)
 def randomized(
     G: Sequence[Tensor],
     rank: int,

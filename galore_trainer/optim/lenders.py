@@ -10,6 +10,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
+from galore_trainer.core.basis import REDUCES
 from galore_trainer.core.galore import widen
 from galore_trainer.core.linalg import Reduce
 from galore_trainer.core.matrix import LogicalMatrix, stored_rows
@@ -50,7 +51,7 @@ def stays(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
     _, rows, columns = matrix.lending_shape
     smaller = min(rows, columns)
     thin = width_of_sketch(matrix, config, smaller, smaller) < smaller
-    return config.svd == "randomized" and matrix.blocks == 1 and thin and not matrix.lends_heads
+    return config.svd in REDUCES and matrix.blocks == 1 and thin and not matrix.lends_heads
 
 
 def draw_heads(bucket: Bucket, config: GaLoreConfig, seed: int, energy: Callable[[], Tensor]) -> Tensor:

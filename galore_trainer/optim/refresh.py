@@ -18,7 +18,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.basis import BASES, decomposes, from_sketch
+from galore_trainer.core.basis import BASES, EXACT, decomposes, from_sketch
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, by_cholesky, by_eigh, by_householder, least_error
 from galore_trainer.core.streams import stream
@@ -127,7 +127,7 @@ def refresh_buckets(weights: Sequence[LocalWeight], config: GaLoreConfig, asked:
             by_key.setdefault(piece.key(), []).append(piece)
     for members in by_key.values():
         first = members[0]
-        copies = config.svd == "exact" or first.grad.dtype == torch.float16  # in float32, of whole gradients
+        copies = config.svd in EXACT or first.grad.dtype == torch.float16  # in float32, of whole gradients
         most = STACK_ELEMENTS if copies and first.owner.shard.is_whole else REFRESH_ELEMENTS
         most = bucket_elements(first.weight.device, asked, most)
         size = max(1, most // _entries_here(first, config))
@@ -239,7 +239,7 @@ def find_bases(
         certainly: see to it that none is NaN, which may wait for the device.
     """
     omega, previous = None, None
-    if config.svd != "exact":
+    if config.svd not in EXACT:
         omega = draw_omega(bucket, config, seed)
         if config.warm_start and bucket.pieces[0].owner.has_basis:
             previous = bucket.get_basis()

@@ -233,12 +233,15 @@ class _Sweep:
     def _wants_room(self, child: _Child, survivors: int) -> bool:
         """Make a run that was out of memory beside others wait; False where it ended for another reason.
 
-        Its place is not filled: from now on the device has at most as many runs at a time as have survived there.
+        Its place is not filled: from now on the device has at most as many runs at a time as have survived there, or
+        half of those that were there.
         """
         lines = _log_of(child)
         if not out_of_memory(child.process.returncode, lines):
             return False
-        most = self.most[child.device] = max(min(self.most.get(child.device, sys.maxsize), survivors), 1)
+        # equal runs fail at the same moment, and the last of them would leave room for one: half of them is tried first
+        fewer = max(survivors, (child.beside + 1) // 2, 1)
+        most = self.most[child.device] = min(self.most.get(child.device, sys.maxsize), fewer)
         reason = f"out of memory beside {child.beside} others; from now on {most} at a time"
         child.job.entry.update(status=WAITING, reason=reason, log_tail=lines[-LOG_LINES:])
         self.record.save()
