@@ -1,4 +1,4 @@
-"""Marked blocks of Markdown pages: ``<!-- NAME: written by ... -->``, what a script writes, ``<!-- end of NAME -->``."""
+"""Marked blocks of pages: ``<!-- NAME: written by ... -->``, what a script writes, ``<!-- end of NAME -->``."""
 
 from __future__ import annotations
 

@@ -143,7 +143,9 @@ def fit_block() -> str:
 
     head = ("", *(f"{card} GB" for card in fit.CARDS))
     rows = [
-        (f"{model} {task}", *(cell(model, task, card) for card in fit.CARDS)) for model in fit.MODELS for task in fit.ROWS
+        (f"{model} {task}", *(cell(model, task, card) for card in fit.CARDS))
+        for model in fit.MODELS
+        for task in fit.ROWS
     ]
     return table([head, *rows], numbers=len(fit.CARDS))
 
@@ -182,7 +184,9 @@ def memory_table() -> str:
     rows = [row for row in lines("memory/runs.jsonl") if row["update_proj_gap"] == 200]
     by = {(row["shape"], row["name"]): row for row in rows}
     head = ("method", *(title for shape in SHAPES.values() for title in (f"{shape} shape", "predicted")))
-    names = [name for name in dict.fromkeys(row["name"] for row in rows) if all((shape, name) in by for shape in SHAPES)]
+    names = [
+        name for name in dict.fromkeys(row["name"] for row in rows) if all((shape, name) in by for shape in SHAPES)
+    ]
     out = [
         (name, *(f"{by[shape, name][key] / GIB:.2f}" for shape in SHAPES for key in ("peak", "predicted")))
         for name in names
@@ -333,7 +337,9 @@ def bars(panels: Panels, title: str, unit: str, file: Path, line: tuple[float, s
             drawn = axis.barh([*values], [*values.values()], color=colours, height=0.72)
             if line:
                 axis.axvline(line[0], color=INK, linewidth=1, linestyle=":", zorder=0)
-                axis.text(line[0], 1.0, line[1], transform=axis.get_xaxis_transform(), color=INK, ha="center", va="bottom")
+                axis.text(
+                    line[0], 1.0, line[1], transform=axis.get_xaxis_transform(), color=INK, ha="center", va="bottom"
+                )
             labels = axis.bar_label(drawn, [f"{value:.1f}" for value in values.values()], padding=3, color=INK)
             for label in labels:
                 label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import figures
 import fit
-import pytest
 from blocks import read_block
 from documents import PAGES, ROOT
 
@@ -27,7 +28,9 @@ def test_a_plot_is_drawn_with_its_figures(tmp_path: Path) -> None:
 
 
 def test_generated_tables_are_those_that_the_code_writes() -> None:
-    stale = [f"{page.name}: {name}" for (page, name), text in figures.blocks().items() if read_block(page, name) != text]
+    stale = [
+        f"{page.name}: {name}" for (page, name), text in figures.blocks().items() if read_block(page, name) != text
+    ]
     assert stale == [], "run `make figures`"
 
 

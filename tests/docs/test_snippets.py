@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from documents import PAGES, ROOT, Block, blocks, commands, galore_ft, understood
 
 TINY = ["gradient_accumulation_steps=1", "max_steps=2", "save_steps=1", "use_cpu=true", "bf16=false"]
@@ -31,9 +32,9 @@ def folder(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def turn(role: str, content: str) -> dict[str, str]:
         return {"role": role, "content": content}
 
-    chats = [{"messages": [turn("user", f"Name {i}."), turn("assistant", f"It is {i}.")]} for i in range(8)]
+    chats = [{"messages": [turn("user", f"Name {i}."), turn("assistant", f"It is {i}.")]} for i in range(64)]
     sums = [{"question": f"{i} + {i} = ?", "answer": f"#### {2 * i}"} for i in range(8)]
-    equations = [{"question": f"{i} plus 1", "equation": f"{i} + 1", "answer": f"{i + 1}"} for i in range(8)]
+    equations = [{"question": f"{i} plus 1", "equation": f"{i} + 1", "answer": f"{i + 1}"} for i in range(256)]
     lines = {"chats": chats, "gsm8k": sums}
     for name, rows in lines.items():
         (files / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -76,44 +77,39 @@ def runs(words: list[str]) -> None:
     from galore_trainer.cli.main import main
 
     tiny: list[str] = []
-    if words[0] in ("train", "data") and "--model" not in words:
+    given = {word.partition("=")[0] for word in words}
+    if words[0] in ("train", "data") and not {"--model", "model_name_or_path"} & given:
         tiny = ["model_name_or_path=path/to/model"]
     if words[0] == "train":
-        given = {word.partition("=")[0] for word in words}
         tiny += [setting for setting in TINY if setting.partition("=")[0] not in given]
-        tiny += ["galore.rank=4"] * (not {"--rank", "galore.rank"} & given)
+        tiny += ["galore.rank=4"] * (not {"--rank", "galore.rank", "--method"} & given)
         words = [re.sub(r"^64$", "4", word) for word in words]
     assert main([*words, *tiny]) == 0, words
 
 
 @pytest.mark.parametrize("page", names(PAGES, "python"))
 def test_python(page: Path, folder: Path) -> None:
+    """A block trains the model that it is given, if it makes a Trainer; a page's blocks share their names."""
     import torch
+    from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
     row = {"input_ids": list(range(3, 11)), "labels": list(range(3, 11))}
     chats = [json.loads(line) for line in Path("path/to/chats.jsonl").read_text().splitlines()]
+    scope: dict[str, Any] = {"data": [row] * 8, "chats": Dataset.from_list(chats)}
     for block in blocks(page, "python"):
         if block.not_run:
             ast.parse(block.code)
             continue
-        from datasets import Dataset
-
-        model = AutoModelForCausalLM.from_pretrained("path/to/model")
-        from transformers import AutoTokenizer
-
-        scope: dict[str, Any] = {"model": model, "data": [row] * 8, "chats": Dataset.from_list(chats)}
+        scope["model"] = AutoModelForCausalLM.from_pretrained("path/to/model")
+        weight = scope["model"].model.layers[0].mlp.up_proj.weight
+        before = weight.detach().clone()
         code = block.code.replace("rank=64", "rank=4").replace('"out", ', '"out", max_steps=2, use_cpu=True, ')
-        code = code.replace("SFTTrainer(model, ", "SFTTrainer(model, processing_class=tokenizer, ")
-        scope["tokenizer"] = AutoTokenizer.from_pretrained("path/to/model")
-        if "import" in block.code and "GaLoreConfig" not in block.code.split("import", 1)[1].split("\n\n")[0]:
-            exec("from galore_trainer import GaLoreConfig, galore_plugin", scope)  # README imports them once
-        before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
         exec(compile(code, page.name, "exec"), scope)
-        if "trainer" in scope:
-            if scope["trainer"].state.global_step == 0:
-                scope["trainer"].train()
-            assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
+        if (trainer := scope.pop("trainer", None)) is not None:
+            if trainer.state.global_step == 0:
+                trainer.train()
+            assert not torch.equal(before, weight)
 
 
 @pytest.mark.parametrize("page", names(PAGES, "yaml"))
