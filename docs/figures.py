@@ -278,7 +278,7 @@ def support_rows() -> list[tuple[str, list[str], str]]:
             assert len({bool(reason) for reason in reasons}) == 1, f"{what} under {backend}: {reasons}"
         why = " ".join(dict.fromkeys(reason for reasons in answers.values() for reason in reasons if reason))
         rows.append((what, ["refused" if reasons[0] else "yes" for reasons in answers.values()], why))
-    dropped = "The Trainer drops or refuses it; use `galore_plugin`."
+    dropped = "The Trainer drops or refuses it; use `galore_plugin` or `attach`."
     return [*rows, ("`optimizers=(build_optimizer(...), None)`", ["yes", "yes", "refused", "refused"], dropped)]
 
 

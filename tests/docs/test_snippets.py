@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +23,62 @@ def names(pages: list[Path], language: str) -> list[Any]:
     return [pytest.param(page, id=page.name) for page in pages if blocks(page, language)]
 
 
+def snippets() -> list[Any]:
+    """The Python blocks, each named by its page and number."""
+    numbered = [(page, i, block) for page in PAGES for i, block in enumerate(blocks(page, "python"), 1)]
+    return [pytest.param(block, id=f"{page.name}-{i}") for page, i, block in numbered]
+
+
 @pytest.fixture
 def folder(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of a page's reader, with the files that commands name."""
-    files = tmp_path / "path" / "to"
-    files.mkdir(parents=True)
-    (files / "model").symlink_to(tiny_model_dir)
-
-    def turn(role: str, content: str) -> dict[str, str]:
-        return {"role": role, "content": content}
-
-    chats = [{"messages": [turn("user", f"Name {i}."), turn("assistant", f"It is {i}.")]} for i in range(64)]
-    sums = [{"question": f"{i} + {i} = ?", "answer": f"#### {2 * i}"} for i in range(8)]
-    equations = [{"question": f"{i} plus 1", "equation": f"{i} + 1", "answer": f"{i + 1}"} for i in range(256)]
-    lines = {"chats": chats, "gsm8k": sums}
-    for name, rows in lines.items():
-        (files / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (files / "mawps.json").write_text(json.dumps(equations))
+    """The working directory of a page's reader, with the files that commands and snippets name."""
+    for place in ("path/to/model", "model", "teacher"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).symlink_to(tiny_model_dir)
+    pairs = [{"prompt": f"Name {i}.", "chosen": " yes", "rejected": " no"} for i in range(8)]
     table = "mr,ref\n" + "".join(f'"name[Bar {i}], food[Thai]",Bar {i} serves Thai food.\n' for i in range(8))
-    (files / "trainset.csv").write_text(table)
-    (files / "devset.csv").write_text(table)
-    (files / "out.txt").write_text("".join(f"Bar {i} serves food.\n" for i in range(8)))
-    (tmp_path / "my.yaml").write_text("model_name_or_path: path/to/model\ngalore: {rank: 4}\nmax_length: 32\n")
+    files = {
+        "chats.jsonl": lines({"messages": chat(f"Name {i}.", f"It is {i}.")} for i in range(64)),
+        "pairs.jsonl": lines(pairs),
+        "triples.jsonl": lines({**pair, "reference": " yes!"} for pair in pairs),
+        "judged.jsonl": lines({"prompt": "Name it.", "completion": " yes", "label": i % 2 == 0} for i in range(8)),
+        "prompts.jsonl": lines({"prompt": pair["prompt"]} for pair in pairs),
+        "hints.jsonl": lines({"prompt": pair["prompt"], "privileged_context": "say yes"} for pair in pairs),
+        "my.yaml": "model_name_or_path: path/to/model\ngalore: {rank: 4}\nmax_length: 32\n",
+        "path/to/chats.jsonl": lines({"messages": chat(f"Name {i}.", f"It is {i}.")} for i in range(64)),
+        "path/to/gsm8k.jsonl": lines({"question": f"{i} + {i} = ?", "answer": f"#### {2 * i}"} for i in range(8)),
+        "path/to/mawps.json": json.dumps(
+            [{"question": f"{i} plus 1", "equation": f"{i} + 1", "answer": f"{i + 1}"} for i in range(256)]
+        ),
+        "path/to/trainset.csv": table,
+        "path/to/devset.csv": table,
+        "path/to/out.txt": "".join(f"Bar {i} serves food.\n" for i in range(8)),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def chat(prompt: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture
+def t5(folder: Path) -> None:
+    """``t5/``: a tiny encoder-decoder with a tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    shape = dict(d_model=64, d_kv=16, num_heads=4, num_layers=1, d_ff=64, vocab_size=256)
+    with torch.random.fork_rng():
+        model = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=2, pad_token_id=2))
+    model.save_pretrained(folder / "t5")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "t5")
 
 
 @pytest.mark.parametrize("page", names(PAGES, "bash"))
@@ -87,29 +120,45 @@ def runs(words: list[str]) -> None:
     assert main([*words, *tiny]) == 0, words
 
 
-@pytest.mark.parametrize("page", names(PAGES, "python"))
-def test_python(page: Path, folder: Path) -> None:
-    """A block trains the model that it is given, if it makes a Trainer; a page's blocks share their names."""
-    import torch
+@pytest.mark.parametrize("block", snippets())
+def test_python(block: Block, folder: Path, request: pytest.FixtureRequest) -> None:
+    """A block runs as it stands; a Trainer that it makes trains two steps with our optimizer."""
+    if block.not_run:
+        ast.parse(block.code)
+        return
+    if "t5" in block.code:
+        request.getfixturevalue("t5")
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
+    from galore_trainer import GaLoreAdamW
+    from galore_trainer.hf.callback import unwrap_optimizer
+
     row = {"input_ids": list(range(3, 11)), "labels": list(range(3, 11))}
-    chats = [json.loads(line) for line in Path("path/to/chats.jsonl").read_text().splitlines()]
+    chats = [json.loads(line) for line in Path("chats.jsonl").read_text().splitlines()]
     scope: dict[str, Any] = {"data": [row] * 8, "chats": Dataset.from_list(chats)}
-    for block in blocks(page, "python"):
-        if block.not_run:
-            ast.parse(block.code)
-            continue
-        scope["model"] = AutoModelForCausalLM.from_pretrained("path/to/model")
-        weight = scope["model"].model.layers[0].mlp.up_proj.weight
-        before = weight.detach().clone()
-        code = block.code.replace("rank=64", "rank=4").replace('"out", ', '"out", max_steps=2, use_cpu=True, ')
-        exec(compile(code, page.name, "exec"), scope)
-        if (trainer := scope.pop("trainer", None)) is not None:
-            if trainer.state.global_step == 0:
-                trainer.train()
-            assert not torch.equal(before, weight)
+    scope["model"] = AutoModelForCausalLM.from_pretrained("model")
+    try:
+        exec(compile(made_tiny(block.code), "snippet", "exec"), scope)
+    except ImportError as error:
+        if "trl" not in str(error.name):
+            raise
+        pytest.skip(str(error))  # trainers move between versions of trl
+    if (trainer := scope.get("trainer")) is not None:
+        if trainer.state.global_step == 0:
+            trainer.train()
+        assert trainer.state.global_step == 2
+        assert isinstance(unwrap_optimizer(trainer.optimizer), GaLoreAdamW)
+
+
+def made_tiny(code: str) -> str:
+    """A block with a small rank, two steps on the CPU, and short generated texts."""
+    settings = "max_steps=2, use_cpu=True, report_to='none'"
+    if re.search(r"(GRPO|RLOO|GMPO|SDFT|Distillation)Trainer", code):
+        settings += ", max_completion_length=4"
+    if re.search(r"(OnlineDPO|GKD)Trainer", code):
+        settings += ", max_new_tokens=4"
+    return code.replace("rank=64", "rank=4").replace('"out", ', f'"out", {settings}, ')
 
 
 @pytest.mark.parametrize("page", names(PAGES, "yaml"))
