@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 from collections.abc import Iterable
@@ -52,6 +53,7 @@ def folder(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ),
         "path/to/trainset.csv": table,
         "path/to/devset.csv": table,
+        "path/to/llama_factory.yaml": (ROOT / "tests/fixtures/peers/llama_factory_galore.yaml").read_text(),
         "path/to/out.txt": "".join(f"Bar {i} serves food.\n" for i in range(8)),
     }
     for name, text in files.items():
@@ -117,7 +119,12 @@ def runs(words: list[str]) -> None:
         tiny += [setting for setting in TINY if setting.partition("=")[0] not in given]
         tiny += ["galore.rank=4"] * (not {"--rank", "galore.rank", "--method"} & given)
         words = [re.sub(r"^64$", "4", word) for word in words]
-    assert main([*words, *tiny]) == 0, words
+    if ">" in words:
+        *words, _, file = words
+        with Path(file).open("w") as out, contextlib.redirect_stdout(out):
+            assert main(words) == 0, words
+    else:
+        assert main([*words, *tiny]) == 0, words
 
 
 @pytest.mark.parametrize("block", snippets())

@@ -55,6 +55,7 @@ def understood(words: list[str]) -> None:
     from galore_trainer.cli.app import app
     from galore_trainer.cli.main import main
 
+    words = words[: words.index(">")] if ">" in words else words
     command: Any = typer.main.get_command(app)
     context = command.make_context("galore-ft", list(words), obj=list(words))
     while hasattr(command, "resolve_command"):
