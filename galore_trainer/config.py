@@ -1,6 +1,6 @@
 """``GaLoreConfig``: the only place where a setting ("knob") of the method is declared.
 
-The YAML keys under ``galore:``, the command-line flags, the README's table, the resolved configuration of a run and
+The YAML keys under ``galore:``, the command-line flags, ``docs/knobs.md``, the resolved configuration of a run and
 the check at resume are all generated from the fields below.
 """
 
@@ -39,7 +39,7 @@ def knob(default: Any, help: str, *, trajectory: bool = False, minimum: float | 
 
     Args:
         default: value used when neither YAML nor a flag sets the field.
-        help: one sentence, for the flag's help and the README's table.
+        help: one sentence, for the flag's help and ``docs/knobs.md``.
         trajectory: True where saved optimizer state is meaningless under another value; a resume refuses it then.
         minimum: smallest accepted number, checked by ``GaLoreConfig``.
     """

@@ -15,6 +15,7 @@ from torch import Tensor
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import NOISE, Stored, decode, decode_basis, encode, encode_basis
+from galore_trainer.core.sparse import Support
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.kept import KeptGradient
 from galore_trainer.optim.local import AGE, Piece
@@ -42,6 +43,7 @@ class Bucket:
         first = pieces[0]
         self.pieces, self.matrix, self.group = pieces, first.matrix, first.owner.group
         self.device, self.dtype = first.weight.device, compute_dtype(first.weight.dtype)
+        self._supports: dict[str, Support] = {}
 
     @functools.cached_property
     def ok(self) -> Tensor | None:
@@ -80,6 +82,12 @@ class Bucket:
             factor = None
         joined = _join([tensor for grad in grads if (tensor := part(grad)) is not None])
         return joined if factor is None else joined * factor
+
+    def support(self, key: str) -> Support:
+        """The positions that are stored under a key, widened once a step."""
+        if key not in self._supports:
+            self._supports[key] = Support(self.get(key), self.matrix.columns).wide()
+        return self._supports[key]
 
     # ------------------------------------------------------------------ state
 

@@ -13,7 +13,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.galore import usable_parts, widen
 from galore_trainer.core.residual import lost_at
-from galore_trainer.core.sparse import Support, part_of, read_at
+from galore_trainer.core.sparse import part_of, read_at
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.param_groups import scale_of
@@ -57,7 +57,7 @@ class TorchOps:
 
     def lost(self, bucket: Bucket, R: Tensor, key: str) -> Tensor:
         """What the projection loses at the positions stored under ``key``, in their shape."""
-        support = Support(bucket.get(key), bucket.matrix.columns).wide()
+        support = bucket.support(key)
         G = bucket.G
         at_support = bucket.kept(lambda grad: grad.sampled) if G is None else widen(read_at(G, support))
         return lost_at(at_support, R, bucket.P, bucket.matrix.side, support)
@@ -98,7 +98,7 @@ class TorchOps:
         if sparse is not None:
             positions, N_S = sparse
             N_S = N_S if config.residual_scale == 1.0 else config.residual_scale * N_S
-            residual = Support(bucket.get(positions), matrix.columns).wide(), N_S
+            residual = bucket.support(positions), N_S
         parts = (bucket.split(x) for x in (N, bucket.P, bucket.spread(ok)))
         for i, (piece, N_i, P_i, ok_i) in enumerate(zip(bucket.pieces, *parts, strict=True)):
             W = piece.matrix.take(piece.weight)

@@ -45,22 +45,3 @@ def accepted(field: dataclasses.Field[Any], hint: Any) -> str:
     """What a field accepts, in words: ``an integer, at least 1``."""
     low = field.metadata.get("minimum")
     return describe_type(hint) + (f", at least {low:g}" if low is not None else "")
-
-
-def write_table(readme: str) -> None:
-    """Put the current table of ``GaLoreConfig`` between the README's two knob marks."""
-    from pathlib import Path
-
-    from galore_trainer.config import GaLoreConfig
-
-    path = Path(readme)
-    text = path.read_text(encoding="utf-8")
-    start = text.index("\n", text.index("<!-- knobs:")) + 1
-    end = text.index("<!-- end of knobs -->")
-    path.write_text(text[:start] + knob_table(GaLoreConfig) + text[end:], encoding="utf-8")
-
-
-if __name__ == "__main__":
-    import sys
-
-    write_table(sys.argv[1])
