@@ -58,24 +58,7 @@ def start_ages(w: LocalWeight, config: GaLoreConfig) -> tuple[str, ...]:
     return (AGE, RESIDUAL_AGE)
 
 
-def step(projected: Sequence[Incoming], ops: Any, config: GaLoreConfig) -> list[tuple[str, Tensor] | None]:
-    """The residual's part of a step; called before the moments take in what is projected.
-
-    Args:
-        projected: gradients of some buckets. ``ok`` becomes 0.0 where what the projection loses is not usable.
-        ops: forms the entries, and takes them into their moments.
-        config: of the optimizer.
-
-    Returns:
-        For each bucket the key of its positions and their update N_S; None without a residual, and in a warm-up.
-    """
-    lost = [_lost_entries(bucket, ops, R, ok, config) for bucket, R, ok in projected]  # D at S, or None
-    incoming = [Incoming(bucket, D, ok) for (bucket, _, ok), D in zip(projected, lost, strict=True) if D is not None]
-    updates = iter(ops.adam_(incoming, MOMENTS, RESIDUAL_AGE))
-    return [None if D is None else (INDEX, next(updates)) for D in lost]
-
-
-def _lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLoreConfig) -> Tensor | None:
+def lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLoreConfig) -> Tensor | None:
     """D at the support, [pieces x blocks, lines, entries]; None without a residual, and while candidates warm up.
 
     Args:
@@ -96,6 +79,22 @@ def _lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLor
     if bucket.ok is None:
         ok.mul_(usable_parts(D, len(bucket.pieces)))
     return D
+
+
+def take_in(projected: Sequence[Incoming], lost: Sequence[Tensor | None], ops: Any) -> list[tuple[str, Tensor] | None]:
+    """Take lost entries into their moments.
+
+    Args:
+        projected: gradients of some buckets.
+        lost: from ``lost_entries``, for each bucket.
+        ops: takes them in.
+
+    Returns:
+        For each bucket the key of its positions and their update N_S; None where nothing was lost.
+    """
+    incoming = [Incoming(bucket, D, ok) for (bucket, _, ok), D in zip(projected, lost, strict=True) if D is not None]
+    updates = iter(ops.adam_(incoming, MOMENTS, RESIDUAL_AGE))
+    return [None if D is None else (INDEX, next(updates)) for D in lost]
 
 
 def make_support(w: LocalWeight, config: GaLoreConfig) -> None:

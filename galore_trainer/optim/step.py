@@ -40,10 +40,15 @@ def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: G
     Returns:
         For each bucket whether its gradients were usable, [pieces].
     """
-    # R = project(G). Where ok is 0.0 nothing below changes the weight, its moments or their age.
-    projected = [Incoming(bucket, *ops.project(bucket)) for bucket in buckets]
-    # D = G - lift(R), for what a residual makes of it; ok becomes 0.0 where D is not usable, before any moment moves.
-    sparse = residual.step(projected, ops, config)
+    projected: list[Incoming] = []
+    lost: list[Tensor | None] = []
+    for bucket in buckets:
+        # R = project(G). Where ok is 0.0 nothing below changes the weight, its moments or their age.
+        R, ok = ops.project(bucket)
+        # D = G - lift(R), for a residual, while a CPU's cache holds G; ok becomes 0.0 where D is not usable.
+        lost.append(residual.lost_entries(bucket, ops, R, ok, config))
+        projected.append(Incoming(bucket, R, ok))
+    sparse = residual.take_in(projected, lost, ops)
     # M <- b1 M + (1 - b1) R, V <- b2 V + (1 - b2) R R, N = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
     updates = ops.adam_(projected, MOMENTS, AGE)
     # W <- W - lr wd W - lr scale (lift(N) + residual_scale N_S at S)
