@@ -362,4 +362,4 @@ def checked_shard(placement: Placement, p: Tensor, name: str) -> Shard:
     try:
         return placement.shard(p, name)
     except ValueError as error:
-        raise OptionError("fsdp", str(error), "FSDP2, whole or hybrid", "See the README's backends.") from None
+        raise OptionError("fsdp", str(error), "FSDP2, whole or hybrid", "See What works where in the README.") from None
