@@ -33,7 +33,8 @@ EXACT: set[str] = set()
 def register(name: str, *, reduces: bool = False, exact: bool = False) -> Callable[[BasisFunction], BasisFunction]:
     """Decorator that adds a basis function to ``BASES``.
 
-    The keyword arguments of a basis function are those of ``randomized``; it may ignore what it does not need.
+    The keyword arguments of a basis function are those of ``randomized``; it may ignore what it does not need. It
+    returns NaN where it fails, or is ``exact``, whose errors are allowed for.
 
     Args:
         name: the value of ``svd``.

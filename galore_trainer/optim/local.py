@@ -278,7 +278,7 @@ def _sum_over(ranks: Ranks, weights: Sequence[LocalWeight], flags: Sequence[Tens
     if energies:
         for w, energy in zip(weights, energies[0].unbind(), strict=True):
             w.energy = energy
-    projected = [w for w in weights if w.matrices]
+    projected = [w for w in weights if w.matrices]  # plain AdamW works entry by entry and needs no complete rows
     if projected:
         completed = completed_cut_rows([w.shard for w in projected], [w.grad for w in projected])
         for w, complete_rows in zip(projected, completed, strict=True):

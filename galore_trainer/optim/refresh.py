@@ -68,7 +68,10 @@ def part_due(due: Sequence[LocalWeight], config: GaLoreConfig) -> tuple[list[Loc
 def part_by_norm(
     checked_due: Sequence[LocalWeight], norms: Sequence[float], config: GaLoreConfig
 ) -> tuple[list[LocalWeight], list[LocalWeight]]:
-    """Weights that can be refreshed now, and weights that have no basis in this step.
+    """Weights that can be refreshed now, and weights that do not move in this step, as they have no basis.
+
+    The two may overlap: a first basis from a sketch moves nothing in its own step. A weight with a basis and a gradient
+    that is not usable is in neither; it keeps its basis.
 
     A refresh from zeros, or from entries that are not finite, stays due. A weight has no basis where a sketch is about
     to give it its first one, or where its first gradient is not finite.
@@ -191,7 +194,7 @@ def _with_moments(bucket: Bucket) -> Iterator[tuple[Bucket, Any]]:
 
 
 def _carry_over(bucket: Bucket, old: Tensor, P: Tensor, mode: str, ok: Tensor | None) -> None:
-    """Rotate the moments from old bases to new ones, or start them anew; they stay where ``ok`` is 0."""
+    """Rotate the moments from old bases to new ones, or start them anew; they stay where ``ok`` is False."""
     before = [bucket.get_moment(key, signed=signed) for key, signed in MOMENTS]
     if mode == "reset":
         after = [torch.zeros_like(x) for x in before]

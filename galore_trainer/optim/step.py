@@ -45,7 +45,7 @@ def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: G
     for bucket in buckets:
         # R = project(G). Where ok is 0.0 nothing below changes the weight, its moments or their age.
         R, ok = ops.project(bucket)
-        # D = G - lift(R), for a residual, while a CPU's cache holds G; ok becomes 0.0 where D is not usable.
+        # D = G - lift(R) by ``ops.lost``, while a CPU's cache holds G; puts ok to 0.0 where D is not usable.
         lost.append(residual.lost_entries(bucket, ops, R, ok, config))
         projected.append(Incoming(bucket, R, ok))
     sparse = residual.take_in(projected, lost, ops)
