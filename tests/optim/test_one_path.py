@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Phi3Config
 
 from cut_weights import Run, build, some_gradients
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.matrix import local_rows
+from galore_trainer.core.matrix import LogicalMatrix, local_rows
 from galore_trainer.errors import OptionError
 from galore_trainer.optim import lenders, refresh
 from galore_trainer.optim.bucket import Bucket
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.state_forms import pieces_of_rows
 
 SMALL = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2}
@@ -165,3 +167,24 @@ def test_indices_of_scattered_rows_lie_where_the_rows_do() -> None:
     scattered = [index for r in rows for index in (r.at, r.block_index) if not isinstance(index, slice)]
     assert scattered
     assert all(index.is_meta for index in scattered)
+
+
+def test_an_ordinary_step_asks_the_device_nothing() -> None:
+    """Fake tensors have no numbers, so that a step which reads one raises; a refresh of checked gradients does."""
+    q, k = (LogicalMatrix(label=label, length=8, start=8 * i, columns=16, rank=4) for i, label in enumerate("qk"))
+    config = GaLoreConfig(rank=4, residual_percent=10.0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        whole, fused, plain = (torch.nn.Parameter(torch.empty(shape)) for shape in ((24, 16), (16, 16), (16,)))
+        matrices = [[LogicalMatrix(length=24, columns=16, rank=4)], [q, k]]
+        projected = {"params": [whole, fused], "names": ["a", "b"], "projected": True, "matrices": matrices}
+        optimizer = GaLoreAdamW([projected, {"params": [plain], "names": ["c"]}], config, lr=1e-2)
+        optimizer.make_state()
+        for p in (whole, fused, plain):
+            p.grad = torch.empty_like(p)
+            optimizer.state[p]["calls"] = 5
+        for p in (whole, fused):
+            optimizer.state[p]["due"] = 100
+        optimizer.step()
+        optimizer.state[fused]["due"] = 0
+        with pytest.raises(DataDependentOutputException):
+            optimizer.step()
