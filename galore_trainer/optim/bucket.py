@@ -58,14 +58,14 @@ class Bucket:
 
     # ------------------------------------------------------------------ gradients
 
-    def each_gradient(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
         """[blocks, rows, n] of every piece, where they lie; none where they were not kept whole."""
         return [piece.matrix.take(piece.grad) for piece in self.pieces if piece.kept is None]
 
     @functools.cached_property
     def G(self) -> Tensor | None:
         """[pieces x blocks, rows, n]: a view for a single piece, else a copy; None where they were not kept whole."""
-        return None if self.is_kept else _join(self.each_gradient())
+        return None if self.is_kept else _join(self.gradients())
 
     @functools.cached_property
     def P(self) -> Tensor:
@@ -96,13 +96,13 @@ class Bucket:
         first = self.pieces[0]
         return first.prefix + key in first.owner.state
 
-    def each(self, key: str) -> list[Tensor]:
+    def stored(self, key: str) -> list[Tensor]:
         """A state tensor [blocks, ...] of every piece, as it is stored."""
         return [piece.owner.state[piece.prefix + key] for piece in self.pieces]
 
     def get(self, key: str) -> Tensor:
-        """``each``, joined."""
-        return _join(self.each(key))
+        """``stored``, joined."""
+        return _join(self.stored(key))
 
     def put(self, key: str, value: Tensor) -> None:
         """Store [pieces x blocks, ...]: in place where the key exists in this shape and dtype."""
@@ -128,7 +128,7 @@ class Bucket:
 
     def get_moment(self, key: str, *, signed: bool) -> Tensor:
         """A moment of every piece, joined, in the bucket's dtype."""
-        return decode(self._stored(key), signed=signed).to(self.dtype)
+        return decode(self._stored_moment(key), signed=signed).to(self.dtype)
 
     def put_moment(self, key: str, value: Tensor, *, signed: bool, ok: Tensor | None = None, purpose: str = "") -> None:
         """Store a moment in as many bits as the group says.
@@ -146,7 +146,7 @@ class Bucket:
             return
         new = encode(value, bits, self._noise(key + purpose, value), signed=signed)
         if ok is not None:
-            values, scale = self._stored(key)
+            values, scale = self._stored_moment(key)
             new = Stored(
                 torch.where(ok > 0.0, new.values, values),
                 None if scale is None or new.scale is None else torch.where(ok[:, 0] > 0.0, new.scale, scale),
@@ -188,7 +188,7 @@ class Bucket:
         """[pieces x blocks, ...] into one tensor a piece."""
         return (value,) if len(self.pieces) == 1 else value.split(self.matrix.blocks)
 
-    def _stored(self, key: str) -> Stored:
+    def _stored_moment(self, key: str) -> Stored:
         return Stored(self.get(key), self.get(key + SCALE) if self.has(key + SCALE) else None)
 
     def _noise(self, key: str, value: Tensor) -> Tensor:

@@ -296,7 +296,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
         Gradients are looked at from the first skipped step, or the first zero gradients, until a bad one is found.
         """
-        return list(self._watch.culprits.found)
+        return list(self._watch.culprits.names)
 
     def _counters(self) -> dict[str, Tensor]:
         return {name: state["skipped"] for name, state in self._named_states() if "skipped" in state}

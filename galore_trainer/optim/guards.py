@@ -206,7 +206,7 @@ class Watch:
             if not numbers.waits:
                 self._read(leaves)
         if step % LATER == 0 and self._counts is not None:
-            check_counts(*self._counts, self.culprits.found)
+            check_counts(*self._counts, self.culprits.names)
 
     def _read(self, leaves: Leaves) -> None:
         """Take the answer in: name what is new, look at gradients where that can find a culprit."""
@@ -265,11 +265,11 @@ class Culprits:
     own gradients.
 
     Attributes:
-        found: names of weights whose own gradients were unusable, in the order in which that was seen.
+        names: of weights whose own gradients were unusable, in the order in which that was seen.
     """
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.names: list[str] = []
         self._hooks: list[Any] = []
         self._bad: dict[str, Tensor] = {}  # 1.0 where a gradient has been unusable since the hooks are there
 
@@ -313,9 +313,9 @@ class Culprits:
         return list(self._bad), Later(torch.stack([bad.to(device) for bad in self._bad.values()]))
 
     def take_in(self, asked: tuple[list[str], Later] | None) -> list[str]:
-        """Names of the weights that an answer of ``ask`` finds guilty; they are added to ``found``."""
+        """Names of the weights that an answer of ``ask`` finds guilty; they are added to ``names``."""
         guilty = [name for name, bad in zip(asked[0], asked[1].tolist(), strict=True) if bad] if asked else []
-        self.found += [name for name in guilty if name not in self.found]
+        self.names += [name for name in guilty if name not in self.names]
         return guilty
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ def lending_rows(bucket: Bucket, config: GaLoreConfig, seed: int) -> tuple[Seque
         these are all rows, else those of this process.
     """
     if bucket.pieces[0].owner.shard.is_whole:
-        return lending_rows_of_whole(bucket, bucket.each_gradient(), config, seed), None
+        return lending_rows_of_whole(bucket, bucket.gradients(), config, seed), None
     return _rows_of_cut(bucket, config, seed)
 
 
@@ -85,7 +85,7 @@ def norms_of_projection(bucket: Bucket, P: Tensor) -> tuple[Tensor, Tensor]:
     """Frobenius norms of the whole gradients and of their projections by new bases ``P``, [pieces] each."""
     bases = bucket.split(P)
     if bucket.pieces[0].owner.shard.is_whole:
-        G = bucket.each_gradient()
+        G = bucket.gradients()
         R = [galore.project(part, P_of, bucket.matrix.side) for part, P_of in zip(G, bases, strict=True)]
         whole, projected = (torch.stack(norms_of_tensors(tensors)) for tensors in (G, R))
         return whole, projected

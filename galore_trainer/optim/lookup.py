@@ -11,6 +11,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig, check_settings
 from galore_trainer.core.galore import compute_dtype
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import PLAIN_TYPES, Placement, is_cut, local
 from galore_trainer.layouts.shard import Shard
@@ -58,11 +59,10 @@ def weights_with_gradients(
             if flat or is_cut(p):
                 if not placement.is_cut:
                     check_settings(config, "shards")
-                yield from (
-                    _in_flat(group, p, states[p], placement)
-                    if flat
-                    else [_dtensor(group, i, grad, states[p], placement)]
-                )
+                if flat:
+                    yield from _in_flat(group, p, states[p], placement)
+                else:
+                    yield _cut_weight(group, i, grad, states[p], placement)
                 continue
             kept: Any = None
             if type(grad) is not Tensor and isinstance(grad, ProjectedGradient):
@@ -77,12 +77,18 @@ def whole_weight(group: dict[str, Any], i: int, grad: Tensor, states: Any, place
     return LocalWeight(group["names"][i], group, states[p], shard, p, grad, matrices)
 
 
-def _dtensor(group: dict[str, Any], i: int, grad: Tensor, state: Any, placement: Placement) -> LocalWeight:
-    p, name = group["params"][i], group["names"][i]
-    shard = checked_shard(placement, p, name)
-    matrices = group["matrices"][i] if group["projected"] else ()
+def _shardable_matrices(group: dict[str, Any], i: int) -> Sequence[LogicalMatrix]:
+    """The logical matrices of parameter ``i`` of a group, none in a plain one; refuses those that cannot be cut."""
+    matrices: Sequence[LogicalMatrix] = group["matrices"][i] if group["projected"] else ()
     for matrix in matrices:
-        check_shardable(matrix, name)
+        check_shardable(matrix, group["names"][i])
+    return matrices
+
+
+def _cut_weight(group: dict[str, Any], i: int, grad: Tensor, state: Any, placement: Placement) -> LocalWeight:
+    """Parameter ``i`` of a group, of which this process holds some rows."""
+    p, name, matrices = group["params"][i], group["names"][i], _shardable_matrices(group, i)
+    shard = checked_shard(placement, p, name)
     return LocalWeight(name, group, state, shard, local(p).detach().view(-1), local(grad).reshape(-1), matrices)
 
 
@@ -95,12 +101,12 @@ def _in_flat(group: dict[str, Any], flat: Tensor, state: Any, placement: Placeme
         yield LocalWeight(names[0], group, state, shard, weight, grad)
         return
     for part in slices:
-        name, matrices = names[part.index], group["matrices"][part.index]
-        for matrix in matrices:
-            check_shardable(matrix, name)
+        name, matrices = names[part.index], _shardable_matrices(group, part.index)
         made_in = torch.bfloat16 if part.dtype == torch.bfloat16 else None  # for gradients, whatever adds them up
-        own = StateInFlat(state, name)
-        yield LocalWeight(name, group, own, part.shard, part.of(weight), part.of(grad), matrices, compute_in=made_in)
+        of_weight = StateInFlat(state, name)
+        yield LocalWeight(
+            name, group, of_weight, part.shard, part.of(weight), part.of(grad), matrices, compute_in=made_in
+        )
 
 
 def smallest_gradient(weights: Sequence[LocalWeight]) -> Tensor | None:

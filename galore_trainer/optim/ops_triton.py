@@ -135,11 +135,11 @@ class Places:
         tensors: dict[str, list[Tensor]] = {BASIS: self._stored_bases()}
         moves_residual = bucket.has(residual.INDEX)
         if moves_residual:
-            tensors[residual.INDEX] = bucket.each(residual.INDEX)
+            tensors[residual.INDEX] = bucket.stored(residual.INDEX)
         if bucket.group["galore"]["state_bits"] == 32:
             for key, _ in (*MOMENTS, *residual.MOMENTS):
                 if bucket.has(key):
-                    tensors[key] = bucket.each(key)
+                    tensors[key] = bucket.stored(key)
             for key in (AGE, *((RESIDUAL_AGE,) if moves_residual else ())):
                 tensors[key] = [piece.owner.state[key] for piece in bucket.pieces]
         columns = {key: [x.data_ptr() for x in members] for key, members in tensors.items()}

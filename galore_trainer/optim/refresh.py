@@ -284,7 +284,7 @@ def first_basis(bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
     if bucket.is_kept:
         S = bucket.kept(lambda grad: grad.sketch)
     else:
-        parts = zip(bucket.pieces, bucket.each_gradient(), strict=True)
+        parts = zip(bucket.pieces, bucket.gradients(), strict=True)
         S = torch.cat(
             [sketch(G, sketch_matrices(p.matrix, config, seed, p.name, bucket.device), side) for p, G in parts]
         )
@@ -342,7 +342,7 @@ def diagnose(bucket: Bucket, P: Tensor, config: GaLoreConfig, seed: int) -> tupl
     whole matrix, with one basis of the same rank and side; e is the projection error. Where the best basis loses
     nothing there is nothing to compare with: 0 and 1.
     """
-    matrix, grads = bucket.matrix, bucket.each_gradient()
+    matrix, grads = bucket.matrix, bucket.gradients()
     excess, sharing = [], []
     for G, lent, bases in zip(grads, lending_rows_of_whole(bucket, grads, config, seed), bucket.split(P), strict=True):
         best = least_error(lent, matrix.rank)  # 0 where the lending rows have no more directions than the rank

@@ -112,9 +112,10 @@ def _saved_flat(
     if any(f"{name}{BAR}{MOMENTS[0][0]}" in state for name in names):
         return state  # as it was loaded: no step has cut it into pieces
     saved: dict[str, Any] = {}
+    of_flat = dict(state)
     for part in placement.slices(group, flat):
         name, matrices, shard = names[part.index], group["matrices"][part.index], part.shard
-        if of_weight := StateInFlat(dict(state), name):
+        if of_weight := StateInFlat(of_flat, name):
             pieces = rows_of_shard(matrices, name, shard, flat.device)
             rows = saved_form(of_weight, matrices, config, pieces, shard.local_rows, flat.dtype)
             saved |= {f"{name}{BAR}{key}": value for key, value in rows.items()}

@@ -171,11 +171,13 @@ def saved_form(
                 if len(values) == local_rows and isinstance(piece.at, slice):
                     rows[key] = values
                 else:
-                    rows.setdefault(key, values.new_zeros(local_rows, value.shape[-1]))[piece.at] = values
-    stored_in = torch.bfloat16 if config.state_bits == 16 else compute_dtype(dtype)
-    for key, _ in MOMENTS:  # a process without a row has the same keys
-        empty = torch.zeros(local_rows, matrices[0].rank, dtype=stored_in, device=state["skipped"].device)
-        rows.setdefault(key, empty)
+                    if key not in rows:
+                        rows[key] = values.new_zeros(local_rows, value.shape[-1])
+                    rows[key][piece.at] = values
+    if not pieces:  # a process without a row has the same keys
+        stored_in = torch.bfloat16 if config.state_bits == 16 else compute_dtype(dtype)
+        shape, device = (local_rows, matrices[0].rank), state["skipped"].device
+        rows = {key: torch.zeros(shape, dtype=stored_in, device=device) for key, _ in MOMENTS}
     return saved | rows
 
 
@@ -194,10 +196,12 @@ def saved_dtensor(state: State, p: Any, matrices: Sequence[LogicalMatrix], confi
         rows, device, columns = len(state["exp_avg"]), state["exp_avg"].device, with_residual[0].columns
         entries = support_shape(with_residual[0], config)[-1]
         for key in residual.ROWS:
+            if key in packed:
+                continue
             wide = entries * (CANDIDATES_PER_ENTRY if key in residual.PHASE_OF and config.residual_warmup_steps else 1)
             dtype = torch.int32 if key.endswith("index") else state["exp_avg"].dtype
             dtype = compute_dtype(p.dtype) if key == residual.MEAN else dtype
-            packed.setdefault(key, torch.zeros(rows, min(wide, columns), dtype=dtype, device=device))
+            packed[key] = torch.zeros(rows, min(wide, columns), dtype=dtype, device=device)
         for matrix in with_residual:
             packed.setdefault(matrix.prefix + RESIDUAL_AGE, torch.zeros((), dtype=torch.float32, device=device))
     sharded = ROW_KEYS if matrices else tuple(key for key, _ in MOMENTS)

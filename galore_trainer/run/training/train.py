@@ -94,23 +94,24 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
             say(note)
         write_file(output / RESOLVED_CONFIG, config.to_yaml())
 
+    def score(weights: str, doing: str, predictions: str) -> dict[str, Any]:
+        """Score the model on held-out examples; ``weights`` are the files that it can be read from again."""
+        with scored_model(model, arguments, weights, config.dtype) as scored, say.counting(doing) as progress:
+            return evaluate_examples(
+                scored,
+                tokenizer,
+                data.task,
+                data.eval,
+                config,
+                progress=progress,
+                predictions_path=output / predictions,
+            )
+
     before, evaluation_seconds = None, 0.0
     if main and config.eval.before and data.eval:
         before = _read_score(output, resume)
         if before is None:
-            with (
-                scored_model(model, arguments, config.model_name_or_path, config.dtype) as scored,
-                say.counting("scoring the model before training") as progress,
-            ):
-                before = evaluate_examples(
-                    scored,
-                    tokenizer,
-                    data.task,
-                    data.eval,
-                    config,
-                    progress=progress,
-                    predictions_path=output / "predictions_before.jsonl",
-                )
+            before = score(config.model_name_or_path, "scoring the model before training", "predictions_before.jsonl")
             write_json(output / SCORE_BEFORE, before)
         evaluation_seconds += before["seconds"]
         say(f"before training: {in_words(before)}")
@@ -137,19 +138,7 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
         save_whole_model(trainer, output / MODEL)
     after = None
     if main and data.eval:
-        with (
-            scored_model(model, arguments, str(output / MODEL), config.dtype) as scored,
-            say.counting("scoring the trained model") as progress,
-        ):
-            after = evaluate_examples(
-                scored,
-                tokenizer,
-                data.task,
-                data.eval,
-                config,
-                progress=progress,
-                predictions_path=output / "predictions.jsonl",
-            )
+        after = score(str(output / MODEL), "scoring the trained model", "predictions.jsonl")
         if not math.isfinite(after["eval_loss"]):
             raise FloatingPointError(f"the loss of the trained model on held-out examples is {after['eval_loss']}")
         evaluation_seconds += after["seconds"]
