@@ -18,6 +18,7 @@ class ReferenceMatrix:
         lr, scale, betas, eps, weight_decay: as for the optimizer.
         momentum_transfer: ``keep``, ``align``, ``rotate`` or ``reset``.
         residual_scale: factor on the residual's update.
+        scaled: whether the dense scaled residual moves the weight.
 
     Attributes:
         A: moving average of the dense D = G - lift(R) since the first basis, for the choice of a support.
@@ -36,12 +37,14 @@ class ReferenceMatrix:
         weight_decay: float = 0.0,
         momentum_transfer: str = "keep",
         residual_scale: float = 1.0,
+        scaled: bool = False,
     ) -> None:
         self.W, self.side = W.double().clone(), side
         self.lr, self.scale, self.eps, self.weight_decay = lr, scale, eps, weight_decay
         self.b1, self.b2 = betas
         self.momentum_transfer = momentum_transfer
-        self.residual_scale = residual_scale
+        self.residual_scale, self.scaled = residual_scale, scaled
+        self.d = 0.0
         self.A = torch.zeros_like(self.W)
         self.S: tuple[Tensor, Tensor] | None = None
         self.P: Tensor | None = None
@@ -102,6 +105,20 @@ class ReferenceMatrix:
         D = G - (R @ self.P.T if self.side == "right" else self.P @ R)
         self.A = self.b1 * self.A + (1 - self.b1) * D
         W = self.W - self.lr * self.weight_decay * self.W - self.lr * self.scale * lifted
+        if self.scaled:
+            dim = 1 if self.side == "right" else 0
+            norm_N, norm_R = N.norm(dim=dim, keepdim=True), R.norm(dim=dim, keepdim=True)
+            phi = torch.where(norm_R > 0, self.residual_scale * norm_N / norm_R, torch.zeros_like(norm_R))
+            d = float((phi * D).norm())
+            if self.d > 0 and d > 1.01 * self.d:
+                phi = phi * (1.01 * self.d / d)
+                d = 1.01 * self.d
+            if d > 0:
+                self.d = d
+            lost = phi * D
+            if self.S is not None:
+                lost[self.S] = 0.0
+            W -= self.lr * self.scale * lost
         if self.S is not None:
             self.u += 1
             self.m_S = self.b1 * self.m_S + (1 - self.b1) * D[self.S]

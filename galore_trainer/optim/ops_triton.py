@@ -40,13 +40,12 @@ class TritonOps:
     def __init__(self, config: GaLoreConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self._torch = TorchOps(config, seed)
-        self._places: Places
 
     def project(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """R [pieces x blocks, ...], and whether the gradients are usable, [pieces]."""
         from galore_trainer.kernels.project import project
 
-        places = self._places = Places(bucket, self.config, self.seed)
+        places = self._places(bucket)
         first, matrix = bucket.pieces[0], bucket.matrix
         known = bucket.ok
         if first.kept is None:
@@ -62,7 +61,7 @@ class TritonOps:
         """What the projection loses at the support, [pieces x blocks, rows, entries]."""
         from galore_trainer.kernels.residual import loss_at
 
-        first, matrix, places = bucket.pieces[0], bucket.matrix, self._places
+        first, matrix, places = bucket.pieces[0], bucket.matrix, self._places(bucket)
         count = first.owner.state[first.prefix + key].shape[-1]
         if first.kept is None:
             G, layout = places["gradients"], places.layout(first.grad)
@@ -75,10 +74,9 @@ class TritonOps:
         """Take R into a pair of moments, in place; the normalised update N. Moments of few bits go through torch."""
         from galore_trainer.kernels.adam import adam_
 
-        assert len(incoming) <= 1  # ``project`` has looked up the places of one bucket
         updates = []
         for bucket, R, ok in incoming:
-            places, group = self._places, bucket.group
+            places, group = self._places(bucket), bucket.group
             dtype = self._update_dtype(bucket) if age == AGE else torch.float32
             if group["galore"]["state_bits"] == 32:
                 M, V = (places[key] for key, _ in moments)
@@ -88,14 +86,25 @@ class TritonOps:
             updates.append(N)
         return updates
 
-    def apply_(self, bucket: Bucket, N: Tensor, ok: Tensor, sparse: tuple[str, Tensor] | None = None) -> None:
-        """Move the weights by N, and by ``sparse``: the key of positions and the update of these entries."""
+    def line_factors(self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``TorchOps.line_factors``."""
+        raise NotImplementedError
+
+    def apply_(
+        self,
+        bucket: Bucket,
+        N: Tensor,
+        ok: Tensor,
+        dense: tuple[Tensor, Tensor] | None = None,
+        sparse: tuple[str, Tensor] | None = None,
+    ) -> None:
+        """Move the weights; see ``TorchOps.apply_``."""
         from galore_trainer.kernels.update import add_at_, apply_update_
 
-        first, group, matrix, places = bucket.pieces[0], bucket.group, bucket.matrix, self._places
+        first, group, matrix, places = bucket.pieces[0], bucket.group, bucket.matrix, self._places(bucket)
         layout = places.layout(first.weight)
         lr = float(group["lr"])  # torch takes tensors, too
-        step = lr * scale_of(group, self.config)
+        step = lr * scale_of(group, self.config, matrix)
         apply_update_(
             places["weights"],
             layout,
@@ -110,8 +119,14 @@ class TritonOps:
         )
         if sparse is not None:
             positions, N_S = sparse
-            step *= self.config.residual_scale
             add_at_(places["weights"], layout, places[positions], N_S, ok, step=step, keys=places.keys)
+
+    def _places(self, bucket: Bucket) -> Places:
+        """Where the tensors of a bucket lie; looked up once, since that costs an upload."""
+        if bucket.places is None:
+            bucket.places = Places(bucket, self.config, self.seed)
+        places: Places = bucket.places
+        return places
 
     def _update_dtype(self, bucket: Bucket) -> torch.dtype:
         """What the factors of the lifted update are rounded to."""

@@ -183,7 +183,10 @@ def unpack(
                 loaded[p] = restored(rows_of_dtensor(state), p)
             elif state:
                 name, matrices = group["names"][i], group["matrices"][i] if group["projected"] else None
-                loaded[p] = _checked(restored(state, p), name, p, matrices, config)
+                state = restored(state, p)
+                if matrices and "skipped" in state:
+                    residual.start_norms(state, matrices, config)
+                loaded[p] = _checked(state, name, p, matrices, config)
                 if matrices:
                     one_age(loaded[p], matrices, name)
         new_groups.append(_new_group(group, before))

@@ -57,10 +57,9 @@ def learning_rates(config: RunConfig, lr: float) -> str:
     if block != "galore":
         return f"{lr:g}, {'adapters alone' if block == 'lora' else 'all weights'}"
     galore = config.galore
-    return (
-        f"projected weights {lr:g} x {galore.scale:g} = {lr * galore.scale:g}, "
-        f"others {lr:g} x {galore.plain_lr_ratio:g} = {lr * galore.plain_lr_ratio:g}"
-    )
+    scale = galore.scale
+    product = f"{lr:g} x sqrt(n / rank) of each" if isinstance(scale, str) else f"{lr:g} x {scale:g} = {lr * scale:g}"
+    return f"projected weights {product}, others {lr:g} x {galore.plain_lr_ratio:g} = {lr * galore.plain_lr_ratio:g}"
 
 
 def count_steps(arguments: TrainingArguments, examples: int, world: int = 1) -> tuple[int, int]:

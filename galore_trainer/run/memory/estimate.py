@@ -201,12 +201,18 @@ def inspect(config: RunConfig) -> TextTable:
         OptionError: what training would refuse, in the same words.
     """
     from galore_trainer.hf.table import plan_table
+    from galore_trainer.optim.param_groups import scale_of
     from galore_trainer.targets.groups import plan_weights
 
     model = empty_model(config)
     galore = config.galore
-    rates = {"projected": f"lr x {galore.scale:g}", "plain": f"lr x {galore.plain_lr_ratio:g}", "frozen": "-"}
-    return plan_table([(weight, rates[weight.kind]) for weight in plan_weights(model, galore)], galore)
+    rates = {"plain": f"lr x {galore.plain_lr_ratio:g}", "frozen": "-"}
+
+    def rate(weight: Any) -> str:
+        scales = [scale_of({}, galore, matrix) for matrix in weight.matrices]
+        return rates.get(weight.kind) or "lr x " + " / ".join(dict.fromkeys(f"{scale:.3g}" for scale in scales))
+
+    return plan_table([(weight, rate(weight)) for weight in plan_weights(model, galore)], galore)
 
 
 def empty_model(config: RunConfig) -> Any:
