@@ -70,7 +70,6 @@ class GaLoreConfig:
         10.0,
         "Factor on the lifted update: a projected weight moves with lr x scale. auto: sqrt(n / rank) of each weight, "
         "where n is the length of what is projected, so that one lr serves every rank and width.",
-        trajectory=True,
         minimum=0.0,
     )
     plain_lr_ratio: float = knob(1.0, "Factor on lr for the parameters that are not projected.", minimum=0.0)

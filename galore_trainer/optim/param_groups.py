@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from galore_trainer.layouts.shard import Shard
 from galore_trainer.targets.matrices import project_whole
 from galore_trainer.targets.names import logical_name
 
+logger = logging.getLogger(__name__)
+
 WAY_OUT = (
     "Resume with the saved value, or start a new run from the checkpoint's weights "
     "(model_name_or_path: the checkpoint's folder, another output_dir, no resume)."
@@ -34,8 +37,8 @@ SLICES = "slices"  # in a state dict: of each flat tensor, by its number, name, 
 
 OVERRIDES = ("rank", "update_proj_gap", "scale", "proj_type")
 """Settings of ``GaLoreConfig`` that a group can set for itself, as groups for galore-torch do."""
-BEFORE_SAVED = {"residual_percent": SPARSE_PERCENT, "scale": 10.0}
-"""Defaults of what the settings in a checkpoint did not always hold."""
+SCALE_BEFORE_SAVED = 10.0
+"""The scale of checkpoints that do not name it."""
 OPTIONS = ("lr", "betas", "eps", "weight_decay", *OVERRIDES)
 OURS = ("params", "names", "param_names", "projected", "matrices", "galore")
 TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -139,7 +142,7 @@ def complete_group(group: dict[str, Any], others: Sequence[Mapping[str, Any]], c
             shapes = [getattr(p, "ds_shape", p.shape) for p in params]  # of the whole weight under ZeRO-3
             pairs = zip(shapes, group["names"], strict=True)
             group["matrices"] = [[project_whole(shape, name, config)] for shape, name in pairs]
-        group["galore"] = config.trajectory() | {"seed": seed}
+        group["galore"] = config.trajectory() | {"scale": config.scale, "seed": seed}
 
 
 def _check_made_for(settings: Mapping[str, Any], config: GaLoreConfig) -> None:
@@ -310,16 +313,14 @@ def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, 
     if not all(isinstance(g, Mapping) and "projected" in g for g in saved):
         raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
     for before, now in zip([g for g in saved if g["projected"]], [g for g in ours if g["projected"]], strict=False):
-        saved_settings = _settings_in(before)
-        differ = [key for key, value in now["galore"].items() if saved_settings.get(key) != value]
+        then, here = _settings_in(before), now["galore"]
+        differ = [key for key, value in here.items() if key != "scale" and then.get(key) != value]
         if differ:
             options = {key: "seed" if key == "seed" else f"galore.{key}" for key in differ}
             key, *more = differ
-            others = "".join(
-                f" Also {options[k]}: got {now['galore'][k]!r}, saved {saved_settings.get(k)!r}." for k in more
-            )
-            wanted = f"{saved_settings.get(key)!r} as in the checkpoint"
-            raise OptionError(options[key], now["galore"][key], wanted, WAY_OUT + others)
+            others = "".join(f" Also {options[k]}: got {here[k]!r}, saved {then.get(k)!r}." for k in more)
+            wanted = f"{then.get(key)!r} as in the checkpoint"
+            raise OptionError(options[key], here[key], wanted, WAY_OUT + others)
     names_before, names_now = ([n for g in groups for n in g.get("names", [])] for groups in (saved, ours))
     if names_before != names_now:
         changed = sorted(set(names_before) ^ set(names_now))[:5] or ["the same names in another order"]
@@ -332,10 +333,23 @@ def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, 
 
 def _settings_in(group: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a saved group was made with; what is younger than the checkpoint has the value of its time."""
-    saved: Mapping[str, Any] = group.get("galore", {})
-    residual = "sparse" if saved.get("residual_percent", SPARSE_PERCENT) > 0.0 else "none"
-    scale = group.get("scale", BEFORE_SAVED["scale"])
-    return {**GaLoreConfig().trajectory(), **BEFORE_SAVED, "residual": residual, "scale": scale, **saved}
+    saved = {"residual_percent": SPARSE_PERCENT, **group.get("galore", {})}
+    residual = "sparse" if saved["residual_percent"] > 0.0 else "none"
+    return {**GaLoreConfig().trajectory(), "residual": residual, **saved}
+
+
+def scale_after_load(group: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"scale": number}`` for a group that takes over the scale of a saved one, as ``auto`` does; else nothing.
+
+    A number that was asked for stays. A difference is logged.
+    """
+    ours = group.get("scale", group["galore"]["scale"])
+    saved = before.get("scale", before.get("galore", {}).get("scale", SCALE_BEFORE_SAVED))
+    if ours == saved:
+        return {}
+    kept = saved if ours == AUTO else ours
+    logger.warning("galore.scale: %s is asked for, the checkpoint was trained with %s; %s is used", ours, saved, kept)
+    return {"scale": kept} if kept != ours else {}
 
 
 def _check_same_matrices(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

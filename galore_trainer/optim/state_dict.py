@@ -29,6 +29,7 @@ from galore_trainer.optim.param_groups import (
     check_same_layout,
     check_same_method,
     check_unchanged,
+    scale_after_load,
 )
 from galore_trainer.optim.state_forms import (
     BAR,
@@ -219,7 +220,7 @@ def _new_group(group: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     ours = ("params", "names", "matrices", "galore", *OVERRIDES)
     kept = {key: group[key] for key in ours if key in group}
     saved = {key: copy.deepcopy(value) for key, value in before.items() if key not in ours}
-    new = {**group, **saved, **kept}
+    new = {**group, **saved, **kept, **(scale_after_load(group, before) if group["projected"] else {})}
     new["betas"] = tuple(new["betas"])
     check_unchanged(new)
     return new
