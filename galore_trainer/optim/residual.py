@@ -236,8 +236,6 @@ def make_support(w: LocalWeight, config: GaLoreConfig) -> None:
 
 def takes_triton(piece: Piece, config: GaLoreConfig) -> bool:
     """Whether the kernels know what the residual of a piece needs in this step: candidates warm up in torch."""
-    if has_scaled(piece.matrix, config):
-        return False  # TEMP
     if not (has_sparse(piece.matrix, config) and has_begun(piece.state, config)):
         return True
     return config.residual_selection == "row" and piece.prefix + INDEX in piece.state

@@ -50,7 +50,7 @@ class Taken(NamedTuple):
     N_S: Tensor | None
 
 
-def take_in(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: GaLoreConfig) -> list[Taken]:
+def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: GaLoreConfig) -> list[Taken]:
     """First half of a step: gradients enter the moments, in the bases that there are.
 
     Args:
@@ -126,9 +126,9 @@ def _first_halves(
         triton, by_torch = TritonOps(config, seed), TorchOps(config, seed)
         for bucket in buckets_for_triton(pieces, config, rest, asked):
             with torch.cuda.device_of(bucket.pieces[0].weight):  # kernels are launched on the current device
-                yield chunk, triton, take_in([bucket], triton, config)
+                yield chunk, triton, step_buckets([bucket], triton, config)
         for buckets in runs(make_buckets(rest, most), lambda b: len(b.pieces) * entries(b.matrix), STACK_ELEMENTS):
-            yield chunk, by_torch, take_in(buckets, by_torch, config)
+            yield chunk, by_torch, step_buckets(buckets, by_torch, config)
         for w in chunk:
             w.close()
 
