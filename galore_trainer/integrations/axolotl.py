@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -36,28 +36,16 @@ class GaLoreArgs(BaseModel):
         default=None, json_schema_extra={"description": "Fields of galore_trainer.GaLoreConfig"}
     )
 
-    @field_validator("galore", mode="before")
-    @classmethod
-    def check_block(cls, block: Any) -> Any:
-        """Check every field of the block.
-
-        Raises:
-            OptionError: an unknown name or an impossible value; pydantic adds it to its own error.
-        """
-        if block is not None:
-            galore_config({"galore": block})
-        return block
-
     @model_validator(mode="before")
     @classmethod
-    def check_beside_the_plugin(cls, data: Any) -> Any:
-        """Check that no other setting asks for another optimizer.
+    def check(cls, data: Any) -> Any:
+        """Check the block, and that no other key asks for another optimizer.
 
         Raises:
-            OptionError: ``optimizer`` or another key that the plugin would replace; pydantic adds it to its own error.
+            OptionError: what ``configured`` refuses; pydantic adds it to its own error.
         """
         if isinstance(data, Mapping) and _is_asked(data):
-            check_settings(data)
+            configured(data)
         return data
 
 
@@ -75,12 +63,10 @@ class GaLorePlugin(BasePlugin):
         return f"{__name__}.{GaLoreArgs.__name__}"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        """Give the Trainer the optimizer, which it makes when training starts; return the callback for axolotl to add."""
+        """Give the Trainer the optimizer, which it makes when training starts; axolotl adds the callback."""
         if not _is_asked(cfg):
             return []
-        check_settings(cfg)
-        config = galore_config(cfg)
-        plugin = checked_plugin(trainer, config)
+        plugin = checked_plugin(trainer, configured(cfg))
         if resume := _checkpoint(cfg):
             check_resumable(resume, trainer.args)
         trainer.optimizer_cls_and_kwargs = plugin["optimizer_cls_and_kwargs"]
@@ -92,29 +78,17 @@ class GaLorePlugin(BasePlugin):
             return None
         given = trainer.optimizer_cls_and_kwargs
         if given is None or given[0] is not GaLoreFactory:
-            check_settings(cfg)
-            given = checked_plugin(trainer, galore_config(cfg))["optimizer_cls_and_kwargs"]
+            given = checked_plugin(trainer, configured(cfg))["optimizer_cls_and_kwargs"]
         factory, settings = given
         return factory()(trainer.model, **settings)
 
 
-def galore_config(cfg: Mapping[str, Any]) -> GaLoreConfig:
-    """The block ``galore`` of a configuration; ``GaLoreConfig()`` without one.
+def configured(cfg: Mapping[str, Any]) -> GaLoreConfig:
+    """The block ``galore`` of axolotl's configuration; ``GaLoreConfig()`` without one.
 
     Raises:
-        OptionError: an unknown name or an impossible value.
-    """
-    block = cfg.get("galore")
-    if block is None:
-        return GaLoreConfig()
-    return RunConfig.from_dict({"galore": _plain(block)}).galore
-
-
-def check_settings(cfg: Mapping[str, Any]) -> None:
-    """Check that no key of axolotl asks for another optimizer or for other learning rates, which would be ignored.
-
-    Raises:
-        OptionError: for the first such key.
+        OptionError: an unknown name or an impossible value in the block; a key beside it that asks for another
+            optimizer or for other learning rates, which would be ignored.
     """
     optimizer = cfg.get("optimizer")
     optimizer = getattr(optimizer, "value", optimizer)
@@ -124,10 +98,13 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
     for key, way_out in UNUSED.items():
         if value := cfg.get(key):
             raise OptionError(key, value, f"nothing, beside {NAME}", way_out)
-    schedule, ratio = cfg.get("lr_scheduler"), (cfg.get("galore") or {}).get("plain_lr_ratio", 1.0)
-    if schedule in ONE_RATE and float(ratio) != 1.0:
+    block = cfg.get("galore")
+    config = GaLoreConfig() if block is None else RunConfig.from_dict({"galore": _plain(block)}).galore
+    schedule = cfg.get("lr_scheduler")
+    if schedule in ONE_RATE and config.plain_lr_ratio != 1.0:
         way_out = f"lr_scheduler: {schedule} gives every weight the same rate: use cosine, or leave the ratio out."
-        raise OptionError("galore.plain_lr_ratio", ratio, f"1 under lr_scheduler {schedule}", way_out)
+        raise OptionError("galore.plain_lr_ratio", config.plain_lr_ratio, f"1 under lr_scheduler {schedule}", way_out)
+    return config
 
 
 def _is_asked(cfg: Mapping[str, Any]) -> bool:
