@@ -16,6 +16,7 @@ from typing import Any
 
 import fit
 from blocks import table, write_block
+from conversions import conversions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, IMAGES, README = ROOT / "results", ROOT / "docs" / "images", ROOT / "README.md"
@@ -315,6 +316,7 @@ def blocks() -> dict[tuple[Path, str], str]:
         (pages / "support-matrix.md", "methods"): method_support(),
         (pages / "support-matrix.md", "versions"): versions(),
         **{(pages / "knobs.md", name): text for name, text in knob_tables().items()},
+        **{(pages / "migrating.md", name): text for name, text in conversions().items()},
     }
 
 
