@@ -159,7 +159,7 @@ def _model(config: RunConfig, arguments: TrainingArguments) -> Any:
     if config.model_name_or_path == EMBEDDED and not is_converted():  # converting would take half a minute
         find_embedded_gguf()
         return None
-    load_tokenizer(config.model_name_or_path)
+    load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     model = empty_model(config)
     with torch.device("meta"):
         return resolve(METHODS[config.method].prepare)(model, config, arguments).model

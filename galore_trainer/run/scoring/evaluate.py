@@ -14,6 +14,7 @@ from galore_trainer.run.device import device_type, uses_bf16
 from galore_trainer.run.files import check_writable, write_file
 from galore_trainer.run.models.prompts import IGNORED, encode_all, make_collator, pad_prompts, render_prompt, token_ids
 from galore_trainer.run.scoring.scores import headline
+from galore_trainer.run.settings.arguments import check_attention
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,10 @@ def evaluate(
     if predictions_path is not None:
         check_writable("--predictions", predictions_path)
     data = load_data(config.data)
-    model, tokenizer = load_model(model_or_run, dtype=config.dtype)
-    model.to(device_type(use_cpu=bool(config.training.get("use_cpu"))))  # type: ignore[arg-type]
+    device = device_type(use_cpu=bool(config.training.get("use_cpu")))
+    check_attention(config, device, sixteen_bits=uses_bf16(config.training.get("bf16"), device))
+    model, tokenizer = load_model(model_or_run, **config.loading)
+    model.to(device)  # type: ignore[arg-type]
     return evaluate_examples(
         model, tokenizer, data.task, data.eval, config, predictions_path=predictions_path, progress=progress
     )

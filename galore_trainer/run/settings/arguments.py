@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,11 @@ MANY_STEPS = 1 << 20  # the trial of a schedule must be longer than any warm-up 
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+# Module and package of each attention that is not torch's.
+FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
 RUN_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
@@ -133,13 +139,15 @@ def _check_scheduler(arguments: TrainingArguments) -> None:
 
 
 def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
-    """Refuse a method whose package, device or kind of launch is not there, before anything is loaded.
+    """Refuse a method or an attention whose package, device or kind of launch is not there, before anything is loaded.
 
     Raises:
         OptionError: naming what is missing and the way out.
     """
     from galore_trainer.hf.backend import training_backend
 
+    sixteen_bits = bool(arguments.bf16 or arguments.fp16)
+    check_attention(config, arguments.device.type, sixteen_bits=sixteen_bits)
     spec = METHODS[config.method]
     if spec.package:
         require_package("method", config.method, spec.package, spec.extra)
@@ -147,3 +155,31 @@ def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
         device = f"{config.method} on {arguments.device.type}"
         raise OptionError("method", device, "an NVIDIA GPU for this method", "Here, use --method adamw.")
     check_backend(config.method, training_backend(arguments))
+
+
+def check_attention(config: RunConfig, device: str, *, sixteen_bits: bool) -> None:
+    """Refuse an ``attn_implementation`` that this machine cannot compute.
+
+    Args:
+        config: of the run.
+        device: its kind: ``cuda``, ``cpu``, ...
+        sixteen_bits: whether the model computes in bfloat16 or float16 whatever its weights are.
+
+    Raises:
+        OptionError: naming what is missing and the way out.
+    """
+    attention = config.attn_implementation
+    way_out = "Use attn_implementation=sdpa, which needs no package and no GPU."
+    if attention in FLASH_PACKAGES:
+        module, package = FLASH_PACKAGES[attention]
+        # transformers takes the same kernels from the hub where the package kernels is installed
+        if all(importlib.util.find_spec(name) is None for name in (module, "kernels")):
+            wanted = f"the package {package} installed"
+            raise OptionError(
+                "attn_implementation", attention, wanted, f"Install it on a machine with a GPU. {way_out}"
+            )
+    if attention in (*FLASH_PACKAGES, "flex_attention") and device == "cpu":
+        raise OptionError("attn_implementation", attention, "a GPU for this attention", way_out)
+    if attention in FLASH_PACKAGES and config.dtype == "float32" and not sixteen_bits:
+        wanted = "computing in 16 bits, the only precision of this attention"
+        raise OptionError("attn_implementation", attention, wanted, f"Add bf16=true or dtype=bfloat16. {way_out}")

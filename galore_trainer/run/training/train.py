@@ -96,7 +96,7 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
 
     def score(weights: str, doing: str, predictions: str) -> dict[str, Any]:
         """Score the model on held-out examples; ``weights`` are the files that it can be read from again."""
-        with scored_model(model, arguments, weights, config.dtype) as scored, say.counting(doing) as progress:
+        with scored_model(model, arguments, weights, config) as scored, say.counting(doing) as progress:
             return evaluate_examples(
                 scored,
                 tokenizer,
@@ -201,7 +201,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
     for note in data.notes:
         say(f"  - {note}")
-    model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
+    model, tokenizer = load_model(config.model_name_or_path, **config.loading)
     if bad := not_finite(model):
         wanted = "a model of finite weights"
         raise OptionError("model_name_or_path", config.model_name_or_path, wanted, f"Not finite: {some_of(bad)}.")
