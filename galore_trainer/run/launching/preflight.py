@@ -12,7 +12,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.launching.checkpoints import checkpoints
 from galore_trainer.run.launching.plan import count_steps
 from galore_trainer.run.launching.start import check_folder
-from galore_trainer.run.settings.arguments import check_method, run_arguments
+from galore_trainer.run.settings.arguments import check_method, check_samples, run_arguments
 from galore_trainer.run.settings.methods import METHODS, resolve
 from galore_trainer.run.settings.run_config import RunConfig
 
@@ -40,6 +40,7 @@ def check_all(config: RunConfig, processes: int | None = None) -> None:
     check_output(config)
     check_trackers(arguments)
     data = load_data(config.data)
+    check_samples(config, held_out=len(data.eval))
     if (model := _model(config, arguments)) is not None:
         check_room(config, arguments, model, len(data.train), processes or arguments.world_size)
 

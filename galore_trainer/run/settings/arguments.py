@@ -183,3 +183,23 @@ def check_attention(config: RunConfig, device: str, *, sixteen_bits: bool) -> No
     if attention in FLASH_PACKAGES and config.dtype == "float32" and not sixteen_bits:
         wanted = "computing in 16 bits, the only precision of this attention"
         raise OptionError("attn_implementation", attention, wanted, f"Add bf16=true or dtype=bfloat16. {way_out}")
+
+
+def check_samples(config: RunConfig, *, sharded: bool = False, held_out: int | None = None) -> None:
+    """Refuse ``eval.samples`` where no process has a whole model, or where there are fewer examples.
+
+    Args:
+        config: of the run.
+        sharded: whether each process keeps a part of the weights.
+        held_out: how many examples there are to evaluate on, once they are loaded.
+
+    Raises:
+        OptionError: with the way out.
+    """
+    option, samples = "eval.samples", config.eval.samples
+    if samples and sharded:
+        way_out = "Use --launch-config ddp, zero1 or zero2, or leave it out: the scores before and after remain."
+        raise OptionError(option, samples, "whole weights on each process, which FSDP2 and ZeRO-3 cut", way_out)
+    if held_out is not None and samples > held_out:
+        most = f"at most {held_out}, the held-out examples"
+        raise OptionError(option, samples, most, "Hold out more with data.eval_samples, or ask for fewer.")

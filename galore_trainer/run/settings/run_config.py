@@ -51,10 +51,25 @@ class EvalConfig:
         "last_number (the last once commas are removed).",
     )
     before: bool = knob(True, "Score the model before training too.")
+    samples: int = knob(
+        0,
+        "Held-out prompts that the model answers during training, greedily, for the terminal, log.jsonl, TensorBoard "
+        "and W&B; training itself is unchanged.",
+        minimum=0,
+    )
+    samples_steps: int | None = knob(
+        None,
+        "Steps between two such samples, beside the first and the last step; unset means at each evaluation of the "
+        "Trainer, or, under eval_strategy: no, at each checkpoint.",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
         check_fields("eval.", self)
+        if self.samples_steps is not None and not self.samples:
+            wanted = "a number of samples beside it"
+            raise OptionError("eval.samples_steps", self.samples_steps, wanted, "Add eval.samples=2, or remove it.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
