@@ -1,4 +1,4 @@
-"""Generation: greedy continuations of many prompts, and what leaves a model as it was."""
+"""Generation: greedy continuations of many prompts, and settings that leave a model as it was."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def generate(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     stops = stop_ids(model, tokenizer)
     texts = [""] * len(ids)
-    with inference(model, bf16), greedy(model, max_new_tokens, stops, tokenizer.pad_token_id):
+    with inference(model, bf16), decoding(model, max_new_tokens, stops, tokenizer.pad_token_id):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = pad_prompts(tokenizer, [ids[i] for i in chosen]).to(model.device)
@@ -71,13 +71,23 @@ def inference(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def greedy(model: PreTrainedModel, max_new_tokens: int, stops: Sequence[int], pad_id: int) -> Iterator[None]:
-    """Replace the model's generation settings, whose sampling options would be merged into ours, for a while."""
+def decoding(
+    model: PreTrainedModel, max_new_tokens: int, stops: Sequence[int], pad_id: int, temperature: float = 0.0
+) -> Iterator[None]:
+    """Replace the model's generation settings, whose sampling options would be merged into ours, for a while.
+
+    Args:
+        model: whose ``generate`` reads them.
+        max_new_tokens: longest answer.
+        stops: ids that end an answer.
+        pad_id: of the padding token.
+        temperature: of sampling; 0 takes the likeliest token each time.
+    """
     from transformers import GenerationConfig
 
     settings = model.generation_config
     model.generation_config = GenerationConfig(
-        do_sample=False,
+        **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stops),
