@@ -40,7 +40,7 @@ def check_all(config: RunConfig, processes: int | None = None) -> None:
     check_output(config)
     check_trackers(arguments)
     data = load_data(config.data)
-    check_samples(config, held_out=len(data.eval))
+    check_samples(config, data.eval)
     if (model := _model(config, arguments)) is not None:
         check_room(config, arguments, model, len(data.train), processes or arguments.world_size)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError, one_line
@@ -15,6 +17,7 @@ from galore_trainer.run.settings.methods import METHODS, check_backend, require_
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from galore_trainer.recipes.base import Example
     from galore_trainer.run.settings.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -185,13 +188,13 @@ def check_attention(config: RunConfig, device: str, *, sixteen_bits: bool) -> No
         raise OptionError("attn_implementation", attention, wanted, f"Add bf16=true or dtype=bfloat16. {way_out}")
 
 
-def check_samples(config: RunConfig, *, sharded: bool = False, held_out: int | None = None) -> None:
-    """Refuse ``eval.samples`` where no process has a whole model, or where there are fewer examples.
+def check_samples(config: RunConfig, held_out: Sequence[Example] | None = None, *, sharded: bool = False) -> None:
+    """Refuse ``eval.samples`` where no process has a whole model, or where there are fewer prompts.
 
     Args:
         config: of the run.
+        held_out: the examples to evaluate on, once they are loaded.
         sharded: whether each process keeps a part of the weights.
-        held_out: how many examples there are to evaluate on, once they are loaded.
 
     Raises:
         OptionError: with the way out.
@@ -200,6 +203,16 @@ def check_samples(config: RunConfig, *, sharded: bool = False, held_out: int | N
     if samples and sharded:
         way_out = "Use --launch-config ddp, zero1 or zero2, or leave it out: the scores before and after remain."
         raise OptionError(option, samples, "whole weights on each process, which FSDP2 and ZeRO-3 cut", way_out)
-    if held_out is not None and samples > held_out:
-        most = f"at most {held_out}, the held-out examples"
+    if held_out is not None and len(sampled(config, held_out)) < samples:
+        most = f"at most {sum(map(has_prompt, held_out))}, the held-out examples with a prompt"
         raise OptionError(option, samples, most, "Hold out more with data.eval_samples, or ask for fewer.")
+
+
+def sampled(config: RunConfig, held_out: Iterable[Example]) -> list[Example]:
+    """The examples of ``eval.samples``: the first that are held out."""
+    return list(itertools.islice(filter(has_prompt, held_out), config.eval.samples))
+
+
+def has_prompt(example: Example) -> bool:
+    """Whether there is something to answer; a raw text asks nothing."""
+    return bool(example.messages)

@@ -26,7 +26,7 @@ from galore_trainer.run.launching.start import choose_start, own_folder
 from galore_trainer.run.results.publish import Destination, check_publish, publish
 from galore_trainer.run.results.result import LOG, RESULT, make_result, seconds, summary, write_artifacts
 from galore_trainer.run.scoring.scores import in_words
-from galore_trainer.run.settings.arguments import check_method, check_samples, run_arguments
+from galore_trainer.run.settings.arguments import check_method, check_samples, run_arguments, sampled
 from galore_trainer.run.settings.methods import ADAPTER, METHODS, resolve
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
 from galore_trainer.run.training.failures import explained
@@ -199,7 +199,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     from galore_trainer.run.training.finite import not_finite
 
     data = load_data(config.data)
-    check_samples(config, held_out=len(data.eval))
+    check_samples(config, data.eval)
     say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
     for note in data.notes:
         say(f"  - {note}")
@@ -275,7 +275,7 @@ def _make_trainer(
     progress = ProgressCallback(trainer.train_dataset, live=on_terminal() and not config.training.get("disable_tqdm"))
     log = LogCallback(output / LOG)
     callbacks: list[Any] = [timing, log, progress, finite, SealCallback(limit, finite), interrupt, EndCallback()]
-    if shown := data.eval[: config.eval.samples]:  # after finite, which looks at the weights first
+    if shown := sampled(config, data.eval):  # after finite, which looks at the weights first
         callbacks.insert(4, SampleCallback(model, tokenizer, shown, config, output / LOG, progress, trainer))
     for callback in callbacks:
         trainer.add_callback(callback)
