@@ -168,7 +168,7 @@ def refuse_all(refusals: Sequence[OptionError], way_out: str) -> OptionError:
 
 def top_level(known: Iterable[str]) -> str:
     """What stands at the top of a configuration, in words."""
-    names = ", ".join(name for name in known if "." not in name and name not in training_hints())
+    names = ", ".join(name for name in known if "." not in name and name not in (*ALIASES, *training_hints()))
     return f"The top level takes {names}, the blocks, and every field of transformers.TrainingArguments."
 
 
