@@ -124,11 +124,11 @@ class SampleCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def unchanged_generators(device: torch.device) -> Iterator[None]:
-    """Give every generator of random numbers, of the device too, the state back that it had."""
-    kind, devices = device.type, [] if device.type == "cpu" else [device]
+    """Give the generators of random numbers, those of GPUs too, the state back that they had."""
+    several = device.type in ("cuda", "xpu")  # torch keeps a state for each device of these kinds
     ours, numpys = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+        with torch.random.fork_rng([device] if several else [], device_type=device.type if several else "cuda"):
             yield
     finally:
         random.setstate(ours)
