@@ -48,6 +48,7 @@ WINGS: dict[str, set[str]] = {
     "report": {*OF_RUN, "settings", "results", "study"},
     "bench": {*OF_RUN, "settings", "models", "results", "training"},
     "doctor": {*OF_RUN, "models", "results"},
+    "chat": {*OF_RUN, "settings", "models", "launching"},
 }
 MAY_IMPORT = {"galore_trainer": ROOMS, "galore_trainer.run": WINGS}
 """For each package its rooms, from the ground up, with the rooms that each may import."""
@@ -55,7 +56,7 @@ ONLY_TORCH = {"core", "layouts"}
 OTHER_TRAINERS = {"axolotl", "llamafactory", "pydantic", "swift", "unsloth"}
 FILES_IN_A_FOLDER = 12
 # A step is read from end to end in one folder. A command and a task are a file each, whatever their number.
-MORE_FILES = {"galore_trainer/optim": 18, "cli": 20, "recipes": 14}
+MORE_FILES = {"galore_trainer/optim": 18, "cli": 21, "recipes": 14}
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}  # public, though they begin with an underscore
 
 

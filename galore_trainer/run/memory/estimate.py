@@ -12,6 +12,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError, one_line
 from galore_trainer.run.memory.per_process import Layout, Sizes, as_kept, share_out, sizes_of
 from galore_trainer.run.memory.simulate import StepMemory, simulate_step
+from galore_trainer.run.models.model import refused_setting, resolve_model
 from galore_trainer.run.settings.methods import METHODS, check_backend
 from galore_trainer.run.settings.run_config import RunConfig
 from galore_trainer.tables import TextTable
@@ -230,11 +231,10 @@ def empty_model(config: RunConfig) -> Any:
 def _model_config(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
-    from galore_trainer.run.models.model import resolve_model
-
     source = resolve_model(config.model_name_or_path)
+    options = source.options(trust_remote_code=config.trust_remote_code)
     with _explained(config):
-        model_config = AutoConfig.from_pretrained(source.path, **source.options)
+        model_config = AutoConfig.from_pretrained(source.path, **options)
         _check_sizes(config, model_config.get_text_config(decoder=True))
     return model_config
 
@@ -245,8 +245,13 @@ def _build(text: Any, config: RunConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(text, "dtype", None) or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    # Attentions other than eager and sdpa need a GPU and their package; they take about the memory of sdpa.
+    counted = config.attn_implementation if config.attn_implementation in (None, "eager") else "sdpa"
+    attention = {"attn_implementation": counted} if counted else {}
     with _quiet(), _explained(config):
-        model = AutoModelForCausalLM.from_config(text, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            text, dtype=dtype, trust_remote_code=config.trust_remote_code, **attention
+        )
         if (total := sum(p.numel() for p in model.parameters())) > MOST_WEIGHTS:
             raise _refuse(config, f"It says {total:.2g} weights; at most {MOST_WEIGHTS:.0e} are counted.")
     return model
@@ -276,6 +281,8 @@ def _explained(config: RunConfig) -> Iterator[None]:
     except OptionError:
         raise
     except Exception as error:
+        if refusal := refused_setting(error, config.model_name_or_path, config.attn_implementation):
+            raise refusal from error
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise _refuse(config, kind + one_line(error)) from error
 
