@@ -57,8 +57,9 @@ def learning_rates(config: RunConfig, lr: float) -> str:
     if block != "galore":
         return f"{lr:g}, {'adapters alone' if block == 'lora' else 'all weights'}"
     galore = config.galore
+    factor = galore.scale ** METHODS[config.method].scale_power
     return (
-        f"projected weights {lr:g} x {galore.scale:g} = {lr * galore.scale:g}, "
+        f"projected weights {lr:g} x {factor:g} = {lr * factor:g}, "
         f"others {lr:g} x {galore.plain_lr_ratio:g} = {lr * galore.plain_lr_ratio:g}"
     )
 

@@ -91,7 +91,7 @@ class RunConfig:
     method: Method = knob(
         "galore_plus",
         "galore_plus, or a baseline: galore (joint basis, exact SVD, moments kept), adamw, adamw_8bit (bitsandbytes), "
-        "lora and dora (peft), galore_torch (that package).",
+        "lora and dora (peft), galore_torch, apollo and fira (those packages).",
     )
     trainer: Literal["hf", "trl"] = knob("hf", "Whose loop runs: transformers' Trainer (hf) or TRL's SFTTrainer (trl).")
     max_length: int = knob(512, "Longest example, prompt and answer together, in tokens.", minimum=2)
@@ -111,7 +111,7 @@ class RunConfig:
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key).strip():
                 raise OptionError(key, getattr(self, key), "a name or a path")
-        for key, value in METHOD_DEFAULTS[self.method].items():
+        for key, value in METHODS[self.method].defaults.items():
             got = getattr(self.galore, key.removeprefix("galore."))
             if got != value:
                 raise OptionError(

@@ -49,17 +49,18 @@ def prepare_adamw_8bit(model: Any, config: RunConfig, arguments: TrainingArgumen
     return PreparedModel(model, {"optimizer_cls_and_kwargs": (AdamW, {**_adam(arguments), "optim_bits": 8})})
 
 
-def prepare_galore_torch(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
-    """Give the Trainer the optimizer of galore-torch.
+def prepare_package(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
+    """Give the Trainer the optimizer of the package that ``config.method`` names.
 
     Raises:
-        OptionError: as ``torch_groups``.
+        OptionError: as ``package_groups``.
     """
-    from galore_trainer.run.training.galore_torch import GaLoreTorchFactory, torch_groups
+    from galore_trainer.run.training.packages import PackageFactory, package_groups
 
-    settings = {"config": config.galore, "weight_decay": arguments.weight_decay, **_adam(arguments)}
-    torch_groups(model, config.galore, lr=arguments.learning_rate, weight_decay=0.0)  # refuses now, as above
-    return PreparedModel(model, {"optimizer_cls_and_kwargs": (GaLoreTorchFactory, settings)})
+    chosen: dict[str, Any] = {"method": config.method, "config": config.galore}
+    package_groups(model, **chosen, lr=arguments.learning_rate, weight_decay=0.0)  # refuses now, as above
+    settings = {**chosen, "weight_decay": arguments.weight_decay, **_adam(arguments)}
+    return PreparedModel(model, {"optimizer_cls_and_kwargs": (PackageFactory, settings)})
 
 
 def prepare_lora(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
