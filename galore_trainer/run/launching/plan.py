@@ -81,7 +81,8 @@ def _method(config: RunConfig) -> str:
     if block is None:
         return config.method + trainer
     if block == "lora":
-        return f"{config.method}: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{trainer}"
+        stabilised = " over sqrt(rank)" if lora.use_rslora else ""
+        return f"{config.method}: rank {lora.rank}, alpha {lora.alpha}{stabilised}, dropout {lora.dropout:g}{trainer}"
     return (
         f"{config.method}: rank {galore.rank}, a new projection every {galore.update_proj_gap} steps, "
         f"heads {galore.head_sharing}, svd {galore.svd}, moments {galore.momentum_transfer}{trainer}"

@@ -18,7 +18,7 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int, dora: bool) -
 
     Args:
         model: a transformers model.
-        settings: rank, alpha, dropout and targets, as peft understands them.
+        settings: rank, alpha, scaling, dropout and targets, as peft understands them.
         seed: of the adapters' random start.
         dora: give each adapted matrix a magnitude of its own.
 
@@ -38,6 +38,7 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int, dora: bool) -
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
+        use_rslora=settings.use_rslora,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         use_dora=dora,

@@ -25,6 +25,8 @@ Extract = Literal["flexible", "strict", "last_number"]
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 """The file in a run's folder that holds its resolved configuration."""
+RANK_STABILISED_ALPHA = 16
+"""One alpha for every rank: under ``use_rslora`` the adapters' updates keep their size as the rank grows."""
 _LEAF = re.compile(r"methods\.[^.]+\.")
 _ARGUMENT = {"train": "CONFIG", "studies": "STUDY", "launch": "--launch-config"}
 
@@ -50,10 +52,21 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two."""
+    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two.
+
+    With ``use_rslora`` it moves by ``alpha / sqrt(rank)`` times it (Kalajdzievski 2023, arXiv 2312.03732).
+    """
 
     rank: int = knob(32, "Rank of the adapters of lora and dora.", trajectory=True, minimum=1)
-    alpha: int = knob(64, "Adapters are scaled by alpha / rank.", trajectory=True, minimum=1)
+    alpha: int | None = knob(
+        None,
+        f"Adapters are scaled by alpha / rank; unset means 2 x rank, or {RANK_STABILISED_ALPHA} under use_rslora.",
+        trajectory=True,
+        minimum=1,
+    )
+    use_rslora: bool = knob(
+        False, "Scale adapters by alpha / sqrt(rank) in place of alpha / rank, as in peft.", trajectory=True
+    )
     dropout: float = knob(0.0, "Share of an adapter's inputs that is dropped in training.", minimum=0.0)
     target_modules: str | list[str] = knob(
         ALL_LINEAR,
@@ -64,6 +77,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
         check_fields("lora.", self)
+        if self.alpha is None:  # files of a run hold the number
+            object.__setattr__(self, "alpha", RANK_STABILISED_ALPHA if self.use_rslora else 2 * self.rank)
         if self.dropout >= 1.0:
             raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
         check_target_modules("lora.target_modules", self.target_modules)
