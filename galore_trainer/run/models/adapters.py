@@ -32,6 +32,7 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int, dora: bool) -
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import set_seed
 
+    assert settings.alpha is not None, "LoraSettings fills it in"
     set_seed(seed)
     model.name_or_path = ""  # peft would ask the hub about this name at every checkpoint
     config = LoraConfig(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
+from galore_trainer.metrics.nlg import PER_EXAMPLE
 from galore_trainer.run.device import device_type, uses_bf16
 from galore_trainer.run.files import check_writable, write_file
 from galore_trainer.run.models.prompts import IGNORED, encode_all, make_collator, pad_prompts, render_prompt, token_ids
@@ -127,7 +128,7 @@ def _verdict(row: dict[str, Any], extract: str) -> dict[str, Any]:
     """What a predictions file says of one prediction."""
     if extract in row:
         return {"extracted": row[extract], "correct": row[f"{extract}_correct"]}
-    return {key: row[key] for key in ("references", "rouge_l", "cider") if key in row}
+    return {key: row[key] for key in ("references", *PER_EXAMPLE) if key in row}
 
 
 def generate(
