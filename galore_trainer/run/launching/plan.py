@@ -55,6 +55,8 @@ def learning_rates(config: RunConfig, lr: float) -> str:
     """The rates that weights move with: lr x scale for projected ones, lr x plain_lr_ratio for the others."""
     block = METHODS[config.method].block
     if block != "galore":
+        if (scale := config.embedding_lr_scale) != 1.0:
+            return f"linear layers {lr:g}, others {lr:g} x {scale:g} = {lr * scale:g}"
         return f"{lr:g}, {'adapters alone' if block == 'lora' else 'all weights'}"
     galore = config.galore
     factor = galore.scale ** METHODS[config.method].scale_power

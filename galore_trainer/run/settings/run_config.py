@@ -44,6 +44,7 @@ class EvalConfig:
         "last_number (the last once commas are removed).",
     )
     before: bool = knob(True, "Score the model before training too.")
+    generate: bool = knob(True, "Write answers and score them; off, the loss on the held-out targets is all.")
 
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
@@ -110,6 +111,12 @@ class RunConfig:
     )
     trainer: Literal["hf", "trl"] = knob("hf", "Whose loop runs: transformers' Trainer (hf) or TRL's SFTTrainer (trl).")
     max_length: int = knob(512, "Longest example, prompt and answer together, in tokens.", minimum=2)
+    embedding_lr_scale: float = knob(
+        1.0,
+        "Factor on learning_rate for embeddings, output layer and norms under method adamw; where gradients are "
+        "projected it is galore.plain_lr_ratio.",
+        minimum=0.0,
+    )
     output_dir: str = dataclasses.field(
         default="runs/run", metadata={"help": "Folder of the run.", "shown_default": "runs/CONFIG-METHOD"}
     )
@@ -126,6 +133,9 @@ class RunConfig:
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key).strip():
                 raise OptionError(key, getattr(self, key), "a name or a path")
+        if self.embedding_lr_scale != 1.0 and self.method != "adamw":
+            way_out = "Use galore.plain_lr_ratio." if METHODS[self.method].block == "galore" else "Use --method adamw."
+            raise OptionError("embedding_lr_scale", self.embedding_lr_scale, f"1 under method {self.method!r}", way_out)
         for key, value in METHODS[self.method].defaults.items():
             got = getattr(self.galore, key.removeprefix("galore."))
             if got != value:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from galore_trainer.run.settings.methods import ADAPTER
+from galore_trainer.errors import OptionError
+from galore_trainer.run.settings.methods import ADAPTER, SHARDED
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -24,8 +25,22 @@ class PreparedModel(NamedTuple):
 
 
 def prepare_adamw(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
-    """Leave the model as it is: AdamW is the Trainer's own optimizer."""
-    return PreparedModel(model, {})
+    """Leave the model as it is: AdamW is the Trainer's own optimizer, with groups of ours for ``embedding_lr_scale``.
+
+    Raises:
+        OptionError: ``embedding_lr_scale`` under FSDP or DeepSpeed.
+    """
+    if config.embedding_lr_scale == 1.0:
+        return PreparedModel(model, {})
+    from galore_trainer.hf.backend import training_backend
+    from galore_trainer.run.training.embedding_rates import EmbeddingRates
+
+    if (backend := training_backend(arguments)) in SHARDED:
+        wanted = f"1 under {backend}"
+        way_out = "One process and DDP take other values."
+        raise OptionError("embedding_lr_scale", config.embedding_lr_scale, wanted, way_out)
+    settings = {"arguments": arguments, "scale": config.embedding_lr_scale}
+    return PreparedModel(model, {"optimizer_cls_and_kwargs": (EmbeddingRates, settings)})
 
 
 def prepare_galore(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
