@@ -24,7 +24,7 @@ COUNTS = {
     "axolotl_lora": ("axolotl", 22, 7, 3),
     "llama_factory_full": ("LLaMA-Factory", 23, 6, 2),
     "llama_factory_galore": ("LLaMA-Factory", 20, 9, 3),
-    "llama_factory_lora": ("LLaMA-Factory", 20, 4, 5),
+    "llama_factory_lora": ("LLaMA-Factory", 21, 4, 4),
     "transformers_galore": ("transformers", 10, 3, 0),
     "transformers_layerwise": ("transformers", 18, 4, 2),
     "transformers_script": ("transformers", 13, 4, 5),

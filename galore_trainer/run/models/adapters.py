@@ -21,7 +21,7 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int, dora: bool) -
 
     Args:
         model: a transformers model.
-        settings: rank, alpha, dropout and targets, as peft understands them.
+        settings: rank, alpha, scaling, dropout and targets, as peft understands them.
         seed: of the adapters' random start.
         dora: give each adapted matrix a magnitude of its own.
 
@@ -35,12 +35,14 @@ def add_adapters(model: Any, settings: LoraSettings, *, seed: int, dora: bool) -
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import set_seed
 
+    assert settings.alpha is not None, "LoraSettings fills it in"
     set_seed(seed)
     model.name_or_path = ""  # peft would ask the hub about this name at every checkpoint
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
+        use_rslora=settings.use_rslora,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         use_dora=dora,

@@ -140,5 +140,7 @@ def summary(result: dict[str, Any], output: Path) -> str:
         memory += f", predicted {human_bytes(predicted)}"
     lines.append(f"memory  optimizer state {state}{memory}")
     adapter = f" {ADAPTER}/," if METHODS[result["method"]].block == "lora" else ""
-    lines.append(f"files   {output}: model/,{adapter} {RESULT}, {LOG}, predictions.jsonl, loss.png, {RESOLVED_CONFIG}")
+    predictions = " predictions.jsonl," if result["config"]["eval"]["generate"] else ""
+    files = f"{RESULT}, {LOG},{predictions} losses.jsonl, loss.png, {RESOLVED_CONFIG}"
+    lines.append(f"files   {output}: model/,{adapter} {files}")
     return "\n".join(lines)

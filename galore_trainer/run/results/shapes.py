@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from galore_trainer.config import check_type
 from galore_trainer.errors import OptionError
+from galore_trainer.metrics.nlg import TEXT_METRICS
 
 LARGEST = 1e100  # larger figures overflow in means, units and axes
 WAY_OUT = "Leave this folder out, or make the file anew with the command that wrote it."
@@ -64,7 +65,7 @@ SCORE: dict[str, Field] = {
     "score": MAYBE_AMOUNT,
     "interval": Field(list[float] | None),
     "eval_loss": MAYBE_AMOUNT,
-    **{name: MAYBE_AMOUNT for name in ("bleu", "nist", "meteor", "rouge_l", "cider")},
+    **{name: MAYBE_AMOUNT for name in TEXT_METRICS},
 }
 STUDY: dict[str, Field] = {
     "name": TEXT,

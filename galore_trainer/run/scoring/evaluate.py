@@ -6,9 +6,10 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from galore_trainer.errors import OptionError
+from galore_trainer.metrics.nlg import PER_EXAMPLE
 from galore_trainer.run.device import device_type, uses_bf16
 from galore_trainer.run.files import check_writable, write_file
 from galore_trainer.run.models.generation import Progress, generate, inference
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from galore_trainer.recipes.base import Example
     from galore_trainer.run.settings.run_config import RunConfig
 
+LOSS_DIGITS = 6
 LOSS_BATCH_SIZE = 8  # as TrainingArguments.per_device_eval_batch_size; logits over a large vocabulary take the memory
 
 
@@ -70,15 +72,21 @@ def evaluate_examples(
     config: RunConfig,
     *,
     predictions_path: str | Path | None = None,
+    losses_path: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score a model in memory on the first ``config.eval.limit`` examples; it is left as it was.
+
+    Args:
+        predictions_path: JSON lines written there, one a prediction.
+        losses_path: JSON lines written there, one an example that is not too long: its ``id``, its mean ``loss`` in
+            nats per token and its ``tokens``, for comparisons problem by problem.
 
     Returns:
         ``task``; all the recipe's ``score`` reports but ``per_example``, ``n`` among it; ``metric``, ``extract``,
         ``score`` and ``interval`` as ``scores.headline`` has them; ``eval_loss`` (mean over target tokens, of the first
         reference where there are several), ``eval_loss_dropped`` (examples longer than ``max_length``, left out of the
-        loss), ``seconds``.
+        loss), ``seconds``. Without ``config.eval.generate`` no answer is written: of the scores there is ``n`` alone.
 
     Raises:
         OptionError: nothing to evaluate on.
@@ -90,44 +98,58 @@ def evaluate_examples(
         raise OptionError("data.eval_samples", config.data.eval_samples, "at least one example to evaluate on")
     start = time.perf_counter()
     bf16 = uses_bf16(config.training.get("bf16"), model.device.type)
-    prompts = [render_prompt(tokenizer, example.messages, example.id) for example in examples]
-    predictions = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=config.eval.max_new_tokens,
-        batch_size=config.eval.batch_size,
-        bf16=bf16,
-        progress=progress,
-    )
-    scores = score(task, predictions, list(examples))
-    verdicts = scores.pop("per_example", [{}] * len(examples))
+    scores: dict[str, Any] = {"n": len(examples)}
+    if config.eval.generate:
+        prompts = [render_prompt(tokenizer, example.messages, example.id) for example in examples]
+        predictions = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=config.eval.max_new_tokens,
+            batch_size=config.eval.batch_size,
+            bf16=bf16,
+            progress=progress,
+        )
+        scores = score(task, predictions, list(examples))
+        verdicts = scores.pop("per_example", [{}] * len(examples))
+        if predictions_path is not None:
+            lines = []
+            for example, prompt, prediction, verdict in zip(examples, prompts, predictions, verdicts, strict=True):
+                line = {"id": example.id, "prompt": prompt, "prediction": prediction, "answer": example.answer}
+                lines.append({**line, **_verdict(verdict, config.eval.extract)})
+            _write_lines(predictions_path, lines)
     rows = encode_all(tokenizer, examples, config.max_length)
-    loss = mean_loss(
-        model, tokenizer, rows.rows, config.training.get("per_device_eval_batch_size", LOSS_BATCH_SIZE), bf16=bf16
-    )
-    extract = config.eval.extract
-    if predictions_path is not None:
-        lines = []
-        for example, prompt, prediction, verdict in zip(examples, prompts, predictions, verdicts, strict=True):
-            line = {"id": example.id, "prompt": prompt, "prediction": prediction, "answer": example.answer}
-            lines.append(json.dumps({**line, **_verdict(verdict, extract)}, ensure_ascii=False) + "\n")
-        write_file(predictions_path, "".join(lines))
+    batch_size = config.training.get("per_device_eval_batch_size", LOSS_BATCH_SIZE)
+    losses = target_losses(model, tokenizer, rows.rows, batch_size, bf16=bf16)
+    if losses_path is not None:
+        short = [example.id for example in examples if example.id not in rows.dropped]
+        means = [round(loss.total / loss.tokens, LOSS_DIGITS) for loss in losses]
+        _write_lines(
+            losses_path,
+            [
+                {"id": name, "loss": mean, "tokens": loss.tokens}
+                for name, mean, loss in zip(short, means, losses, strict=True)
+            ],
+        )
     return {
         "task": task,
         **scores,
-        **headline(scores, extract),
-        "eval_loss": loss,
+        **headline(scores, config.eval.extract),
+        "eval_loss": mean_of(losses),
         "eval_loss_dropped": len(rows.dropped),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _write_lines(path: str | Path, lines: Sequence[dict[str, Any]]) -> None:
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _verdict(row: dict[str, Any], extract: str) -> dict[str, Any]:
     """What a predictions file says of one prediction."""
     if extract in row:
         return {"extracted": row[extract], "correct": row[f"{extract}_correct"]}
-    return {key: row[key] for key in ("references", "rouge_l", "cider") if key in row}
+    return {key: row[key] for key in ("references", *PER_EXAMPLE) if key in row}
 
 
 def eval_loss(
@@ -143,25 +165,46 @@ def eval_loss(
 
     Examples longer than ``max_length`` tokens are left out, as in training.
     """
-    return mean_loss(model, tokenizer, encode_all(tokenizer, examples, max_length).rows, batch_size, bf16=bf16)
+    rows = encode_all(tokenizer, examples, max_length).rows
+    return mean_of(target_losses(model, tokenizer, rows, batch_size, bf16=bf16))
 
 
-def mean_loss(
+class TargetLoss(NamedTuple):
+    """The cross entropy of one example: its ``total`` in nats, over ``tokens`` of target and end token."""
+
+    total: float
+    tokens: int
+
+
+def mean_of(losses: Sequence[TargetLoss]) -> float:
+    """The mean over all tokens, whatever the examples they belong to."""
+    return sum(loss.total for loss in losses) / sum(loss.tokens for loss in losses)
+
+
+def target_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, list[int]]],
     batch_size: int,
     *,
     bf16: bool = False,
-) -> float:
-    """``eval_loss`` of examples that are encoded already."""
+) -> list[TargetLoss]:
+    """The loss of each row of ``encode_all``, in the order of ``rows``; batches hold rows of like length."""
+    import torch
+
     collate = make_collator(tokenizer)
-    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    total, tokens = 0.0, 0
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    losses = [TargetLoss(0.0, 0)] * len(rows)
     with inference(model, bf16):
-        for start in range(0, len(rows), batch_size):
-            batch = {name: ids.to(model.device) for name, ids in collate(rows[start : start + batch_size]).items()}
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(model(**batch, use_cache=False).loss) * count
-            tokens += count
-    return total / tokens
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {name: ids.to(model.device) for name, ids in collate([rows[i] for i in chosen]).items()}
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch, use_cache=False).logits[:, :-1].float()
+            by_token = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            totals = by_token.view(labels.shape).cpu().double().sum(1).tolist()
+            for i, total, tokens in zip(chosen, totals, (labels != IGNORED).sum(1).tolist(), strict=True):
+                losses[i] = TargetLoss(total, tokens)
+    return losses

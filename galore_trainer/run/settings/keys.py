@@ -46,6 +46,7 @@ OUR_NAMES = {
     "lora.r": "Write 'lora.rank={value}'.",
     "lora_alpha": "Write 'lora.alpha={value}'.",
     "lora_dropout": "Write 'lora.dropout={value}'.",
+    "use_rslora": "Write 'lora.use_rslora={value}'.",
     "lora_target_modules": "Write 'lora.target_modules={value}'.",
     "use_peft": "Write 'method: lora'.",
     "use_dora": "Write 'method: dora'.",

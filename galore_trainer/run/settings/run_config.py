@@ -34,6 +34,8 @@ Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 """The file in a run's folder that holds its resolved configuration."""
+RANK_STABILISED_ALPHA = 16
+"""One alpha for every rank: under ``use_rslora`` the adapters' updates keep their size as the rank grows."""
 _LEAF = re.compile(r"methods\.[^.]+\.")
 _ARGUMENT = {"train": "CONFIG", "studies": "STUDY", "launch": "--launch-config"}
 
@@ -51,6 +53,7 @@ class EvalConfig:
         "last_number (the last once commas are removed).",
     )
     before: bool = knob(True, "Score the model before training too.")
+    generate: bool = knob(True, "Write answers and score them; off, the loss on the held-out targets is all.")
     samples: int = knob(
         0,
         "Held-out prompts that the model answers during training, greedily, for the terminal, log.jsonl, TensorBoard "
@@ -74,10 +77,21 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two."""
+    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two.
+
+    With ``use_rslora`` it moves by ``alpha / sqrt(rank)`` times it (Kalajdzievski 2023, arXiv 2312.03732).
+    """
 
     rank: int = knob(32, "Rank of the adapters of lora and dora.", trajectory=True, minimum=1)
-    alpha: int = knob(64, "Adapters are scaled by alpha / rank.", trajectory=True, minimum=1)
+    alpha: int | None = knob(
+        None,
+        f"Adapters are scaled by alpha / rank; unset means 2 x rank, or {RANK_STABILISED_ALPHA} under use_rslora.",
+        trajectory=True,
+        minimum=1,
+    )
+    use_rslora: bool = knob(
+        False, "Scale adapters by alpha / sqrt(rank) in place of alpha / rank, as in peft.", trajectory=True
+    )
     dropout: float = knob(0.0, "Share of an adapter's inputs that is dropped in training.", minimum=0.0)
     target_modules: str | list[str] = knob(
         ALL_LINEAR,
@@ -88,6 +102,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
         check_fields("lora.", self)
+        if self.alpha is None:  # files of a run hold the number
+            object.__setattr__(self, "alpha", RANK_STABILISED_ALPHA if self.use_rslora else 2 * self.rank)
         if self.dropout >= 1.0:
             raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
         check_target_modules("lora.target_modules", self.target_modules)
@@ -121,10 +137,16 @@ class RunConfig:
     method: Method = knob(
         "galore_plus",
         "galore_plus, or a baseline: galore (joint basis, exact SVD, moments kept), adamw, adamw_8bit (bitsandbytes), "
-        "lora and dora (peft), galore_torch (that package).",
+        "lora and dora (peft), galore_torch, apollo and fira (those packages).",
     )
     trainer: Literal["hf", "trl"] = knob("hf", "Whose loop runs: transformers' Trainer (hf) or TRL's SFTTrainer (trl).")
     max_length: int = knob(512, "Longest example, prompt and answer together, in tokens.", minimum=2)
+    embedding_lr_scale: float = knob(
+        1.0,
+        "Factor on learning_rate for embeddings, output layer and norms under method adamw; where gradients are "
+        "projected it is galore.plain_lr_ratio.",
+        minimum=0.0,
+    )
     output_dir: str = dataclasses.field(
         default="runs/run", metadata={"help": "Folder of the run.", "shown_default": "runs/CONFIG-METHOD"}
     )
@@ -141,7 +163,10 @@ class RunConfig:
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key).strip():
                 raise OptionError(key, getattr(self, key), "a name or a path")
-        for key, value in METHOD_DEFAULTS[self.method].items():
+        if self.embedding_lr_scale != 1.0 and self.method != "adamw":
+            way_out = "Use galore.plain_lr_ratio." if METHODS[self.method].block == "galore" else "Use --method adamw."
+            raise OptionError("embedding_lr_scale", self.embedding_lr_scale, f"1 under method {self.method!r}", way_out)
+        for key, value in METHODS[self.method].defaults.items():
             got = getattr(self.galore, key.removeprefix("galore."))
             if got != value:
                 raise OptionError(

@@ -94,7 +94,7 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
             say(note)
         write_file(output / RESOLVED_CONFIG, config.to_yaml())
 
-    def score(weights: str, doing: str, predictions: str) -> dict[str, Any]:
+    def score(weights: str, doing: str, when: str = "") -> dict[str, Any]:
         """Score the model on held-out examples; ``weights`` are the files that it can be read from again."""
         with scored_model(model, arguments, weights, config) as scored, say.counting(doing) as progress:
             return evaluate_examples(
@@ -104,14 +104,15 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
                 data.eval,
                 config,
                 progress=progress,
-                predictions_path=output / predictions,
+                predictions_path=output / f"predictions{when}.jsonl",
+                losses_path=output / f"losses{when}.jsonl",
             )
 
     before, evaluation_seconds = None, 0.0
     if main and config.eval.before and data.eval:
         before = _read_score(output, resume)
         if before is None:
-            before = score(config.model_name_or_path, "scoring the model before training", "predictions_before.jsonl")
+            before = score(config.model_name_or_path, "scoring the model before training", "_before")
             write_json(output / SCORE_BEFORE, before)
         evaluation_seconds += before["seconds"]
         say(f"before training: {in_words(before)}")
@@ -138,7 +139,7 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
         save_whole_model(trainer, output / MODEL)
     after = None
     if main and data.eval:
-        after = score(str(output / MODEL), "scoring the trained model", "predictions.jsonl")
+        after = score(str(output / MODEL), "scoring the trained model")
         if not math.isfinite(after["eval_loss"]):
             raise FloatingPointError(f"the loss of the trained model on held-out examples is {after['eval_loss']}")
         evaluation_seconds += after["seconds"]
@@ -220,8 +221,8 @@ def _clear(output: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for path in [*checkpoints(output), output / ASIDE, output / MODEL, output / ADAPTER]:
         remove(path)
-    names = (RESULT, LOG, SCORE_BEFORE, RESOLVED_CONFIG, "predictions.jsonl", "predictions_before.jsonl", "loss.png")
-    for name in names:
+    lines = [f"{what}{when}.jsonl" for what in ("predictions", "losses") for when in ("", "_before")]
+    for name in (RESULT, LOG, SCORE_BEFORE, RESOLVED_CONFIG, *lines, "loss.png"):
         (output / name).unlink(missing_ok=True)
 
 
