@@ -113,8 +113,10 @@ def _key_settings(config: RunConfig) -> str:
         return f"rank {lora.rank}, alpha {lora.alpha}"
     if block != "galore":
         return ""
-    words = [f"rank {galore.rank}", f"scale {galore.scale:g}", f"a new basis every {galore.update_proj_gap} steps"]
-    residual = f"residual of {galore.residual_percent:g} %" if galore.residual_percent else "no residual"
+    words = [f"rank {galore.rank}", f"scale {galore.scale}", f"a new basis every {galore.update_proj_gap} steps"]
+    share = f" ({galore.sparse_percent:g} % of entries)" if galore.sparse_percent else ""
+    form = galore.resolved_residual
+    residual = "no residual" if form == "none" else f"residual {form}{share}"
     return ", ".join([*words, residual])
 
 
