@@ -32,7 +32,7 @@ def preview(config: RunConfig, count: int = 2) -> str:
     tokenizer = load_tokenizer(config.model_name_or_path)
     step = max(1, -(-len(data.train) // MOST_MEASURED))
     measured = [encode(tokenizer, example, config.max_length) for example in data.train[::step]]
-    parts = [f"{data.task} from {config.data.source}: {len(data.train)} to train on, {len(data.eval)} held out"]
+    parts = [f"{data.task} from {config.data.shown_source}: {len(data.train)} to train on, {len(data.eval)} held out"]
     parts += [f"- {note}" for note in data.notes]
     parts += ["", LEGEND]
     for example in data.train[:count]:

@@ -75,6 +75,14 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
 
 
+def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation with this model, once it is saved too, stop where its chat template ends a turn."""
+    settings, stops = model.generation_config, stop_ids(model, tokenizer)
+    known = getattr(settings, "eos_token_id", None)
+    if settings is not None and not {*stops[1:]} <= {*(known if isinstance(known, list) else [known])}:
+        settings.eos_token_id = stops
+
+
 class Encoded(NamedTuple):
     """A data set ready for the collator, and the ids of the examples that did not fit."""
 
@@ -171,8 +179,8 @@ def _marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[
         raise OptionError(
             "chat_template",
             f"that of {tokenizer.name_or_path or 'the tokenizer'}",
-            f"a template whose {{% generation %}} marks hold each of the {len(answers)} assistant's turns of {example.id}",
-            f"It marks {len(runs)}.",
+            f"{len(answers)} turns between {{% generation %}} marks in {example.id}, one for each of the assistant's",
+            f"It marks {len(runs)}: mend the template, or take its marks out.",
         )
     labels = [IGNORED] * len(ids)
     for turn, run in zip(answers, runs, strict=True):

@@ -25,7 +25,6 @@ TRAINING = (
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "packing",
     "bf16",
     "seed",
 )
@@ -50,10 +49,10 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     method = METHODS[config.method]
-    base, data = public_name(config.model_name_or_path), config.data.source
-    kind = kind_of("data.source", data)
-    data = PurePath(data).name if kind == "file" else data
-    hub_ids = [source for source in _sources(config) if kind_of("data.source", source) == "hub"]
+    base, parts = public_name(config.model_name_or_path), config.data.parts()
+    data = ", ".join(_public_source(part.config.source) for part in parts)
+    named = dict.fromkeys(source for _, source in config.data.named_sources())
+    hub_ids = [source for source in named if kind_of("data.source", source) == "hub"]
     header = ModelCardData(
         base_model=base if "/" in base else None,
         datasets=hub_ids or None,
@@ -64,6 +63,7 @@ def model_card(
     knobs: dict[str, Any] = {key: getattr(config, key) for key in ("method", "trainer", "dtype", "max_length")}
     if block := method.block:
         knobs |= {f"{block}.{key}": value for key, value in dataclasses.asdict(getattr(config, block)).items()}
+    knobs |= {"packing": True} if config.packing else {}
     knobs |= {key: config.training[key] for key in TRAINING if key in config.training}
     scored = [(name, result) for name, result in (("base model", before), ("this model", after)) if result]
     cells = [(name, _cells(result)) for name, result in scored]
@@ -72,7 +72,7 @@ def model_card(
         template_path=str(TEMPLATE),
         base=base,
         data=data,
-        split=config.data.split if kind == "hub" else None,
+        split=config.data.split if len(parts) == 1 and kind_of("data.source", config.data.source) == "hub" else None,
         method=method.title,
         heads=list(cells[0][1]) if cells else [],
         scores=[(name, row.values()) for name, row in cells],
@@ -96,7 +96,6 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
     return {**cells, "loss on the targets": f"{result['eval_loss']:.3f}", "examples": str(result["n"])}
 
 
-def _sources(config: RunConfig) -> list[str]:
-    """What the model was trained on, and evaluated on if that is something else."""
-    sources = (config.data.source, config.data.eval_source)
-    return list(dict.fromkeys(source for source in sources if source is not None))
+def _public_source(source: str) -> str:
+    """A file without its path, anything else as it is."""
+    return PurePath(source).name if kind_of("data.source", source) == "file" else source

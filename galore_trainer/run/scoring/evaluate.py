@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from galore_trainer.errors import OptionError
 from galore_trainer.run.device import device_type, uses_bf16
 from galore_trainer.run.files import check_writable, write_file
-from galore_trainer.run.models.prompts import IGNORED, encode_all, make_collator, pad_prompts, render_prompt, token_ids
+from galore_trainer.run.models.encoded import encoded
+from galore_trainer.run.models.prompts import (
+    IGNORED,
+    encode_all,
+    make_collator,
+    pad_prompts,
+    render_prompt,
+    stop_ids,
+    token_ids,
+)
 from galore_trainer.run.scoring.scores import headline
 
 if TYPE_CHECKING:
@@ -76,9 +85,9 @@ def evaluate_examples(
 
     Returns:
         ``task``; all the recipe's ``score`` reports but ``per_example``, ``n`` among it; ``metric``, ``extract``,
-        ``score`` and ``interval`` as ``scores.headline`` has them; ``eval_loss`` (mean over target tokens, of the first
-        reference where there are several), ``eval_loss_dropped`` (examples longer than ``max_length``, left out of the
-        loss), ``seconds``.
+        ``score`` and ``interval`` as ``scores.headline`` has them; ``eval_loss`` (mean over the tokens that would be
+        trained on, of the first reference where there are several), ``eval_loss_dropped`` (examples longer than
+        ``max_length``, left out of the loss), ``seconds``.
 
     Raises:
         OptionError: nothing to evaluate on.
@@ -90,28 +99,30 @@ def evaluate_examples(
         raise OptionError("data.eval_samples", config.data.eval_samples, "at least one example to evaluate on")
     start = time.perf_counter()
     bf16 = uses_bf16(config.training.get("bf16"), model.device.type)
-    prompts = [render_prompt(tokenizer, example.messages, example.id) for example in examples]
-    predictions = generate(
+    asked = [i for i, example in enumerate(examples) if example.messages]  # the others are raw texts
+    prompts = {i: render_prompt(tokenizer, examples[i].messages, examples[i].id) for i in asked}
+    texts = generate(
         model,
         tokenizer,
-        prompts,
+        [*prompts.values()],
         max_new_tokens=config.eval.max_new_tokens,
         batch_size=config.eval.batch_size,
         bf16=bf16,
         progress=progress,
     )
-    scores = score(task, predictions, list(examples))
+    answers = dict(zip(asked, texts, strict=True))
+    scores = score(task, [answers.get(i, "") for i in range(len(examples))], list(examples))
     verdicts = scores.pop("per_example", [{}] * len(examples))
-    rows = encode_all(tokenizer, examples, config.max_length)
+    rows = encoded(tokenizer, examples, config.max_length)
     loss = mean_loss(
         model, tokenizer, rows.rows, config.training.get("per_device_eval_batch_size", LOSS_BATCH_SIZE), bf16=bf16
     )
     extract = config.eval.extract
     if predictions_path is not None:
         lines = []
-        for example, prompt, prediction, verdict in zip(examples, prompts, predictions, verdicts, strict=True):
-            line = {"id": example.id, "prompt": prompt, "prediction": prediction, "answer": example.answer}
-            lines.append(json.dumps({**line, **_verdict(verdict, extract)}, ensure_ascii=False) + "\n")
+        for i in asked:
+            line = {"id": examples[i].id, "prompt": prompts[i], "prediction": answers[i], "answer": examples[i].answer}
+            lines.append(json.dumps({**line, **_verdict(verdicts[i], extract)}, ensure_ascii=False) + "\n")
         write_file(predictions_path, "".join(lines))
     return {
         "task": task,
@@ -155,7 +166,7 @@ def generate(
     """
     ids = [token_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     texts = [""] * len(ids)
     with _inference(model, bf16), _greedy(model, max_new_tokens, stops, tokenizer.pad_token_id):
         for start in range(0, len(order), batch_size):
@@ -240,10 +251,3 @@ def _greedy(model: PreTrainedModel, max_new_tokens: int, stops: Sequence[int], p
         yield
     finally:
         model.generation_config = settings
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token, and those the model's authors end a turn with."""
-    model_ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = model_ends if isinstance(model_ends, list) else [] if model_ends is None else [model_ends]
-    return [tokenizer.eos_token_id, *(i for i in ends if i != tokenizer.eos_token_id)]

@@ -20,7 +20,6 @@ FROM_PYTHON = "TRL's trainer takes GaLore+ from Python, too: SFTTrainer(..., **g
 
 # Fields that trl.SFTConfig adds and 'trainer: trl' passes on: those that do not change how examples are encoded.
 TRL_HINTS: dict[str, Any] = {
-    "packing": bool,
     "packing_strategy": Literal["bfd", "bfd_split"],  # "wrapped" cuts answers and lets examples see each other
     "eval_packing": bool | None,
     "padding_free": bool,

@@ -95,6 +95,11 @@ class RunConfig:
     )
     trainer: Literal["hf", "trl"] = knob("hf", "Whose loop runs: transformers' Trainer (hf) or TRL's SFTTrainer (trl).")
     max_length: int = knob(512, "Longest example, prompt and answer together, in tokens.", minimum=2)
+    packing: bool = knob(
+        False,
+        "Put several examples into each training row of at most max_length tokens; they do not see each other, and "
+        "per_device_train_batch_size counts rows.",
+    )
     output_dir: str = dataclasses.field(
         default="runs/run", metadata={"help": "Folder of the run.", "shown_default": "runs/CONFIG-METHOD"}
     )
