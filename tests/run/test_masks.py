@@ -188,4 +188,4 @@ def test_the_loss_of_all_turns_is_the_mean_over_the_losses_of_each(tiny_model_di
         one = tiny_llama(input_ids=torch.tensor([alone["input_ids"]]), labels=torch.tensor([alone["labels"]]))
         total, count = total + one.loss.item() * tokens, count + tokens
     loss = tiny_llama(input_ids=ids, labels=torch.tensor([row["labels"]])).loss
-    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)

@@ -71,11 +71,11 @@ NOT_OURS = {
     "hub_token": "Set the environment variable HF_TOKEN, or run 'hf auth login'; a run writes its configuration down.",
 }
 ONLY_TRL = {
-    "assistant_only_loss": "Remove it: the loss is on the last answer of each example alone. " + FROM_PYTHON,
+    "assistant_only_loss": "Remove it: the loss is on the assistant's turns alone; 'data.train_on' chooses which. " + FROM_PYTHON,
     "completion_only_loss": "Remove it: the loss is on the answer alone, as with true. " + FROM_PYTHON,
-    "dataset_text_field": "Write 'data.task=sft' and give a file of chats or of prompts and completions.",
+    "dataset_text_field": "Remove it: texts stand in the column text; 'data.columns={{text: {value}}}' names another.",
     "dataset_kwargs": "Write the block 'data:'.",
-    "dataset_num_proc": "Remove it: examples are tokenized as they are needed.",
+    "dataset_num_proc": "Remove it: examples are tokenized once and kept.",
     "max_seq_length": "Write 'max_length: {value}'.",
     "truncation_mode": "Remove it: longer examples are left out whole; 'galore-ft data preview' counts them.",
     "model_init_kwargs": "Write 'dtype: bfloat16' for the weights' type. " + FROM_PYTHON,
