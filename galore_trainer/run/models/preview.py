@@ -75,12 +75,15 @@ def _summary(encoded: list[dict[str, Any]], max_length: int, *, stride: int) -> 
     lengths = [len(item["input_ids"]) for item in encoded]
     trained = sum(label != -100 for item in encoded for label in item["labels"])
     long = sum(bool(item["truncated"]) for item in encoded)
+    cut = sum(length > max_length for length in lengths) - long
+    pieces = [f"raw texts longer than max_length {max_length}, cut into pieces: {cut}"] if cut else []
     sample = f" (every {stride}th example measured)" if stride > 1 else ""
     return [
         f"tokens per example: {min(lengths)} to {max(lengths)}, mean {sum(lengths) / len(lengths):.0f}, "
         f"of which {trained / len(lengths):.0f} trained on{sample}",
         f"longer than max_length {max_length} and left out: {long} of {len(encoded)} "
         f"({100 * long / len(encoded):.1f} %)",
+        *pieces,
         "",
         *histogram(lengths),
     ]

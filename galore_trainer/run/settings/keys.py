@@ -71,7 +71,8 @@ NOT_OURS = {
     "hub_token": "Set the environment variable HF_TOKEN, or run 'hf auth login'; a run writes its configuration down.",
 }
 ONLY_TRL = {
-    "assistant_only_loss": "Remove it: the loss is on the assistant's turns alone; 'data.train_on' chooses which. " + FROM_PYTHON,
+    "assistant_only_loss": "Remove it: the loss is on the assistant's turns alone; 'data.train_on' chooses which. "
+    + FROM_PYTHON,
     "completion_only_loss": "Remove it: the loss is on the answer alone, as with true. " + FROM_PYTHON,
     "dataset_text_field": "Remove it: texts stand in the column text; 'data.columns={{text: {value}}}' names another.",
     "dataset_kwargs": "Write the block 'data:'.",
