@@ -213,9 +213,10 @@ def _check_columns(config: DataConfig, tasks: list[str]) -> None:
 def _task(config: DataConfig, row: Row) -> str:
     if config.task != "auto":
         return config.task
-    for task, recipe in RECIPES.items():
-        if recipe.recognises(row.fields.keys()):
-            return task
+    tasks = [task for task, recipe in RECIPES.items() if recipe.recognises(row.fields.keys())]
+    named = [task for task in tasks if set(config.columns) <= set(RECIPES[task].FIELDS)]  # what the user renamed counts
+    if tasks:
+        return (named or tasks)[0]
     raise OptionError(
         "data.task",
         "auto",

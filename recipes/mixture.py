@@ -61,6 +61,8 @@ def mix(config: DataConfig, read: Callable[[DataConfig], Pool], evaluation: Pars
         held_out = [example for example in examples if prompt_key(example) in chosen]
         held_out = gather(held_out) if gathered else held_out
     else:
+        if (evaluation.evaluated_by is not None) != gathered:
+            raise OptionError("data.eval_source", config.eval_source, f"data of the sources' task, {task}")
         to_score = gather(evaluation.examples) if gathered else evaluation.examples
         _, held_out = apart_from(examples, replace(evaluation, examples=to_score), config, notes)
         chosen = {prompt_key(example) for example in to_score}

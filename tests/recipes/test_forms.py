@@ -120,6 +120,12 @@ def test_tasks_are_told_apart(row: dict[str, Any], task: str, tmp_path: Path) ->
     assert load(write(tmp_path / "c.jsonl", [row, row]), eval_samples=0).task == task
 
 
+def test_a_renamed_column_chooses_the_task(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [{"messages": turns(i), "body": f"Text {i}."} for i in range(3)])
+    assert load(path).task == "sft"
+    assert load(path, columns={"text": "body"}).task == "text"
+
+
 def test_raw_texts_are_split_by_their_text(tmp_path: Path) -> None:
     data = load(write(tmp_path / "t.jsonl", [{"text": f"Text {i % 5}."} for i in range(10)]), eval_samples=2)
     assert (data.task, len(data.train), len(data.eval)) == ("text", 3, 2)

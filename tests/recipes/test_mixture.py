@@ -147,6 +147,11 @@ def test_settings_that_do_not_fit_are_refused_by_name(sources, more, option: str
     assert error.value.option == option
 
 
+def test_an_evaluation_source_is_of_the_sources_task(files) -> None:
+    with pytest.raises(OptionError, match=r"data\.eval_source.*data of the sources' task, sft"):
+        load({"source": files["a"]}, eval_source=files["nlg"])
+
+
 def test_what_cannot_be_read_or_drawn_names_its_entry(files, tmp_path: Path) -> None:
     a, missing = {"source": files["a"]}, {"source": str(tmp_path / "none.jsonl")}
     bad = {"source": write(tmp_path / "bad.jsonl", [{"messages": []}])}

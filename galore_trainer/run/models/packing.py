@@ -153,15 +153,17 @@ def _mixes(model: Any) -> bool:
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    flash = uses_flash(model)  # which takes 16 bits alone
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=flash):
             apart = torch.cat([logits([ids], [at]) for ids, at in zip((first, second), positions, strict=True)])
             packed, changed = (logits([ids, second], positions) for ids in (first, other))
     finally:
         for module, training in modes:
             module.training = training
-    # Rounding differs between rows of different lengths; what belongs to the second example alone does not change.
-    rounding = 1e-3 if model.dtype == torch.float32 else 5e-2
+    # Rounding, perhaps to TF32, differs between rows of different lengths. In rows of the same length the outputs of
+    # the second example are the same numbers.
+    rounding = 1e-2 if model.dtype == torch.float32 and not flash else 5e-2
     scale = apart.abs().max()
     leaks = (packed - changed)[PROBE[0] :].abs().max() > 1e-3 * scale
     return bool(leaks | ((packed - apart).abs().max() > rounding * scale))
