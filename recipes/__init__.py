@@ -16,6 +16,7 @@ from typing import Any
 from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import exact_match
 from galore_trainer.metrics.meteor import meteor_missing
+from galore_trainer.metrics.rouge import rouge_missing
 from galore_trainer.recipes import arithmetic, gsm8k, mawps, nlg, reasoning, restaurants, sft, text
 from galore_trainer.recipes.base import REASONING_GYM, RESTAURANTS, DataConfig, Example, Parsed, TaskData
 from galore_trainer.recipes.mixture import Pool, mix
@@ -42,8 +43,8 @@ def load_data(config: DataConfig) -> TaskData:
             raise OptionError("data.system_prompt", config.system_prompt, "unset, as raw texts have no turns")
         train, evaluation = (_with_system(config.system_prompt, part) for part in (data.train, data.eval))
         data = replace(data, train=train, eval=evaluation)
-    if data.task == "nlg" and data.eval and (missing := meteor_missing()):
-        data.notes.append(missing)  # said before a run, not after it
+    if data.task == "nlg" and data.eval:  # said before a run, not after it
+        data.notes.extend(missing for missing in (meteor_missing(), rouge_missing()) if missing)
     return data
 
 

@@ -1,8 +1,10 @@
 """Score texts against several references: the five metrics of the E2E challenge (github.com/tuetschek/e2e-metrics).
 
-All equal the challenge's scorer, so that results can be compared with published ones: BLEU and NIST on the tokens of
+These equal the challenge's scorer, so that results can be compared with published ones: BLEU and NIST on the tokens of
 mteval-v13a; METEOR, ROUGE-L and CIDEr on Penn Treebank tokens. All are corpus scores. CIDEr weighs n-grams by their
 rarity in the evaluated set: values on different sets cannot be compared, and on a set of one example it is 0.
+
+Beside them stand the ROUGE scores of Google's package (``metrics/rouge.py``), which papers on summaries quote.
 """
 
 from __future__ import annotations
@@ -13,25 +15,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from galore_trainer.metrics.meteor import meteor, meteor_missing
+from galore_trainer.metrics.rouge import ROUGE, rouge, rouge_missing
 from galore_trainer.metrics.tokens import mteval, treebank
 
 METRICS = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
-"""Key and usual name of each metric."""
+"""Key and usual name of each metric of the challenge."""
+TEXT_METRICS = {**METRICS, **ROUGE}
+"""Those, and beside them Google's ROUGE."""
+PER_EXAMPLE = ("rouge_l", "cider", *ROUGE)
+"""Metrics that each example has, where their package is installed."""
 
 Tokens = Sequence[str]
 
 
 def nlg_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Score texts by all five metrics.
+    """Score texts by all of ``TEXT_METRICS``.
 
     Args:
         predictions: one text for each example; it may be empty.
         references: for each example its right answers, at least one.
 
     Returns:
-        ``n``, ``bleu``, ``nist``, ``meteor`` (None where it cannot run), ``rouge_l``, ``cider``; ``bleu_signature``
-        (sacrebleu's); ``notes``, sentences on what was skipped; ``per_example`` with ``rouge_l`` and ``cider`` of each.
-        BLEU, METEOR and ROUGE-L go from 0 to 1, CIDEr from 0 to 10, NIST has no upper bound.
+        ``n``, ``bleu``, ``nist``, ``meteor``, ``rouge_l``, ``cider``, ``rouge1``, ``rouge2``, ``rougeL`` (None where a
+        metric's package is not installed); ``bleu_signature`` (sacrebleu's); ``notes``, sentences on what was skipped;
+        ``per_example`` with those of ``PER_EXAMPLE`` that ran. BLEU, METEOR and ROUGE go from 0 to 1, CIDEr from 0 to
+        10, NIST has no upper bound.
     """
     assert predictions, "nothing to score"
     assert len(predictions) == len(references), f"{len(predictions)} predictions for {len(references)} examples"
@@ -46,6 +54,8 @@ def nlg_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
             meteor_score = meteor(words, right)
         except RuntimeError as error:
             skipped = str(error)
+    no_rouge = rouge_missing()
+    googles = rouge(predictions, references) if no_rouge is None else [{} for _ in predictions]
     return {
         "n": len(predictions),
         "bleu": bleu_score,
@@ -53,9 +63,10 @@ def nlg_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
         "meteor": meteor_score,
         "rouge_l": sum(overlaps) / len(overlaps),
         "cider": sum(consensus) / len(consensus),
+        **{key: None if no_rouge else sum(scores[key] for scores in googles) / len(googles) for key in ROUGE},
         "bleu_signature": signature,
-        "notes": [skipped] if skipped else [],
-        "per_example": [{"rouge_l": r, "cider": c} for r, c in zip(overlaps, consensus, strict=True)],
+        "notes": [note for note in (skipped, no_rouge) if note],
+        "per_example": [{"rouge_l": r, "cider": c, **g} for r, c, g in zip(overlaps, consensus, googles, strict=True)],
     }
 
 

@@ -116,7 +116,7 @@ class TestScore:
         assert result["n"] == 5
         assert set(METRICS) <= set(result)
         assert result["bleu"] == pytest.approx(1.0)
-        assert result["notes"] == [WAY_TO_METEOR]
+        assert result["notes"][0] == WAY_TO_METEOR
         assert result["per_example"][2]["id"] == examples[2].id
         assert result["per_example"][2]["references"] == list(examples[2].references)
         assert result["per_example"][2]["rouge_l"] == 1.0

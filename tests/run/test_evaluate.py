@@ -214,7 +214,7 @@ def test_texts_are_scored_against_their_references_and_bleu_stands_for_them(load
     assert result["score"] == result["bleu"] == pytest.approx(1.0)
     assert result["rouge_l"] == 1.0
     assert result["meteor"] is None
-    assert result["notes"] == ["METEOR is skipped: here."]
+    assert result["notes"][0] == "METEOR is skipped: here."
     assert "per_example" not in result
     row = json.loads(path.read_text(encoding="utf-8").splitlines()[1])
     assert (row["id"], row["references"], row["rouge_l"]) == ("eval/17", ["so #### 17", "it is so"], 1.0)

@@ -206,7 +206,8 @@ def test_plan_and_card_say_what_the_method_does(short_run: Run, method: str, mon
     plan = {line[:14].strip(): line[14:] for line in describe_plan(config).splitlines()}
     assert plan["method"].startswith(method)
     block = METHODS[method].block
-    rates = {"galore": "projected weights 0.001 x 10", "lora": "adapters alone", None: "0.001, all weights"}
+    projected = f"projected weights 0.001 x {METHODS[method].suggested.get('galore.scale', 10):g}"
+    rates = {"galore": projected, "lora": "adapters alone", None: "0.001, all weights"}
     assert rates[block] in plan["learning rate"]
     facts = {"versions": {"python": "3.11.7"}, "device": "some processor"}
     card = model_card(config, before=None, after=None, environment=facts)

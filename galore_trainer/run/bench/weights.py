@@ -131,11 +131,11 @@ def peer(bench: Bench, method: str, model: nn.Module) -> torch.optim.Optimizer:
 
         return AdamW(params, lr=LR, optim_bits=8)
     if method == "galore_torch":
-        from galore_trainer.run.training.galore_torch import GaLoreTorchFactory
+        from galore_trainer.run.training.packages import PackageFactory
 
         config = bench.config(head_sharing="joint", svd="exact", momentum_transfer="keep", kernels="torch")
         settings: dict[str, Any] = {"lr": LR, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
-        return GaLoreTorchFactory()(model, config=config, **settings)
+        return PackageFactory()(model, method=method, config=config, **settings)
     return torch.optim.AdamW(params, lr=LR, fused=True)
 
 

@@ -58,12 +58,17 @@ def learning_rates(config: RunConfig, lr: float) -> str:
     """The rates that weights move with: lr x scale for projected ones, lr x plain_lr_ratio for the others."""
     block = METHODS[config.method].block
     if block != "galore":
+        if (others := config.embedding_lr_scale) != 1.0:
+            return f"linear layers {lr:g}, others {lr:g} x {others:g} = {lr * others:g}"
         return f"{lr:g}, {'adapters alone' if block == 'lora' else 'all weights'}"
     galore = config.galore
-    return (
-        f"projected weights {lr:g} x {galore.scale:g} = {lr * galore.scale:g}, "
-        f"others {lr:g} x {galore.plain_lr_ratio:g} = {lr * galore.plain_lr_ratio:g}"
-    )
+    scale = galore.scale
+    if isinstance(scale, str):
+        product = f"{lr:g} x sqrt(n / rank) of each"
+    else:
+        factor = scale ** METHODS[config.method].scale_power
+        product = f"{lr:g} x {factor:g} = {lr * factor:g}"
+    return f"projected weights {product}, others {lr:g} x {galore.plain_lr_ratio:g} = {lr * galore.plain_lr_ratio:g}"
 
 
 def count_steps(arguments: TrainingArguments, examples: int, world: int = 1) -> tuple[int, int]:
@@ -83,7 +88,8 @@ def _method(config: RunConfig) -> str:
     if block is None:
         return config.method + trainer
     if block == "lora":
-        return f"{config.method}: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{trainer}"
+        stabilised = " over sqrt(rank)" if lora.use_rslora else ""
+        return f"{config.method}: rank {lora.rank}, alpha {lora.alpha}{stabilised}, dropout {lora.dropout:g}{trainer}"
     return (
         f"{config.method}: rank {galore.rank}, a new projection every {galore.update_proj_gap} steps, "
         f"heads {galore.head_sharing}, svd {galore.svd}, moments {galore.momentum_transfer}{trainer}"

@@ -130,7 +130,7 @@ def _check_resumable(current: RunConfig, saved: RunConfig, say: Callable[[str], 
     block = METHODS[current.method].block
     fields = dataclasses.fields(BLOCKS[block]) if block else ()
     fixed = {f"{block}.{field.name}" for field in fields if field.metadata["trajectory"]}
-    fixed |= {"method", "model_name_or_path", "dtype", "seed"}
+    fixed |= {"method", "model_name_or_path", "dtype", "seed", "embedding_lr_scale"}
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if old == new or key == "output_dir" or key.startswith("methods."):

@@ -12,12 +12,17 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError, one_line
 from galore_trainer.run.memory.per_process import Layout, Sizes, as_kept, share_out, sizes_of
 from galore_trainer.run.memory.simulate import StepMemory, simulate_step
+from galore_trainer.run.models.model import refused_setting, resolve_model
 from galore_trainer.run.settings.methods import METHODS, check_backend
 from galore_trainer.run.settings.run_config import RunConfig
 from galore_trainer.tables import TextTable
 
 LAYERWISE = "galore_plus, layer-wise"
-CHOICES = ("adamw", "adamw_8bit", "lora", "dora", "galore_torch", "galore", "galore_plus", LAYERWISE)
+CHOICES = ("adamw", "adamw_8bit", "lora", "dora", "galore_torch", "apollo", "fira", "galore", "galore_plus", LAYERWISE)
+# Of packages' optimizers: tensors as large as a projected weight that its step makes at most, and those that the
+# variables of the step hold on to until the next projected weight.
+WHOLE_TENSORS = {"galore_torch": (2, 0), "apollo": (2, 1), "fira": (4, 2)}
+LOW_RANK_TENSORS = 3  # besides, of the moments' size: the projected gradient, the denominator and the update
 EMBEDDING_BITS = 32  # of bitsandbytes' moments, as the Trainer asks for
 SMALL = 4096  # entries below which bitsandbytes keeps 32 bits
 GIB = 1 << 30
@@ -81,6 +86,7 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
     arguments = training_arguments(config)
     text = _model_config(config)
     bf16 = bool(arguments.bf16)
+    projects = METHODS[method.split(",")[0]].block == "galore"
     element, sizes, averaged = 4, list[Sizes](), list[int]()
     if layout is not None:
         dtype, element = as_kept(config.dtype, layout, bf16=bf16)
@@ -109,11 +115,11 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
         return optimizer
 
     def make_own(model: Any) -> Any:
-        if not method.startswith("galore"):
+        if not projects:
             return adam_state(model, eight_bit=method == "adamw_8bit"), 0
         galore = dataclasses.replace(method_settings(config.galore, method, rank), kernels="torch")  # fake tensors
-        if method == "galore_torch":
-            return _galore_torch_memory(model, galore)
+        if method in WHOLE_TENSORS:
+            return _package_memory(model, galore, method)
         from galore_trainer.hf.backend import for_shards
         from galore_trainer.hf.build import galore_groups
 
@@ -132,9 +138,7 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
     )
     if layout is None:
         return memory
-    return share_out(
-        memory, sizes[-1], layout, element=element, averaged=averaged[-1], adamw=not method.startswith("galore")
-    )
+    return share_out(memory, sizes[-1], layout, element=element, averaged=averaged[-1], adamw=not projects)
 
 
 def estimate_run(config: RunConfig, layout: Layout | None = None) -> StepMemory:
@@ -201,12 +205,19 @@ def inspect(config: RunConfig) -> TextTable:
         OptionError: what training would refuse, in the same words.
     """
     from galore_trainer.hf.table import plan_table
+    from galore_trainer.optim.param_groups import scale_of
     from galore_trainer.targets.groups import plan_weights
 
     model = empty_model(config)
     galore = config.galore
-    rates = {"projected": f"lr x {galore.scale:g}", "plain": f"lr x {galore.plain_lr_ratio:g}", "frozen": "-"}
-    return plan_table([(weight, rates[weight.kind]) for weight in plan_weights(model, galore)], galore)
+    power = METHODS[config.method].scale_power
+    rates = {"plain": f"lr x {galore.plain_lr_ratio:g}", "frozen": "-"}
+
+    def rate(weight: Any) -> str:
+        scales = [scale_of({}, galore, matrix) ** power for matrix in weight.matrices]
+        return rates.get(weight.kind) or "lr x " + " / ".join(dict.fromkeys(f"{scale:.3g}" for scale in scales))
+
+    return plan_table([(weight, rate(weight)) for weight in plan_weights(model, galore)], galore)
 
 
 def empty_model(config: RunConfig) -> Any:
@@ -224,11 +235,10 @@ def empty_model(config: RunConfig) -> Any:
 def _model_config(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
-    from galore_trainer.run.models.model import resolve_model
-
     source = resolve_model(config.model_name_or_path)
+    options = source.options(trust_remote_code=config.trust_remote_code)
     with _explained(config):
-        model_config = AutoConfig.from_pretrained(source.path, **source.options)
+        model_config = AutoConfig.from_pretrained(source.path, **options)
         _check_sizes(config, model_config.get_text_config(decoder=True))
     return model_config
 
@@ -239,8 +249,13 @@ def _build(text: Any, config: RunConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(text, "dtype", None) or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    # Attentions other than eager and sdpa need a GPU and their package; they take about the memory of sdpa.
+    counted = config.attn_implementation if config.attn_implementation in (None, "eager") else "sdpa"
+    attention = {"attn_implementation": counted} if counted else {}
     with _quiet(), _explained(config):
-        model = AutoModelForCausalLM.from_config(text, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            text, dtype=dtype, trust_remote_code=config.trust_remote_code, **attention
+        )
         if (total := sum(p.numel() for p in model.parameters())) > MOST_WEIGHTS:
             raise _refuse(config, f"It says {total:.2g} weights; at most {MOST_WEIGHTS:.0e} are counted.")
     return model
@@ -270,6 +285,8 @@ def _explained(config: RunConfig) -> Iterator[None]:
     except OptionError:
         raise
     except Exception as error:
+        if refusal := refused_setting(error, config.model_name_or_path, config.attn_implementation):
+            raise refusal from error
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise _refuse(config, kind + one_line(error)) from error
 
@@ -302,23 +319,26 @@ def adam_state(model: Any, *, eight_bit: bool) -> dict[str, int]:
     return {"plain": total}
 
 
-def _galore_torch_memory(model: Any, galore: GaLoreConfig) -> tuple[dict[str, int], int]:
-    """Bytes of galore-torch's state by kind, and the peak of its step; all of it has the gradient's dtype.
+def _package_memory(model: Any, galore: GaLoreConfig, method: str) -> tuple[dict[str, int], int]:
+    """Bytes of a package's optimizer state by kind, and the peak of its step; all of it has the gradient's dtype.
 
     Its step allocates a denominator and an update for each parameter, and frees them while it allocates the next ones.
     """
     from galore_trainer.targets.groups import plan_weights
 
-    state, last, step = {"basis": 0, "moments": 0, "plain": 0}, 0, 0
-    for weight in plan_weights(model, galore):
-        size = weight.parameter.element_size()
-        if weight.kind == "projected":
-            for kind, number in weight.state_bytes(galore).items():
-                if number:
-                    state[kind] += number * size // 4
-        elif weight.kind == "plain":
-            entry = size * weight.parameter.numel()
-            state["plain"] += 2 * entry
-            if weight.parameter.dim() > 1:  # vectors, which are not decayed, have a group of their own
-                step, last = max(step, 2 * last + entry, last + 2 * entry), entry
+    most, kept = WHOLE_TENSORS[method]
+    state, last, step, held = {"basis": 0, "moments": 0, "plain": 0}, 0, 0, 0
+    weights = plan_weights(model, galore)
+    for weight in [w for w in weights if w.kind == "projected"]:  # which come first in a step
+        p, number = weight.parameter, weight.state_bytes(galore)
+        low_rank = number["moments"] // 2 * p.element_size() // 4
+        state["basis"] += number["basis"] * p.element_size() // 4
+        state["moments"] += 2 * low_rank + (p.element_size() if kept else 0)  # the norm that limits growth
+        step = max(step, most * p.nbytes + LOW_RANK_TENSORS * low_rank)
+        held = kept * p.nbytes
+    for weight in [w for w in weights if w.kind == "plain"]:
+        entry = weight.parameter.nbytes
+        state["plain"] += 2 * entry
+        if weight.parameter.dim() > 1:  # vectors, which are not decayed, have a group of their own
+            step, last = max(step, held + 2 * last + entry, held + last + 2 * entry), entry
     return state, step

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from galore_trainer.metrics.nlg import METRICS
+from galore_trainer.metrics.nlg import TEXT_METRICS
 
 Result = Mapping[str, Any]  # the content of a run's result.json
 Group = Literal["quality", "time", "memory", "projection"]
@@ -61,11 +61,11 @@ def columns(results: Iterable[Result] = ()) -> dict[str, Column]:
     """
     results = list(results)
     scores = [result["score_after"] for result in results if result.get("score_after")]
-    texts = [key for key in METRICS if not results or any(key in score for score in scores)]
+    texts = [key for key in TEXT_METRICS if not results or any(key in score for score in scores)]
     kinds = dict.fromkeys(kind for result in results for kind in result.get("optimizer_state_bytes", {}))
     table = [
         _score(scores),
-        *(Column(key=key, title=METRICS[key], group="quality", read=_after(key), digits=4, missing=_skipped(key))
+        *(Column(key=key, title=TEXT_METRICS[key], group="quality", read=_after(key), digits=4, missing=_skipped(key))
           for key in texts if not (key == "bleu" and scores)),
         Column(key="eval_loss", title="eval loss, nats per token", group="quality", read=_after("eval_loss"), digits=4,
                missing="the run held nothing out"),
@@ -150,7 +150,7 @@ _UNDIAGNOSED = "measured at the first refreshes (galore.diagnose_refreshes), if 
 
 
 def _skipped(key: str) -> str:
-    return f"the run's evaluation skipped {METRICS[key]}"
+    return f"the run's evaluation skipped {TEXT_METRICS[key]}"
 
 
 def _score(scores: Sequence[Mapping[str, Any]]) -> Column:

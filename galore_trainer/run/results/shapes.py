@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from galore_trainer.config import check_type
 from galore_trainer.errors import OptionError
+from galore_trainer.metrics.nlg import TEXT_METRICS
 
 LARGEST = 1e100  # larger figures overflow in means, units and axes
 WAY_OUT = "Leave this folder out, or make the file anew with the command that wrote it."
@@ -64,7 +65,7 @@ SCORE: dict[str, Field] = {
     "score": MAYBE_AMOUNT,
     "interval": Field(list[float] | None),
     "eval_loss": MAYBE_AMOUNT,
-    **{name: MAYBE_AMOUNT for name in ("bleu", "nist", "meteor", "rouge_l", "cider")},
+    **{name: MAYBE_AMOUNT for name in TEXT_METRICS},
 }
 STUDY: dict[str, Field] = {
     "name": TEXT,
@@ -133,10 +134,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         raise OptionError(str(path), str(error), wanted, "Remove the file for a report without curves.") from None
     for number, line in enumerate(lines if lines != [""] else (), start=1):
         row = _parse(line)
-        if not isinstance(row, dict) or not _fits(row.get("step"), COUNT):
+        if not isinstance(row, dict) or not _fits(row.get("step"), COUNT) or not _are_samples(row.get("samples", [])):
             raise OptionError(f"{path}, line {number}", _short(line), wanted, "Remove that line.")
         rows.append(row)
     return rows
+
+
+def _are_samples(value: Any) -> bool:
+    """Whether these are texts as ``eval.samples`` writes them."""
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("id", "prompt", "prediction"))
+        for row in value
+    )
 
 
 def _parse(line: str) -> Any:

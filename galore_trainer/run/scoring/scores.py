@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from galore_trainer.metrics.nlg import METRICS
+from galore_trainer.metrics.nlg import TEXT_METRICS
 
 SKIPPED = "skipped"
 
@@ -35,7 +35,8 @@ def metric_cells(scores: Mapping[str, Any]) -> dict[str, str]:
     """Name and value of each text metric, a skipped one as such; empty where answers are no texts."""
     if "bleu" not in scores:
         return {}
-    return {name: SKIPPED if scores[key] is None else f"{scores[key]:.4f}" for key, name in METRICS.items()}
+    had = [(key, name) for key, name in TEXT_METRICS.items() if key in scores]  # older results have fewer
+    return {name: SKIPPED if scores[key] is None else f"{scores[key]:.4f}" for key, name in had}
 
 
 def in_words(score: Mapping[str, Any]) -> str:
@@ -57,10 +58,10 @@ def as_lines(scores: Mapping[str, Any]) -> list[str]:
             count = f", {value['correct']} of {scores['n']}" if "correct" in value else ""
             share, low, high = (100 * value[key] for key in ("value", "low", "high"))
             lines.append((name, f"{share:.1f} % (95 % interval {low:.1f} to {high:.1f}{count})"))
-        elif value is None and name in METRICS:
+        elif value is None and name in TEXT_METRICS:
             lines.append((name, SKIPPED))
         elif isinstance(value, float):
-            lines.append((name, f"{value:.4f}" if name in METRICS else f"{value:.4g}"))
+            lines.append((name, f"{value:.4f}" if name in TEXT_METRICS else f"{value:.4g}"))
         elif isinstance(value, str | int):
             lines.append((name, str(value)))
         elif name == "notes":

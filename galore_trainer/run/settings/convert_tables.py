@@ -60,6 +60,7 @@ GALORE_LAYERWISE = {
     "galore.momentum_transfer": "keep",
     "galore.residual_percent": 0.0,
 }
+EAGER, FLASH = (sets({"attn_implementation": name}) for name in ("eager", "flash_attention_2"))
 EIGHT_BITS = {"galore.state_bits": 8, "galore.plain_state_bits": 8}
 PAGED = "bitsandbytes' 8-bit AdamW without pages."
 PACKED = when(sets({"packing": True}))
@@ -112,7 +113,8 @@ TRAINING: dict[str, Rule] = {
     "preprocessing_num_workers": as_here(CACHE),
     "overwrite_cache": as_here(CACHE),
     "cache_dir": none("Set the environment variable HF_HOME."),
-    "trust_remote_code": when(none("Code of the model's repository is not run.")),
+    "trust_remote_code": to("trust_remote_code"),
+    "attn_implementation": to("attn_implementation"),
     "load_in_4bit": when(none(QUANTIZED)),
     "load_in_8bit": when(none(QUANTIZED)),
 }  # fmt: skip
@@ -166,12 +168,12 @@ LLAMA_FACTORY = Tool(
         "enable_liger_kernel": to("use_liger_kernel"),
         "disable_gradient_checkpointing": to("gradient_checkpointing", value=inverted),
         "plot_loss": when(by_hand("galore-ft report RUN draws the loss.")),
-        "flash_attn": case({"auto": as_here(), "disabled": as_here()}, none(ATTENTION)),
+        "flash_attn": case({"auto": as_here(), "disabled": EAGER, "fa2": FLASH}, to("attn_implementation")),
         "quantization_bit": none(QUANTIZED),
         "quantization_method": none(QUANTIZED),
         "use_unsloth": when(none("Full-parameter training goes without unsloth.")),
         **{f"use_{name}": when(none(ANOTHER)) for name in ("apollo", "badam", "adam_mini", "muon")},
-        "use_rslora": when(none("Adapters are scaled by alpha / rank.")),
+        "use_rslora": to("lora.use_rslora"),
         "use_swanlab": when(sets({"report_to": "swanlab"})),
         "moe_aux_loss_coef": none("The model's own coefficient is used."),
         "compute_accuracy": when(none("galore-ft scores answers before and after.")),
@@ -201,6 +203,7 @@ AXOLOTL = Tool(
             none("The adapter has no counterpart; the method that optimizer names stands in its place."),
         ),
         "peft_use_dora": when(sets({"method": "dora"})),
+        "peft_use_rslora": to("lora.use_rslora"),
         "lora_r": to("lora.rank"),
         "lora_alpha": to("lora.alpha"),
         "lora_dropout": to("lora.dropout"),
@@ -238,9 +241,9 @@ AXOLOTL = Tool(
         "bfloat16": when(sets({"dtype": "bfloat16"})),
         "float32": when(sets({"dtype": "float32"})),
         "xformers_attention": when(none(ATTENTION)),
-        "flash_attention": when(none(ATTENTION)),
-        "sdp_attention": when(none(ATTENTION)),
-        "flex_attention": when(none(ATTENTION)),
+        "flash_attention": when(FLASH),
+        "sdp_attention": when(sets({"attn_implementation": "sdpa"})),
+        "flex_attention": when(sets({"attn_implementation": "flex_attention"})),
         "eager_attention": when(none(ATTENTION)),
         "evals_per_epoch": case({0: as_here()}, Rule(
             kind="changed", note="A share of all steps.", key="eval_steps", value=share_of_steps,
@@ -293,7 +296,7 @@ TRL = Tool(
         "use_bnb_nested_quant": when(none(QUANTIZED)),
         "ignore_bias_buffers": case({False: as_here()}, none("For DDP with buffers of booleans.")),
         "lora_task_type": case({"CAUSAL_LM": as_here()}, none("Only causal language models.")),
-        "use_rslora": when(none("Adapters are scaled by alpha / rank.")),
+        "use_rslora": to("lora.use_rslora"),
         "dataset_name": to("data.source", value=source),
         "dataset_config": to("data.subset"),
         "dataset_train_split": to("data.split"),
@@ -325,9 +328,8 @@ TRL = Tool(
         "chat_template_path": none(OWN_TEMPLATE),
         "eos_token": none("Save the tokenizer with that token beside the model."),
         "pad_token": none("Save the tokenizer with that token beside the model."),
-        "attn_implementation": none(ATTENTION),
-        "use_flash_attention_2": when(none(ATTENTION)),
-        "model_init_kwargs": none("Write dtype for the weights' type."),
+        "use_flash_attention_2": when(FLASH),
+        "model_init_kwargs": none("Write dtype, attn_implementation and trust_remote_code."),
         "beta": none(PREFERENCES),
     },
 )  # fmt: skip

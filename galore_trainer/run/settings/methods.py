@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from galore_trainer.errors import OptionError
 
-Method = Literal["galore_plus", "galore", "adamw", "adamw_8bit", "lora", "dora", "galore_torch"]
+Method = Literal["galore_plus", "galore", "adamw", "adamw_8bit", "lora", "dora", "galore_torch", "apollo", "fira"]
 
 SHARDED = ("fsdp", "deepspeed")
 """Backends under which each process keeps only a part of the optimizer's state."""
@@ -23,12 +23,22 @@ GALORE: dict[str, Any] = {
     "galore.head_sharing": "joint",
     "galore.svd": "exact",
     "galore.momentum_transfer": "keep",
+    "galore.residual": "none",
     "galore.residual_percent": 0.0,
     "galore.stagger_refresh": False,
     "galore.first_basis": "gradient",
     "galore.layerwise": False,
     "galore.share_output_heads": False,
 }
+PACKAGED: dict[str, Any] = {
+    **GALORE,
+    "galore.stochastic_rounding": False,
+    "galore.diagnose_refreshes": 0,
+    "galore.state_bits": 32,
+    "galore.basis_bits": 32,
+    "galore.plain_state_bits": 32,
+}
+"""What the optimizers of other packages do; their state has the type of the gradients."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +48,13 @@ class MethodSpec:
     Attributes:
         title: for model cards: its name, and in brackets what it trains.
         defaults: what the method means, by dotted key: below YAML, and not to be contradicted by it.
+        suggested: settings that the method begins with, by dotted key: below YAML, which may change them.
         block: the block of settings that this method reads (``galore``, ``lora``); others leave it alone.
         package, extra: what must be installed, by import name, and the extra of this project that brings it.
         cuda: runs on NVIDIA GPUs alone.
         resumable: its optimizer state can be loaded again.
+        instead: for a method that is not resumable, one that is, and how it compares.
+        scale_power: a projected weight moves with ``lr * scale ** scale_power``.
         sharded: runs under FSDP and DeepSpeed.
         prepare: dotted name of the function that puts the method into a Trainer: (model, config, arguments) to
             ``training.methods.PreparedModel``; it raises ``OptionError`` for what does not fit.
@@ -51,11 +64,14 @@ class MethodSpec:
 
     title: str
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    suggested: dict[str, Any] = dataclasses.field(default_factory=dict)
     block: Literal["galore", "lora"] | None = None
     package: str | None = None
     extra: str = ""
     cuda: bool = False
     resumable: bool = True
+    instead: str = ""
+    scale_power: float = 1.0
     sharded: bool = False
     prepare: str
     finish: str | None = None
@@ -105,22 +121,42 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "galore_torch": MethodSpec(
         title="GaLore (full-parameter training with projected gradients, optimizer of galore-torch)",
-        defaults={
-            **GALORE,
-            "galore.stochastic_rounding": False,
-            "galore.diagnose_refreshes": 0,
-            "galore.state_bits": 32,
-            "galore.basis_bits": 32,
-            "galore.plain_state_bits": 32,
-        },
+        defaults=PACKAGED,
         block="galore",
         package="galore_torch",
         extra="parity",
         resumable=False,
-        prepare="galore_trainer.run.training.methods.prepare_galore_torch",
+        instead="galore, which takes the same steps and resumes",
+        prepare="galore_trainer.run.training.methods.prepare_package",
+    ),
+    "apollo": MethodSpec(
+        title="APOLLO (full-parameter training, gradients scaled channel by channel, optimizer of apollo-torch)",
+        # random projections, drawn without a look at the gradient; the scaling is written for the shorter side alone
+        defaults={**PACKAGED, "galore.svd": "randomized", "galore.warm_start": False, "galore.proj_type": "std"},
+        suggested={"galore.scale": 1.0},
+        block="galore",
+        package="apollo_torch",
+        extra="apollo",
+        resumable=False,
+        instead="galore_plus, which resumes",
+        scale_power=0.5,
+        prepare="galore_trainer.run.training.methods.prepare_package",
+    ),
+    "fira": MethodSpec(
+        title="Fira (full-parameter training, projected gradients and what they lose, optimizer of fira)",
+        # at the rank of the shorter side the norms of proj_type left are taken along the wrong dimension
+        defaults={**PACKAGED, "galore.proj_type": "std"},
+        suggested={"galore.scale": 1.0},
+        block="galore",
+        package="fira",
+        extra="fira",
+        resumable=False,
+        instead="galore_plus, which resumes",
+        prepare="galore_trainer.run.training.methods.prepare_package",
     ),
 }
-METHOD_DEFAULTS = {name: spec.defaults for name, spec in METHODS.items()}
+METHOD_DEFAULTS = {name: {**spec.suggested, **spec.defaults} for name, spec in METHODS.items()}
+"""What each method puts below YAML, by dotted key."""
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -163,5 +199,5 @@ def check_resumable(method: str, resume: str) -> None:
             resume,
             f"a new run under method {method!r}",
             "That package keeps Python objects in its optimizer state, which the Trainer does not load. Start anew "
-            "with --overwrite, or use --method galore, which takes the same steps and resumes.",
+            f"with --overwrite, or use --method {METHODS[method].instead}.",
         )

@@ -15,16 +15,27 @@ from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, check_
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import OF_A_SOURCE, DataConfig
 from galore_trainer.run.settings.convert_tables import FOREIGN, recognise
-from galore_trainer.run.settings.keys import TRL_HINTS, coerce, refuse_all, refuse_key, top_level, training_hints
+from galore_trainer.run.settings.keys import (
+    ALIASES,
+    TRL_HINTS,
+    coerce,
+    refuse_all,
+    refuse_key,
+    top_level,
+    training_hints,
+)
 from galore_trainer.run.settings.methods import METHOD_DEFAULTS, METHODS, Method, methods_reading
 from galore_trainer.run.settings.ranges import check_best_metric, check_range
 from galore_trainer.run.settings.sources import Setting, Source, collect, command_line_settings, file_settings
 from galore_trainer.run.settings.yaml_io import Document, dump, read_mapping
 
 Extract = Literal["flexible", "strict", "last_number"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 """The file in a run's folder that holds its resolved configuration."""
+RANK_STABILISED_ALPHA = 16
+"""One alpha for every rank: under ``use_rslora`` the adapters' updates keep their size as the rank grows."""
 _LEAF = re.compile(r"methods\.[^.]+\.")
 _ARGUMENT = {"train": "CONFIG", "studies": "STUDY", "launch": "--launch-config"}
 
@@ -42,18 +53,45 @@ class EvalConfig:
         "last_number (the last once commas are removed).",
     )
     before: bool = knob(True, "Score the model before training too.")
+    generate: bool = knob(True, "Write answers and score them; off, the loss on the held-out targets is all.")
+    samples: int = knob(
+        0,
+        "Held-out prompts that the model answers during training, greedily, for the terminal, log.jsonl, TensorBoard "
+        "and W&B; training itself is unchanged.",
+        minimum=0,
+    )
+    samples_steps: int | None = knob(
+        None,
+        "Steps between two such samples, beside the first and the last step; unset means at each evaluation of the "
+        "Trainer, or, under eval_strategy: no, at each checkpoint.",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
         check_fields("eval.", self)
+        if self.samples_steps is not None and not self.samples:
+            wanted = "a number of samples beside it"
+            raise OptionError("eval.samples_steps", self.samples_steps, wanted, "Add eval.samples=2, or remove it.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two."""
+    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two.
+
+    With ``use_rslora`` it moves by ``alpha / sqrt(rank)`` times it (Kalajdzievski 2023, arXiv 2312.03732).
+    """
 
     rank: int = knob(32, "Rank of the adapters of lora and dora.", trajectory=True, minimum=1)
-    alpha: int = knob(64, "Adapters are scaled by alpha / rank.", trajectory=True, minimum=1)
+    alpha: int | None = knob(
+        None,
+        f"Adapters are scaled by alpha / rank; unset means 2 x rank, or {RANK_STABILISED_ALPHA} under use_rslora.",
+        trajectory=True,
+        minimum=1,
+    )
+    use_rslora: bool = knob(
+        False, "Scale adapters by alpha / sqrt(rank) in place of alpha / rank, as in peft.", trajectory=True
+    )
     dropout: float = knob(0.0, "Share of an adapter's inputs that is dropped in training.", minimum=0.0)
     target_modules: str | list[str] = knob(
         ALL_LINEAR,
@@ -64,6 +102,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
         check_fields("lora.", self)
+        if self.alpha is None:  # files of a run hold the number
+            object.__setattr__(self, "alpha", RANK_STABILISED_ALPHA if self.use_rslora else 2 * self.rank)
         if self.dropout >= 1.0:
             raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
         check_target_modules("lora.target_modules", self.target_modules)
@@ -86,12 +126,18 @@ class RunConfig:
         "embedded:smollm2-135m", "Model to fine-tune: embedded:smollm2-135m, a local folder, or a hub id."
     )
     dtype: Literal["float32", "bfloat16", "auto"] = knob(
-        "float32", "Type of the weights; auto keeps what the model's files hold."
+        "float32", "Type of the weights; auto keeps what the model's files hold. Also called torch_dtype."
+    )
+    attn_implementation: Attention | None = knob(
+        None, "What computes the attention, as in transformers; unset leaves it to the model."
+    )
+    trust_remote_code: bool = knob(
+        False, "Run Python code that comes with the model's files, for models that transformers does not have."
     )
     method: Method = knob(
         "galore_plus",
         "galore_plus, or a baseline: galore (joint basis, exact SVD, moments kept), adamw, adamw_8bit (bitsandbytes), "
-        "lora and dora (peft), galore_torch (that package).",
+        "lora and dora (peft), galore_torch, apollo and fira (those packages).",
     )
     trainer: Literal["hf", "trl"] = knob("hf", "Whose loop runs: transformers' Trainer (hf) or TRL's SFTTrainer (trl).")
     max_length: int = knob(512, "Longest example, prompt and answer together, in tokens.", minimum=2)
@@ -99,6 +145,12 @@ class RunConfig:
         False,
         "Put several examples into each training row of at most max_length tokens; they do not see each other, and "
         "per_device_train_batch_size counts rows.",
+    )
+    embedding_lr_scale: float = knob(
+        1.0,
+        "Factor on learning_rate for embeddings, output layer and norms under method adamw; where gradients are "
+        "projected it is galore.plain_lr_ratio.",
+        minimum=0.0,
     )
     output_dir: str = dataclasses.field(
         default="runs/run", metadata={"help": "Folder of the run.", "shown_default": "runs/CONFIG-METHOD"}
@@ -116,7 +168,10 @@ class RunConfig:
         for key in ("model_name_or_path", "output_dir"):
             if not getattr(self, key).strip():
                 raise OptionError(key, getattr(self, key), "a name or a path")
-        for key, value in METHOD_DEFAULTS[self.method].items():
+        if self.embedding_lr_scale != 1.0 and self.method != "adamw":
+            way_out = "Use galore.plain_lr_ratio." if METHODS[self.method].block == "galore" else "Use --method adamw."
+            raise OptionError("embedding_lr_scale", self.embedding_lr_scale, f"1 under method {self.method!r}", way_out)
+        for key, value in METHODS[self.method].defaults.items():
             got = getattr(self.galore, key.removeprefix("galore."))
             if got != value:
                 raise OptionError(
@@ -142,6 +197,11 @@ class RunConfig:
             check_range(key, training[key])
         check_best_metric(training.get("metric_for_best_model"), self.trainer)
         object.__setattr__(self, "training", training)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The keyword arguments of ``load_model``."""
+        return {name: getattr(self, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested as in YAML: own keys and training arguments at the top, then the blocks; ``from_dict`` undoes it."""
@@ -235,7 +295,8 @@ def own_keys() -> dict[str, Any]:
     """The dotted keys that this project declares, with their types."""
     hints = get_type_hints(RunConfig)
     blocks = {f"{name}.{key}": hint for name, cls in BLOCKS.items() for key, hint in get_type_hints(cls).items()}
-    return {**{key: hints[key] for key in OWN}, **blocks}
+    aliases = {alias: hints[key] for alias, key in ALIASES.items()}
+    return {**{key: hints[key] for key in OWN}, **aliases, **blocks}
 
 
 @functools.cache

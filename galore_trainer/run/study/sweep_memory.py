@@ -76,7 +76,7 @@ def run_bytes(config: RunConfig) -> int:
 
 
 def scoring_bytes(config: RunConfig) -> int:
-    """What scoring takes beside the weights: keys and values of a batch of answers, or the logits of their loss."""
+    """What scoring takes beside the weights: keys and values of a batch of answers, or the logits of a loss."""
     from galore_trainer.run.memory.estimate import empty_model
     from galore_trainer.run.settings.arguments import training_arguments
 
@@ -92,7 +92,7 @@ def scoring_bytes(config: RunConfig) -> int:
     cache = batch * length * (text.num_hidden_layers + 1) * 2 * heads * dim * element
     generation = cache + batch * text.vocab_size * (element + 4)
     loss = arguments.per_device_eval_batch_size * config.max_length * text.vocab_size * (element + 2 * 4)
-    return max(generation, loss)
+    return max(generation, loss) if config.eval.generate else loss
 
 
 def _free_of_devices(environment: dict[str, str]) -> list[int]:

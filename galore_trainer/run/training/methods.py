@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from galore_trainer.run.settings.methods import ADAPTER
+from galore_trainer.errors import OptionError
+from galore_trainer.run.settings.methods import ADAPTER, SHARDED
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -24,8 +25,22 @@ class PreparedModel(NamedTuple):
 
 
 def prepare_adamw(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
-    """Leave the model as it is: AdamW is the Trainer's own optimizer."""
-    return PreparedModel(model, {})
+    """Leave the model as it is: AdamW is the Trainer's own optimizer, with groups of ours for ``embedding_lr_scale``.
+
+    Raises:
+        OptionError: ``embedding_lr_scale`` under FSDP or DeepSpeed.
+    """
+    if config.embedding_lr_scale == 1.0:
+        return PreparedModel(model, {})
+    from galore_trainer.hf.backend import training_backend
+    from galore_trainer.run.training.embedding_rates import EmbeddingRates
+
+    if (backend := training_backend(arguments)) in SHARDED:
+        wanted = f"1 under {backend}"
+        way_out = "One process and DDP take other values."
+        raise OptionError("embedding_lr_scale", config.embedding_lr_scale, wanted, way_out)
+    settings = {"arguments": arguments, "scale": config.embedding_lr_scale}
+    return PreparedModel(model, {"optimizer_cls_and_kwargs": (EmbeddingRates, settings)})
 
 
 def prepare_galore(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
@@ -49,17 +64,18 @@ def prepare_adamw_8bit(model: Any, config: RunConfig, arguments: TrainingArgumen
     return PreparedModel(model, {"optimizer_cls_and_kwargs": (AdamW, {**_adam(arguments), "optim_bits": 8})})
 
 
-def prepare_galore_torch(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
-    """Give the Trainer the optimizer of galore-torch.
+def prepare_package(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
+    """Give the Trainer the optimizer of the package that ``config.method`` names.
 
     Raises:
-        OptionError: as ``torch_groups``.
+        OptionError: as ``package_groups``.
     """
-    from galore_trainer.run.training.galore_torch import GaLoreTorchFactory, torch_groups
+    from galore_trainer.run.training.packages import PackageFactory, package_groups
 
-    settings = {"config": config.galore, "weight_decay": arguments.weight_decay, **_adam(arguments)}
-    torch_groups(model, config.galore, lr=arguments.learning_rate, weight_decay=0.0)  # refuses now, as above
-    return PreparedModel(model, {"optimizer_cls_and_kwargs": (GaLoreTorchFactory, settings)})
+    chosen: dict[str, Any] = {"method": config.method, "config": config.galore}
+    package_groups(model, **chosen, lr=arguments.learning_rate, weight_decay=0.0)  # refuses now, as above
+    settings = {**chosen, "weight_decay": arguments.weight_decay, **_adam(arguments)}
+    return PreparedModel(model, {"optimizer_cls_and_kwargs": (PackageFactory, settings)})
 
 
 def prepare_lora(model: Any, config: RunConfig, arguments: TrainingArguments) -> PreparedModel:
