@@ -64,8 +64,8 @@ def load(
 
 
 def _require_data(data: DataConfig) -> None:
-    for option, source in (("data.source", data.source), ("data.eval_source", data.eval_source)):
-        if source is not None and kind_of(option, source) == "hub" and not is_cached(source, "dataset"):
+    for option, source in data.named_sources():
+        if kind_of(option, source) == "hub" and not is_cached(source, "dataset"):
             require_dataset(option, source)
 
 

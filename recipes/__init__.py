@@ -17,15 +17,16 @@ from galore_trainer.errors import OptionError
 from galore_trainer.metrics.answers import exact_match
 from galore_trainer.metrics.meteor import meteor_missing
 from galore_trainer.metrics.rouge import rouge_missing
-from galore_trainer.recipes import arithmetic, gsm8k, mawps, nlg, reasoning, restaurants, sft
+from galore_trainer.recipes import arithmetic, gsm8k, mawps, nlg, reasoning, restaurants, sft, text
 from galore_trainer.recipes.base import REASONING_GYM, RESTAURANTS, DataConfig, Example, Parsed, TaskData
+from galore_trainer.recipes.mixture import Pool, mix
 from galore_trainer.recipes.sources import Kind, Row, kind_of, read_file, rename_columns
 from galore_trainer.recipes.split import assemble
 
 __all__ = ["DataConfig", "Example", "TaskData", "load_data", "score"]
 
 # In the order that auto asks them.
-RECIPES: dict[str, ModuleType] = {"sft": sft, "mawps": mawps, "gsm8k": gsm8k, "nlg": nlg}
+RECIPES: dict[str, ModuleType] = {"sft": sft, "mawps": mawps, "gsm8k": gsm8k, "nlg": nlg, "text": text}
 GENERATED = 2000  # training examples of a generator when data.train_samples is unset
 
 
@@ -38,6 +39,8 @@ def load_data(config: DataConfig) -> TaskData:
     """
     data = _load(config)
     if config.system_prompt is not None:
+        if not any(example.messages for example in data.train):
+            raise OptionError("data.system_prompt", config.system_prompt, "unset, as raw texts have no turns")
         train, evaluation = (_with_system(config.system_prompt, part) for part in (data.train, data.eval))
         data = replace(data, train=train, eval=evaluation)
     if data.task == "nlg" and data.eval:  # said before a run, not after it
@@ -46,18 +49,48 @@ def load_data(config: DataConfig) -> TaskData:
 
 
 def _load(config: DataConfig) -> TaskData:
+    if config.sources is not None:
+        return mix(config, _pool, _eval_pool(config))
     kind = kind_of("data.source", config.source)
     _refuse_unused(config, kind)
     if kind == "embedded":
         return _embedded(config)
     if kind == "reasoning_gym":
         return _reasoning_gym(config)
+    task, rows = _rows(config, kind)
+    eval_rows = _eval_rows(config)
+    evaluation = _parse(config, task, eval_rows) if eval_rows else None
+    return assemble(task, _parse(config, task, rows), evaluation, config)
+
+
+def _rows(config: DataConfig, kind: Kind) -> tuple[str, list[Row]]:
+    """The task of a file or data set, and its rows."""
     _check_columns(config, list(RECIPES) if config.task == "auto" else [config.task])
     rows = _read(config, kind, "data.source", config.source, config.split, "data.split")
     task = _task(config, rows[0])
     _check_columns(config, [task])
-    eval_rows = _eval_rows(config)
-    return assemble(task, _parse(task, rows), _parse(task, eval_rows) if eval_rows else None, config)
+    return task, rows
+
+
+def _pool(config: DataConfig) -> Pool:
+    """All examples of one source among several."""
+    alone = replace(config, eval_source=None, eval_split=None, train_samples=None, eval_samples=0)
+    kind = kind_of("data.source", config.source)
+    if kind in ("embedded", "reasoning_gym"):
+        data = _load(alone)
+        of = "meaning representation" if data.task == "nlg" else None
+        return Pool(data.task, Parsed(data.train, data.notes, evaluated_by=of))
+    _refuse_unused(alone, kind)
+    task, rows = _rows(alone, kind)
+    return Pool(task, _parse(alone, task, rows))
+
+
+def _eval_pool(config: DataConfig) -> Parsed | None:
+    """The examples to evaluate several sources on; None where a part of each is to be held out."""
+    if config.eval_source is None:
+        return None
+    rows = _eval_rows(replace(config, sources=None)) or []
+    return _parse(config, _task(replace(config, sources=None, source=config.eval_source), rows[0]), rows)
 
 
 def score(task: str, predictions: list[str], examples: list[Example]) -> dict[str, Any]:
@@ -65,28 +98,35 @@ def score(task: str, predictions: list[str], examples: list[Example]) -> dict[st
 
     Returns:
         ``n``, ``exact_match_flexible``, ``exact_match_strict``, ``exact_match_last_number`` (each with ``value``,
-        ``low``, ``high``, ``correct``) and ``per_example``; for nlg what ``metrics.nlg.nlg_scores`` returns; ``n``
-        alone where the task has no answers, or no examples.
+        ``low``, ``high``, ``correct``), over the examples with an answer, and ``per_example``; for nlg what
+        ``metrics.nlg.nlg_scores`` returns; ``n`` alone where the task has no answers, or no examples.
     """
     assert len(predictions) == len(examples), f"{len(predictions)} predictions for {len(examples)} examples"
     own: Callable[..., dict[str, Any]] | None = getattr(RECIPES.get(task), "score", None)
     if own is not None and examples:
         return own(predictions, examples)
-    golds = [example.answer for example in examples if example.answer is not None]
-    if not golds:
+    answered = [i for i, example in enumerate(examples) if example.answer is not None]
+    if not answered:
         return {"n": len(examples)}
-    result = exact_match(predictions, golds)
+    golds = [str(examples[i].answer) for i in answered]
+    result = exact_match([predictions[i] for i in answered], golds)
+    verdicts = dict(zip(answered, result["per_example"], strict=True))
     result["per_example"] = [
-        {"id": example.id, "prediction": prediction, "answer": example.answer, **row}
-        for example, prediction, row in zip(examples, predictions, result["per_example"], strict=True)
+        {"id": example.id, "prediction": prediction, "answer": example.answer, **verdicts.get(i, {})}
+        for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
     ]
     return result
 
 
 def _with_system(text: str, examples: list[Example]) -> list[Example]:
-    """Put a system message before every prompt that does not begin with one."""
+    """Put a system message before every prompt that does not begin with one; a raw text has no prompt."""
     system = {"role": "system", "content": text}
-    return [e if e.messages[0]["role"] == "system" else replace(e, messages=(system, *e.messages)) for e in examples]
+    return [
+        replace(e, messages=(system, *e.messages), trained=tuple(turn + 1 for turn in e.trained))
+        if e.messages and e.messages[0]["role"] != "system"
+        else e
+        for e in examples
+    ]
 
 
 def _embedded(config: DataConfig) -> TaskData:
@@ -174,20 +214,24 @@ def _check_columns(config: DataConfig, tasks: list[str]) -> None:
 def _task(config: DataConfig, row: Row) -> str:
     if config.task != "auto":
         return config.task
-    for task, recipe in RECIPES.items():
-        if recipe.recognises(row.fields.keys()):
-            return task
+    tasks = [task for task, recipe in RECIPES.items() if recipe.recognises(row.fields.keys())]
+    named = [task for task in tasks if set(config.columns) <= set(RECIPES[task].FIELDS)]  # what the user renamed counts
+    if tasks:
+        return (named or tasks)[0]
     raise OptionError(
         "data.task",
         "auto",
         f"columns that tell the task; {config.source} has {', '.join(map(str, row.fields))}",
         "gsm8k: question, answer; mawps: question, equation, answer; nlg: mr, ref; "
-        "sft: messages, or prompt and completion. Name the columns with data.columns={question: ..., answer: ...}.",
+        "sft: messages, conversations, prompt and completion, or instruction and output; text: text. "
+        "Name the columns with data.columns={question: ..., answer: ...}.",
     )
 
 
-def _parse(task: str, rows: list[Row]) -> Parsed:
+def _parse(config: DataConfig, task: str, rows: list[Row]) -> Parsed:
     parsed: Parsed = RECIPES[task].parse(rows)
+    if config.train_on == "last":
+        parsed = replace(parsed, examples=[replace(example, trained=()) for example in parsed.examples])
     if not parsed.examples:
         raise OptionError(rows[0].option, rows[0].source, f"at least one usable row for {task}", " ".join(parsed.notes))
     return parsed

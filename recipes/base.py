@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from galore_trainer.config import check_fields, knob
 from galore_trainer.errors import OptionError
 
-Task = Literal["auto", "arithmetic", "gsm8k", "mawps", "nlg", "sft"]
+Task = Literal["auto", "arithmetic", "gsm8k", "mawps", "nlg", "sft", "text"]
+TrainOn = Literal["all", "last"]
 EMBEDDED = "embedded:arithmetic"
 RESTAURANTS = "embedded:restaurants"
 REASONING_GYM = "reasoning_gym:gsm_symbolic"
+OF_A_SOURCE = ("source", "task", "columns", "subset", "revision", "split")
+"""Settings that an entry of ``data.sources`` has for itself, besides its ``weight``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +27,12 @@ class Example:
     """One prompt and the answer that the assistant is trained to give.
 
     Attributes:
-        messages: prompt turns ``{"role", "content"}``; the last one is the user's.
-        target: the assistant's turn, without an end-of-sequence token; the loss is on this text alone.
+        messages: prompt turns ``{"role", "content"}``; the last one is the user's. Empty for a raw text.
+        target: the assistant's turn, without an end-of-sequence token; the loss is on this text. A raw text as a whole.
         answer: the gold answer as text; None where the task has none.
         id: stable name of the example: ``train/17``, ``gsm8k/train/3``, ``file.jsonl:12`` (file and line).
         references: all texts that are right, where a text is scored and there are several; ``target`` is the first.
+        trained: indices in ``messages`` of earlier turns of the assistant that are trained on besides ``target``.
     """
 
     messages: tuple[dict[str, str], ...]
@@ -32,6 +40,7 @@ class Example:
     answer: str | None
     id: str
     references: tuple[str, ...] = ()
+    trained: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +51,12 @@ class DataConfig:
         EMBEDDED,
         f"Training data: {EMBEDDED}, {RESTAURANTS}, {REASONING_GYM}, a hub id, or a .json, .jsonl, .csv or "
         ".parquet file.",
+    )
+    sources: list[dict[str, Any]] | None = knob(
+        None,
+        "Several sources, in the place of source: a list of {source, weight, task, columns, subset, revision, split}. "
+        "Without weights all examples are trained on; with them each source gives weight / (sum of weights) of the "
+        "training examples, drawn by split_seed, none twice.",
     )
     task: Task = knob("auto", "Recipe that reads the rows; auto tells it from the source and its columns.")
     columns: dict[str, str] = knob(
@@ -64,6 +79,9 @@ class DataConfig:
     system_prompt: str | None = knob(
         None, "System message before every prompt that has none; unset leaves it to the model's chat template."
     )
+    train_on: TrainOn = knob(
+        "all", "Turns of the assistant in a chat that are trained on: all of them, or the last one."
+    )
     difficulty: int = knob(2, f"Most steps of a problem of {EMBEDDED}, 1 to 4.", minimum=1)
     max_number: int = knob(
         100, f"Largest number in a problem of {EMBEDDED}, 20 to 10000; factors go up to its square root.", minimum=20
@@ -76,6 +94,36 @@ class DataConfig:
             raise OptionError("data.difficulty", self.difficulty, "a number of steps from 1 to 4")
         if self.max_number > 10_000:
             raise OptionError("data.max_number", self.max_number, "an integer from 20 to 10000")
+        if self.sources is not None:
+            self._check_sources()
+
+    def _check_sources(self) -> None:
+        for name in (*OF_A_SOURCE, "difficulty", "max_number"):
+            if not self.is_default(name):
+                way_out = "Write it into the entries of data.sources." if name in OF_A_SOURCE else "Leave it out."
+                raise OptionError(f"data.{name}", getattr(self, name), "unset beside data.sources", way_out)
+        if self.eval_split is not None and self.eval_source is None:
+            wanted = "unset beside data.sources without data.eval_source"
+            raise OptionError("data.eval_split", self.eval_split, wanted, "Name a data.eval_source.")
+        if not self.sources:
+            raise OptionError("data.sources", [], "at least one source")
+        self.parts()
+
+    def parts(self) -> list[Part]:
+        """The entries of ``sources``; where there are none, the whole as one."""
+        if self.sources is None:
+            return [Part("data", None, self)]
+        return [_part(self, f"data.sources[{number}]", entry) for number, entry in enumerate(self.sources)]
+
+    @property
+    def shown_source(self) -> str:
+        """The source, or all sources, in words."""
+        return ", ".join(part.config.source for part in self.parts())
+
+    def named_sources(self) -> list[tuple[str, str]]:
+        """Each source that is read, the evaluation's too, as (option that names it, name)."""
+        named = [(f"{part.option}.source", part.config.source) for part in self.parts()]
+        return named if self.eval_source is None else [*named, ("data.eval_source", self.eval_source)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and dictionaries, in declaration order."""
@@ -84,6 +132,44 @@ class DataConfig:
     def is_default(self, name: str) -> bool:
         """Whether the field ``name`` has its declared default."""
         return getattr(self, name) == getattr(DataConfig(), name)
+
+
+class Part(NamedTuple):
+    """One source of several: the option that names it, its weight if it has one, and its settings as a whole block."""
+
+    option: str
+    weight: float | None
+    config: DataConfig
+
+
+def _part(config: DataConfig, option: str, entry: dict[str, Any]) -> Part:
+    known = ("source", "weight", *OF_A_SOURCE[1:])
+    for name in entry:
+        if name not in known:
+            raise OptionError(f"{option}.{name}", entry[name], f"one of {', '.join(known)}")
+    if "source" not in entry:
+        raise OptionError(option, entry, "an entry with a source", "For example {source: a.jsonl, weight: 2}.")
+    weight = entry.get("weight")
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (number and 0 < weight < math.inf):
+        raise OptionError(
+            f"{option}.weight", weight, "a finite number above 0", "Leave a source out to read none of it."
+        )
+    settings = {name: value for name, value in entry.items() if name != "weight" and value is not None}
+    with in_entry(option):
+        return Part(option, weight, dataclasses.replace(config, sources=None, **settings))
+
+
+@contextlib.contextmanager
+def in_entry(option: str) -> Iterator[None]:
+    """Errors about the settings of a source name them as they stand in its entry of ``data.sources``."""
+    try:
+        yield
+    except OptionError as error:
+        there = re.compile(rf"\bdata\.({'|'.join(OF_A_SOURCE)})\b(?!\[)")
+        texts = (there.sub(rf"{option}.\1", text) for text in (error.option, error.wanted, error.way_out))
+        name, wanted, way_out = texts
+        raise OptionError(name, error.got, wanted, way_out) from error
 
 
 @dataclass(frozen=True)

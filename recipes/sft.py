@@ -1,71 +1,55 @@
-"""A user's own chats (``messages``) or pairs (``prompt``, ``completion``), in the forms that TRL takes as well.
+"""A user's own conversations, in the forms of ``chats``: messages, ShareGPT, prompts and completions, Alpaca.
 
-Of a chat the last assistant turn is the target and the turns before it are the prompt. A prompt or completion is a
-text, or a list of ``{"role", "content"}`` turns; a CSV cell may hold such a list as JSON. Texts stay as they are.
+Of a chat the last turn of the assistant is the target, the turns before it are the prompt, and the assistant's turns
+among these are trained on as well; of a pair the completion alone is trained on. Texts stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from galore_trainer.recipes.base import Example, Parsed, counted
-from galore_trainer.recipes.sources import MalformedJson, Row, decode_json
+from galore_trainer.recipes.chats import conversation, form_of
+from galore_trainer.recipes.sources import Row
 
-FIELDS = ("messages", "prompt", "completion")
-ROLES = ("system", "user", "assistant")
+FIELDS = (
+    *("messages", "conversations", "prompt", "completion"),
+    *("instruction", "input", "output", "system", "history"),
+)
 
 
 def recognises(columns: Collection[str]) -> bool:
     """Whether rows with these columns are read by this recipe when ``data.task`` is auto."""
-    return "messages" in columns or {"prompt", "completion"} <= set(columns)
+    return form_of(columns) is not None
 
 
 def parse(rows: list[Row]) -> Parsed:
-    """Examples from chats and pairs; trailing turns after the last answer are cut off and counted."""
-    examples, cut = [], 0
+    """Examples from conversations; trailing turns after the last answer are cut off and counted.
+
+    Raises:
+        OptionError: a row without an answer, or with an empty one, or without a user's turn before it.
+    """
+    examples, cut, untrained = [], 0, 0
     for row in rows:
-        if row.fields.get("messages") is not None:
-            turns = _turns(row, "messages", None)
-            last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
-            if last is None:
-                raise row.refuse("messages", "at least one turn of the assistant")
-            cut += last < len(turns) - 1
-            prompt, answer, field = turns[:last], turns[last], "messages"
-        else:
-            prompt, field = _turns(row, "prompt", "user"), "prompt"
-            completion = _turns(row, "completion", "assistant")
-            if len(completion) != 1 or completion[0]["role"] != "assistant":
-                raise row.refuse("completion", "a text or one turn of the assistant")
-            answer = completion[0]
-        if not prompt or prompt[-1]["role"] != "user":
+        turns, given, field = conversation(row)
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= given]
+        if not answers:
+            raise row.refuse(field, "at least one turn of the assistant")
+        *earlier, last = answers
+        cut += last < len(turns) - 1
+        if last == 0 or turns[last - 1]["role"] != "user":
             raise row.refuse(field, "a user's turn before the answer")
-        if not answer["content"].strip():
-            raise row.refuse("completion" if field == "prompt" else field, "an answer that is not empty")
-        examples.append(Example(messages=tuple(prompt), target=answer["content"], answer=None, id=row.id))
-    return Parsed(examples, [f"{counted(cut, 'chat')} cut after the assistant's last turn"] if cut else [])
-
-
-def _turns(row: Row, field: str, role: str | None) -> list[dict[str, str]]:
-    """A field as turns: a list as it is, JSON text of a list decoded, other text as one turn of ``role``."""
-    value: Any = row.fields.get(field)
-    if isinstance(value, str):
-        if value.lstrip().startswith("[") and (decoded := _json_turns(value)) is not None:
-            value = decoded
-        elif role is not None:
-            return [{"role": role, "content": row.text(field)}]
-    if not isinstance(value, list) or not value:
-        raise row.refuse(field, "a list of turns" if role is None else "a text or a list of turns")
-    for turn in value:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            raise row.refuse(field, f"turns with 'role' (one of {', '.join(ROLES)}) and 'content' (a text)")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
-
-
-def _json_turns(text: str) -> list[Any] | None:
-    try:
-        value, end = decode_json(text)
-    except MalformedJson:
-        return None
-    turns = isinstance(value, list) and all(isinstance(v, dict) and "role" in v for v in value)
-    return value if turns and end == len(text) else None
+        if not turns[last]["content"].strip():
+            raise row.refuse(field, "an answer that is not empty")
+        trained = tuple(i for i in earlier if i > 0 and turns[i]["content"].strip())
+        untrained += len(earlier) - len(trained)
+        examples.append(
+            Example(
+                messages=tuple(turns[:last]), target=turns[last]["content"], answer=None, id=row.id, trained=trained
+            )
+        )
+    notes = [f"{counted(cut, 'chat')} cut after the assistant's last turn"] if cut else []
+    if untrained:
+        count = counted(untrained, "turn")
+        notes.append(f"{count} of the assistant read, not trained on: empty, or the first of a chat")
+    return Parsed(examples, notes)

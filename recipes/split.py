@@ -17,8 +17,15 @@ from galore_trainer.recipes.base import DataConfig, Example, Parsed, TaskData, c
 
 
 def prompt_key(example: Example) -> str:
-    """The text by which prompts are compared: all turns, without regard to case and white space."""
-    return "\n".join(f"{turn['role']}: {' '.join(turn['content'].casefold().split())}" for turn in example.messages)
+    """The text by which prompts are compared: all turns, or a raw text, without regard to case and white space."""
+    turns = example.messages or ({"role": "text", "content": example.target},)
+    return "\n".join(f"{turn['role']}: {' '.join(turn['content'].casefold().split())}" for turn in turns)
+
+
+def trained_prompts(example: Example) -> set[str]:
+    """The keys of all prompts whose answers an example is trained on."""
+    earlier = (replace(example, messages=example.messages[:turn]) for turn in example.trained)
+    return {prompt_key(example), *map(prompt_key, earlier)}
 
 
 def gather(examples: Iterable[Example]) -> list[Example]:
@@ -32,7 +39,7 @@ def gather(examples: Iterable[Example]) -> list[Example]:
 def assemble(task: str, train: Parsed, evaluation: Parsed | None, config: DataConfig) -> TaskData:
     """Deduplicate, hold out a part or read the evaluation source, and pick the requested numbers of samples."""
     notes = list(train.notes)
-    pool = _unique(train.examples)
+    pool = unique(train.examples)
     if len(pool) < len(train.examples):
         dropped = counted(len(train.examples) - len(pool), "duplicate")
         notes.append(f"{dropped} among {len(train.examples)} training examples dropped")
@@ -44,7 +51,7 @@ def assemble(task: str, train: Parsed, evaluation: Parsed | None, config: DataCo
         held_out = gather(held_out) if train.evaluated_by else held_out
     else:
         examples = gather(evaluation.examples) if train.evaluated_by else evaluation.examples
-        rest, held_out = _apart_from(pool, replace(evaluation, examples=examples), config, notes)
+        rest, held_out = apart_from(pool, replace(evaluation, examples=examples), config, notes)
     if train.evaluated_by and held_out:
         references = sum(len(example.references) for example in held_out)
         notes.append(
@@ -59,13 +66,14 @@ def assemble(task: str, train: Parsed, evaluation: Parsed | None, config: DataCo
             raise OptionError(
                 "data.train_samples", config.train_samples, f"at most the {len(usable)} examples there are to train on"
             )
-        chosen = _pick((prompt_key(e) + e.target for e in usable), config.train_samples, config.split_seed)
+        chosen = pick((prompt_key(e) + e.target for e in usable), config.train_samples, config.split_seed)
         usable = [e for e in usable if prompt_key(e) + e.target in chosen]
         notes.append(f"training on {len(usable)} examples picked by split_seed {config.split_seed}")
     return TaskData(task=task, train=usable, eval=held_out, notes=notes)
 
 
-def _unique(examples: list[Example]) -> list[Example]:
+def unique(examples: Iterable[Example]) -> list[Example]:
+    """The first example of every prompt and answer."""
     first: dict[tuple[str, str], Example] = {}
     for example in examples:
         first.setdefault((prompt_key(example), example.target if example.answer is None else example.answer), example)
@@ -84,37 +92,38 @@ def _hold_out(
             f"fewer than the {len(prompts)} different prompts of {config.source}",
             f"For example data.eval_samples={max(1, len(prompts) // 10)}, or name a data.eval_source.",
         )
-    chosen = _pick(prompts, config.eval_samples, config.split_seed)
+    chosen = pick(prompts, config.eval_samples, config.split_seed)
     held_out = [example for example in pool if prompt_key(example) in chosen]
     notes.append(
         f"{len(held_out)} of {len(pool)} examples ({len(chosen)} prompts) held out for evaluation by "
         f"split_seed {config.split_seed}"
     )
-    return [example for example in pool if prompt_key(example) not in chosen], held_out
+    return [example for example in pool if chosen.isdisjoint(trained_prompts(example))], held_out
 
 
-def _apart_from(
+def apart_from(
     pool: list[Example], evaluation: Parsed, config: DataConfig, notes: list[str]
 ) -> tuple[list[Example], list[Example]]:
+    """The examples whose prompts are not evaluated on, and those to evaluate on."""
     examples = evaluation.examples
     notes.extend(f"eval: {note}" for note in evaluation.notes)
-    duplicates = len(examples) - len(_unique(examples))
+    duplicates = len(examples) - len(unique(examples))
     if duplicates:
         notes.append(f"eval: {counted(duplicates, 'duplicate')} among {len(examples)} examples kept")
     prompts = {prompt_key(example) for example in examples}
-    rest = [example for example in pool if prompt_key(example) not in prompts]
+    rest = [example for example in pool if prompts.isdisjoint(trained_prompts(example))]
     if len(rest) < len(pool):
         notes.append(
             f"{counted(len(pool) - len(rest), 'training example')} with a prompt of the evaluation data dropped"
         )
     if config.eval_samples is not None and config.eval_samples < len(examples):
-        chosen = _pick((example.id for example in examples), config.eval_samples, config.split_seed)
+        chosen = pick((example.id for example in examples), config.eval_samples, config.split_seed)
         notes.append(f"evaluating on {len(chosen)} of {len(examples)}, picked by split_seed {config.split_seed}")
         examples = [example for example in examples if example.id in chosen]
     return rest, examples
 
 
-def _pick(keys: Iterable[str], count: int, seed: int) -> set[str]:
+def pick(keys: Iterable[str], count: int, seed: int) -> set[str]:
     """``count`` of the keys, those with the smallest hash under ``seed``."""
 
     def rank(key: str) -> bytes:

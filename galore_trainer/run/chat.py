@@ -12,9 +12,9 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.device import device_type, uses_bf16
 from galore_trainer.run.launching.checkpoints import NAME, newest_whole
 from galore_trainer.run.models.adapters import ADAPTER_CONFIG, load_adapted
-from galore_trainer.run.models.generation import decoding, inference, stop_ids
+from galore_trainer.run.models.generation import decoding, inference
 from galore_trainer.run.models.model import load_model
-from galore_trainer.run.models.prompts import render_prompt, token_ids
+from galore_trainer.run.models.prompts import render_prompt, stop_ids, token_ids
 from galore_trainer.run.settings.arguments import check_attention
 from galore_trainer.run.settings.methods import ADAPTER
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig, load_run_config

@@ -20,6 +20,13 @@ ELSEWHERE = {"git", "pip", "python3", "accelerate", "torchrun", "srun", "export"
 """Programs that only parsed blocks call, and the clone of README's first block."""
 
 
+RECIPES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+EXAMPLES = dict(
+    (path, rows) for rows, path in re.findall(r"^```json\n([^`]+)```\n```bash\n[^`]*?data\.source=(\S+)", RECIPES, re.M)
+)
+"""The lines of data in docs/recipes.md, by the file that the command below them names."""
+
+
 def names(pages: list[Path], language: str) -> list[Any]:
     return [pytest.param(page, id=page.name) for page in pages if blocks(page, language)]
 
@@ -39,6 +46,7 @@ def folder(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pairs = [{"prompt": f"Name {i}.", "chosen": " yes", "rejected": " no"} for i in range(8)]
     table = "mr,ref\n" + "".join(f'"name[Bar {i}], food[Thai]",Bar {i} serves Thai food.\n' for i in range(8))
     files = {
+        **EXAMPLES,
         "chats.jsonl": lines({"messages": chat(f"Name {i}.", f"It is {i}.")} for i in range(64)),
         "pairs.jsonl": lines(pairs),
         "triples.jsonl": lines({**pair, "reference": " yes!"} for pair in pairs),
@@ -190,6 +198,19 @@ def test_yaml(page: Path, folder: Path) -> None:
 def test_json_lines(page: Path) -> None:
     for block in blocks(page, "json"):
         assert all(json.loads(line) for line in block.code.splitlines())
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_each_line_of_data_is_an_example(path: str, folder: Path) -> None:
+    from galore_trainer.recipes import DataConfig, load_data
+
+    rows = EXAMPLES[path].splitlines()
+    (folder / path).write_text(EXAMPLES[path])
+    columns = {"prompt": "request", "completion": "reply"} if "replies" in path else {}
+    data = load_data(DataConfig(source=path, columns=columns, eval_samples=0))
+    assert data.task == ("text" if "texts" in path else "sft")
+    assert len(data.train) == len(rows) == 3
+    assert sum(len(example.trained) for example in data.train) == EXAMPLES[path].count("A lake?")
 
 
 def test_messages_of_troubleshooting_are_those_of_the_code() -> None:

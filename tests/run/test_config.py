@@ -170,7 +170,7 @@ def test_a_setting_given_twice_is_refused_naming_both(file: Path, overrides, fla
         ("cutoff_len=512", "cutoff_len", "'max_length: 512'"),
         ("no_cuda=true", "no_cuda", "'use_cpu: true'"),
         ("optim=galore_adamw", "optim", "method: galore"),
-        ("packing=true", "packing", "--trainer trl"),
+        ("padding_free=true", "padding_free", "--trainer trl"),
         ("assistant_only_loss=true", "assistant_only_loss", "SFTTrainer"),
         ("lora_r=8", "lora_r", "'lora.rank=8'"),
         ("lora.r=8", "lora.r", "'lora.rank=8'"),

@@ -106,7 +106,7 @@ def test_a_run_by_trl_resumes_leaves_one_card_and_reports_to_nobody(
 @pytest.mark.parametrize(
     ("settings", "option", "words"),
     [
-        ({"packing": True}, "packing", "add 'trainer: trl'"),
+        ({"packing_strategy": "bfd"}, "packing_strategy", "add 'trainer: trl'"),
         ({"trainer": "trl", "packing": True, "packing_strategy": "wrapped"}, "packing_strategy", "bfd, bfd_split"),
         ({"trainer": "trl", "shuffle_dataset": True}, "shuffle_dataset", "train_sampling_strategy"),
         ({"trainer": "trl", "completion_only_loss": False}, "completion_only_loss", "on the answer alone"),

@@ -39,10 +39,13 @@ def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
     lines = [
         ("model", f"{config.model_name_or_path}, weights in {config.dtype}, bf16 autocast {_on(arguments.bf16)}"),
         ("method", _method(config)),
-        ("data", f"{data.task} from {config.data.source}: {len(data.train)} to train on, {len(data.eval)} held out"),
+        (
+            "data",
+            f"{data.task} from {config.data.shown_source}: {len(data.train)} to train on, {len(data.eval)} held out",
+        ),
         *(("", f"- {note}") for note in data.notes),
         ("learning rate", learning_rates(config, arguments.learning_rate)),
-        ("steps", _steps(arguments, len(data.train), world)),
+        ("steps", _steps(arguments, len(data.train), world, config.packing)),
         *([("launch", f"{world} processes, {launch.name}")] if launch else ()),
         ("output", config.output_dir + _taken(config.output_dir)),
         *([("upload", f"model, tokenizer and card to {destination.repo_id}")] if destination else ()),
@@ -93,12 +96,12 @@ def _method(config: RunConfig) -> str:
     )
 
 
-def _steps(arguments: TrainingArguments, examples: int, world: int) -> str:
+def _steps(arguments: TrainingArguments, examples: int, world: int, packing: bool) -> str:
     from transformers import SchedulerType
 
     total, per_epoch = count_steps(arguments, examples, world)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
-    packed = ", fewer once they are packed" if getattr(arguments, "packing", False) else ""
+    packed = ", fewer once they are packed" if packing else ""
     return (
         f"{total} of {batch} examples ({total / per_epoch:.2g} epochs of {per_epoch} steps{packed}), "
         f"warm-up {arguments.get_warmup_steps(total)}, schedule {SchedulerType(arguments.lr_scheduler_type).value}"

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from galore_trainer.run.models.prompts import pad_prompts, token_ids
+from galore_trainer.run.models.prompts import pad_prompts, stop_ids, token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -98,10 +98,3 @@ def decoding(
         yield
     finally:
         model.generation_config = settings
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token, and those the model's authors end a turn with."""
-    model_ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = model_ends if isinstance(model_ends, list) else [] if model_ends is None else [model_ends]
-    return [tokenizer.eos_token_id, *(i for i in ends if i != tokenizer.eos_token_id)]

@@ -32,7 +32,7 @@ def preview(config: RunConfig, count: int = 2) -> str:
     tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     step = max(1, -(-len(data.train) // MOST_MEASURED))
     measured = [encode(tokenizer, example, config.max_length) for example in data.train[::step]]
-    parts = [f"{data.task} from {config.data.source}: {len(data.train)} to train on, {len(data.eval)} held out"]
+    parts = [f"{data.task} from {config.data.shown_source}: {len(data.train)} to train on, {len(data.eval)} held out"]
     parts += [f"- {note}" for note in data.notes]
     parts += ["", LEGEND]
     for example in data.train[:count]:
@@ -75,12 +75,15 @@ def _summary(encoded: list[dict[str, Any]], max_length: int, *, stride: int) -> 
     lengths = [len(item["input_ids"]) for item in encoded]
     trained = sum(label != -100 for item in encoded for label in item["labels"])
     long = sum(bool(item["truncated"]) for item in encoded)
+    cut = sum(length > max_length for length in lengths) - long
+    pieces = [f"raw texts longer than max_length {max_length}, cut into pieces: {cut}"] if cut else []
     sample = f" (every {stride}th example measured)" if stride > 1 else ""
     return [
         f"tokens per example: {min(lengths)} to {max(lengths)}, mean {sum(lengths) / len(lengths):.0f}, "
         f"of which {trained / len(lengths):.0f} trained on{sample}",
         f"longer than max_length {max_length} and left out: {long} of {len(encoded)} "
         f"({100 * long / len(encoded):.1f} %)",
+        *pieces,
         "",
         *histogram(lengths),
     ]

@@ -32,7 +32,6 @@ TRAINING = (
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "packing",
     "bf16",
     "seed",
 )
@@ -61,10 +60,11 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     method = METHODS[config.method]
-    base, data = public_name(config.model_name_or_path), config.data.source
-    kind = kind_of("data.source", data)
-    data = PurePath(data).name if kind == "file" else data
-    hub_ids = [source for source in _sources(config) if kind_of("data.source", source) == "hub"]
+    base, parts = public_name(config.model_name_or_path), config.data.parts()
+    data = ", ".join(_public_source(part.config.source) for part in parts)
+    named = dict.fromkeys(source for _, source in config.data.named_sources())
+    hub_ids = [source for source in named if kind_of("data.source", source) == "hub"]
+    alone_on_hub = len(parts) == 1 and kind_of("data.source", config.data.source) == "hub"
     title = f"{base.rpartition('/')[2]}, fine-tuned with {method.title.partition(' (')[0]}"
     results = _results(config, after) if after else []
     header = ModelCardData(
@@ -79,6 +79,7 @@ def model_card(
     knobs: dict[str, Any] = {key: getattr(config, key) for key in ("method", "trainer", "dtype", "max_length")}
     if block := method.block:
         knobs |= {f"{block}.{key}": value for key, value in dataclasses.asdict(getattr(config, block)).items()}
+    knobs |= {"packing": True} if config.packing else {}
     knobs |= {key: config.training[key] for key in TRAINING if key in config.training}
     scored = [(name, result) for name, result in (("base model", before), ("this model", after)) if result]
     cells = [(name, _cells(result)) for name, result in scored]
@@ -88,7 +89,7 @@ def model_card(
         title=title,
         base=base,
         data=data,
-        split=config.data.split if kind == "hub" else None,
+        split=config.data.split if alone_on_hub else None,
         method=method.title,
         trust=", trust_remote_code=True" if config.trust_remote_code else "",
         key_settings=_key_settings(config),
@@ -124,8 +125,8 @@ def _results(config: RunConfig, after: Mapping[str, Any]) -> list[EvalResult]:
     """The scores of the trained model, as the hub's index of models holds them."""
     from huggingface_hub import EvalResult
 
-    source = config.data.eval_source or config.data.source
-    on_hub = kind_of("data.source", source) == "hub"
+    source = config.data.eval_source or config.data.shown_source
+    on_hub = (config.data.eval_source or not config.data.sources) and kind_of("data.source", source) == "hub"
     split = config.data.eval_split or (config.data.split if config.data.eval_source else None)
     common: dict[str, Any] = {
         "task_type": "text-generation",
@@ -201,7 +202,6 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
     return {**cells, "loss on the targets": f"{result['eval_loss']:.3f}", "examples": str(result["n"])}
 
 
-def _sources(config: RunConfig) -> list[str]:
-    """What the model was trained on, and evaluated on if that is something else."""
-    sources = (config.data.source, config.data.eval_source)
-    return list(dict.fromkeys(source for source in sources if source is not None))
+def _public_source(source: str) -> str:
+    """A file without its path, anything else as it is."""
+    return PurePath(source).name if kind_of("data.source", source) == "file" else source

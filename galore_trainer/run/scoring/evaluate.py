@@ -12,6 +12,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.metrics.nlg import PER_EXAMPLE
 from galore_trainer.run.device import device_type, uses_bf16
 from galore_trainer.run.files import check_writable, write_file
+from galore_trainer.run.models.encoded import encoded
 from galore_trainer.run.models.generation import Progress, generate, inference
 from galore_trainer.run.models.prompts import IGNORED, encode_all, make_collator, render_prompt
 from galore_trainer.run.scoring.scores import headline
@@ -79,14 +80,15 @@ def evaluate_examples(
 
     Args:
         predictions_path: JSON lines written there, one a prediction.
-        losses_path: JSON lines written there, one an example that is not too long: its ``id``, its mean ``loss`` in
-            nats per token and its ``tokens``, for comparisons problem by problem.
+        losses_path: JSON lines written there, one an example that is not too long, or a piece of a raw text: its
+            ``id``, its mean ``loss`` in nats per token and its ``tokens``, for comparisons problem by problem.
 
     Returns:
         ``task``; all the recipe's ``score`` reports but ``per_example``, ``n`` among it; ``metric``, ``extract``,
-        ``score`` and ``interval`` as ``scores.headline`` has them; ``eval_loss`` (mean over target tokens, of the first
-        reference where there are several), ``eval_loss_dropped`` (examples longer than ``max_length``, left out of the
-        loss), ``seconds``. Without ``config.eval.generate`` no answer is written: of the scores there is ``n`` alone.
+        ``score`` and ``interval`` as ``scores.headline`` has them; ``eval_loss`` (mean over the tokens that would be
+        trained on, of the first reference where there are several), ``eval_loss_dropped`` (examples longer than
+        ``max_length``, left out of the loss), ``seconds``. Without ``config.eval.generate`` no answer is written: of
+        the scores there is ``n`` alone.
 
     Raises:
         OptionError: nothing to evaluate on.
@@ -100,29 +102,35 @@ def evaluate_examples(
     bf16 = uses_bf16(config.training.get("bf16"), model.device.type)
     scores: dict[str, Any] = {"n": len(examples)}
     if config.eval.generate:
-        prompts = [render_prompt(tokenizer, example.messages, example.id) for example in examples]
-        predictions = generate(
+        asked = [i for i, example in enumerate(examples) if example.messages]  # the others are raw texts
+        prompts = {i: render_prompt(tokenizer, examples[i].messages, examples[i].id) for i in asked}
+        texts = generate(
             model,
             tokenizer,
-            prompts,
+            [*prompts.values()],
             max_new_tokens=config.eval.max_new_tokens,
             batch_size=config.eval.batch_size,
             bf16=bf16,
             progress=progress,
         )
-        scores = score(task, predictions, list(examples))
+        answers = dict(zip(asked, texts, strict=True))
+        scores = score(task, [answers.get(i, "") for i in range(len(examples))], list(examples))
         verdicts = scores.pop("per_example", [{}] * len(examples))
         if predictions_path is not None:
             lines = []
-            for example, prompt, prediction, verdict in zip(examples, prompts, predictions, verdicts, strict=True):
-                line = {"id": example.id, "prompt": prompt, "prediction": prediction, "answer": example.answer}
-                lines.append({**line, **_verdict(verdict, config.eval.extract)})
+            for i in asked:
+                example = examples[i]
+                line = {"id": example.id, "prompt": prompts[i], "prediction": answers[i], "answer": example.answer}
+                lines.append({**line, **_verdict(verdicts[i], config.eval.extract)})
             _write_lines(predictions_path, lines)
-    rows = encode_all(tokenizer, examples, config.max_length)
+    rows = encoded(tokenizer, examples, config.max_length)
     batch_size = config.training.get("per_device_eval_batch_size", LOSS_BATCH_SIZE)
     losses = target_losses(model, tokenizer, rows.rows, batch_size, bf16=bf16)
     if losses_path is not None:
         short = [example.id for example in examples if example.id not in rows.dropped]
+        if len(short) < len(losses):  # long raw texts are cut into pieces
+            kept = (example for example in examples if example.id not in rows.dropped)
+            short = [e.id for e in kept for _ in encode_all(tokenizer, [e], config.max_length).rows]
         means = [round(loss.total / loss.tokens, LOSS_DIGITS) for loss in losses]
         _write_lines(
             losses_path,

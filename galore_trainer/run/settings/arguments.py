@@ -117,10 +117,10 @@ def arguments_class(config: RunConfig) -> tuple[type[TrainingArguments], dict[st
     defaults = {
         f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init and f.default != trl_defaults[f.name]
     }
-    packed, padding_free = (config.training.get(name, False) for name in ("packing", "padding_free"))
+    padding_free = config.training.get("padding_free", False)
     # No row exceeds max_length, so TRL truncates nothing. With padding-free batches and no packing TRL wants None.
-    length = config.max_length if packed or not padding_free else None
-    return SFTConfig, {**defaults, "max_length": length, "completion_only_loss": True}
+    length = config.max_length if config.packing or not padding_free else None
+    return SFTConfig, {**defaults, "max_length": length, "completion_only_loss": True, "packing": config.packing}
 
 
 def _check_scheduler(arguments: TrainingArguments) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from galore_trainer.errors import OptionError
+from galore_trainer.recipes.base import OF_A_SOURCE
 from galore_trainer.run.settings.convert_rules import Kind, Rule, Tool, Untranslatable, as_here, none, to
 from galore_trainer.run.settings.convert_tables import TOOLS, recognise
 from galore_trainer.run.settings.keys import REFUSED
@@ -23,6 +25,9 @@ SECRETS = ("hub_token", "api_key", "secret", "webhook_url")
 OLD_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
 """Texts that are true or false in YAML 1.1, which other programs read."""
 CHOICE = " --from NAME says whose it is."
+NUMBER = re.compile(r"\[(\d+)\]")
+"""The number of a further entry of a list, from 2, in a key."""
+ENTRY = re.compile(r"data\.sources\[(\d+)\]\.(\w+)")
 TITLES: dict[Kind, str] = {
     "mapped": "mapped",
     "changed": "changed in meaning, or to be done by hand",
@@ -40,6 +45,8 @@ class Line:
         kind: mapped, changed or missing.
         settings: ours, by dotted key.
         note: why, or what changes.
+        entry: number, from 0, of the entry of ``data.sources`` that it would belong to.
+        part: what it sets there, where there are several.
     """
 
     key: str
@@ -47,12 +54,17 @@ class Line:
     kind: Kind
     settings: dict[str, Any]
     note: str
+    entry: int = 0
+    part: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         value = "..." if self.key.endswith(SECRETS) else _shown(self.value)
         left = f"{self.key}: {value}" if self.key else "(not written)"
         same = self.settings == {self.key: self.value}
-        right = "" if same else ", ".join(f"{key}: {_shown(value)}" for key, value in self.settings.items())
+        shown = dict(self.settings)
+        if self.part and shown.pop("data.sources", None):
+            shown |= {f"data.sources[{self.entry}].{name}": value for name, value in self.part.items()}
+        right = "" if same else ", ".join(f"{key}: {_shown(value)}" for key, value in shown.items())
         return f"{left}{f' -> {right}' if right else ''}{f'  ({self.note})' if self.note else ''}"
 
 
@@ -100,6 +112,7 @@ def convert(file: str, program: str | None = None) -> Conversion:
     lines = {key: _translate(key, value, flat, tool.rules) for key, value in flat.items()}
     if not any(line.settings for line in lines.values()):
         raise _nobodys(document, "" if program else CHOICE)
+    _join_sources(lines)
     order = {key: number for number, key in enumerate(tool.rules)}
     settings: dict[str, Any] = {}
     for line in sorted(lines.values(), key=lambda line: order.get(line.key, -1)):
@@ -152,7 +165,7 @@ def _nobodys(document: Document, choice: str) -> OptionError:
 
 
 def _flatten(data: Mapping[str, Any], rules: Mapping[str, Rule], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values of a file; what a table knows the parts of is taken apart, of a list the first entry alone."""
+    """Keys and values; what a table knows the parts of is taken apart, a list of them into ``key``, ``key[2]``, ..."""
     for name, value in data.items():
         key = f"{above}{name}"
         if isinstance(value, str) and not name.endswith("strategy"):
@@ -162,15 +175,16 @@ def _flatten(data: Mapping[str, Any], rules: Mapping[str, Rule], above: str = ""
             pairs = (part.partition("=") for part in value.split(","))
             value = {left.strip(): parse_value(right) for left, _, right in pairs}
         if has_parts and isinstance(value, list) and value and isinstance(value[0], Mapping):
-            yield from _flatten(value[0], rules, f"{key}.")
-            for number, more in enumerate(value[1:], start=2):
-                yield f"{key}[{number}]", more
+            for number, entry in enumerate(value, start=1):
+                name = key if number == 1 else f"{key}[{number}]"
+                if isinstance(entry, Mapping):
+                    yield from ((f"{name}{part[len(key) :]}", v) for part, v in _flatten(entry, rules, f"{key}."))
+                else:
+                    yield name, entry
         elif has_parts and isinstance(value, Mapping) and value:
             yield from _flatten(value, rules, f"{key}.")
         elif key in rules and rules[key].commas and (entries := _entries(value)):
-            first, *others = entries
-            yield key, first
-            yield from ((f"{key}[{number}]", more) for number, more in enumerate(others, start=2))
+            yield from ((f"{key}[{number}]" if number > 1 else key, v) for number, v in enumerate(entries, start=1))
         else:
             yield key, value
 
@@ -193,17 +207,56 @@ def _translate(key: str, value: Any, file: Mapping[str, Any], rules: Mapping[str
             settings[rule.key] = rule.value(value, file) if rule.value else value
         except Untranslatable as error:
             settings, kind, note = {}, "missing", str(error)
-    return Line(key=key, value=value, kind=kind, settings=settings, note=note)
+    part = {name.removeprefix("data."): v for name, v in settings.items() if name.removeprefix("data.") in OF_A_SOURCE}
+    if rule.entry:
+        try:
+            part[rule.entry] = rule.value(value, file) if rule.value else value
+        except Untranslatable as error:
+            kind, note = "missing", str(error)
+    number = NUMBER.search(key)
+    return Line(
+        key=key,
+        value=value,
+        kind=kind,
+        settings=settings,
+        note=note,
+        entry=int(number[1]) - 1 if number else 0,
+        part=part,
+    )
+
+
+def _join_sources(lines: Mapping[str, Line]) -> None:
+    """Where a file has several sources, let the lines about them set ``data.sources`` together."""
+    several = {_base(key) for key, line in lines.items() if line.entry and "source" in line.part}
+    lists = tuple(base.removesuffix(".path").removesuffix(".id") for base in several)
+    if not several:
+        return
+    members = [
+        line for key, line in lines.items() if line.part and (_base(key).startswith(lists) or "weight" in line.part)
+    ]
+    entries: dict[int, dict[str, Any]] = {}
+    for line in members:
+        entries.setdefault(line.entry, {}).update(line.part)
+    named = [number for number in sorted(entries) if "source" in entries[number]]
+    for line in members:
+        line.entry = named.index(line.entry) if line.entry in named else -1
+        rest = {k: v for k, v in line.settings.items() if k.removeprefix("data.") not in OF_A_SOURCE}
+        line.settings = rest | {"data.sources": [entries[number] for number in named]}
+
+
+def _base(key: str) -> str:
+    """A key without the number of its entry."""
+    return NUMBER.sub("", key)
 
 
 def _rule(key: str, value: Any, rules: Mapping[str, Rule]) -> Rule:
     if value is None or value in ("", [], {}):
         return as_here("empty")
-    base = key.partition("[")[0]
-    if base != key:  # a further entry of a list
-        return none("One source is read: put all rows into one file.")
+    further, key = NUMBER.search(key) is not None, _base(key)
     if key in rules:
         rule = rules[key]
+        if further and str(rule.key).startswith("data.eval"):
+            return none("One evaluation source is read: put all rows into one file.")
         hashable = isinstance(value, str | int | float | bool)
         return rule.cases[value] if hashable and value in rule.cases else rule
     if key in known_keys() and "." not in key:
@@ -227,7 +280,11 @@ def _defaults(tool: Tool, settings: Mapping[str, Any]) -> list[Line]:
     written = {key: value(settings) if callable(value) else value for key, value in defaults.items()}
     note = f"the default of {tool.name}"
     lines = [(key, value, note) for key, value in written.items()]
-    lines += [(key, value, "The file names none: write yours.") for key, value in TO_BE_WRITTEN.items()]
+    lines += [
+        (key, value, "The file names none: write yours.")
+        for key, value in TO_BE_WRITTEN.items()
+        if f"{key}s" not in settings
+    ]
     return [
         Line(key="", value=None, kind="changed", settings={key: value}, note=note)
         for key, value, note in lines
@@ -246,6 +303,9 @@ def _leave_out_refused(settings: dict[str, Any], lines: list[Line]) -> None:
             RunConfig.from_dict(_nested(settings))
             return
         except OptionError as error:
+            if place := ENTRY.fullmatch(error.option):
+                _leave_out_of_entry(settings, lines, int(place[1]), place[2], error)
+                continue
             if error.option not in settings:
                 raise
             if error.option in TO_BE_WRITTEN:
@@ -258,6 +318,15 @@ def _leave_out_refused(settings: dict[str, Any], lines: list[Line]) -> None:
                         "missing",
                         f"{error.option}: wanted {error.wanted}. {error.way_out.removesuffix('(settings)')}".strip(),
                     )
+
+
+def _leave_out_of_entry(
+    settings: dict[str, Any], lines: list[Line], number: int, name: str, error: OptionError
+) -> None:
+    settings["data.sources"][number].pop(name)
+    for line in lines:
+        if line.entry == number and name in line.part:
+            line.kind, line.note = "missing", f"{error.option}: wanted {error.wanted}. {error.way_out}".strip()
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:

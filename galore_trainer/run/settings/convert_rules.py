@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class Rule:
         value: makes our value; None takes it as it is.
         sets: our settings, whatever the value is; ``{value}`` as a value stands for it.
         cases: the rule of single values, in place of this one.
-        commas: the value is a list with commas; the first entry counts.
+        commas: the value is a list with commas, one part for each entry of ``data.sources``.
+        entry: the setting of an entry of ``data.sources`` where there are several; nothing where there is one.
     """
 
     kind: Kind
@@ -42,6 +44,7 @@ class Rule:
     sets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cases: Mapping[Any, Rule] = dataclasses.field(default_factory=dict)
     commas: bool = False
+    entry: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,42 @@ def source(value: Any, _: File) -> str:
     return text if is_source else f"path/to/{PurePosixPath(text).name or 'train'}.jsonl"
 
 
+def mixer(value: Any, file: File) -> list[dict[str, str]]:
+    """The names of a mapping as sources."""
+    if not isinstance(value, Mapping) or not value:
+        raise Untranslatable("It is no mapping of data sets.")
+    return [{"source": source(name, file)} for name in value]
+
+
+def column(name: str) -> Value:
+    """A column of the file as the one that is called ``name`` here."""
+
+    def renamed(value: Any, _: File) -> dict[str, str]:
+        if not isinstance(value, str):
+            raise Untranslatable("It is no name of a column.")
+        return {name: value}
+
+    return renamed
+
+
+def number(value: Any, _: File) -> float:
+    """A number above 0, also as a text."""
+    try:
+        if not isinstance(value, bool) and 0 < float(value) < math.inf:
+            return value if isinstance(value, int | float) else float(value)
+    except (TypeError, ValueError):
+        pass
+    raise Untranslatable("It is no number above 0.")
+
+
+def assistant_alone(value: Any, _: File) -> str:
+    """The roles that are trained on, where they are the assistant's."""
+    roles = [value] if isinstance(value, str) else value
+    if isinstance(roles, list) and roles and all(role in ("assistant", "gpt", "model") for role in roles):
+        return "all"
+    raise Untranslatable("The loss is on the assistant's turns alone.")
+
+
 def held_out(value: Any, _: File) -> int:
     """A number of held-out examples; a share has no counterpart."""
     if isinstance(value, int | float) and not isinstance(value, bool) and (value == 0 or value >= 1):
@@ -143,3 +182,52 @@ def twice_the_rank(value: Any, file: File) -> Any:
     """An alpha of LLaMA-Factory: 0 is twice the rank."""
     rank = file.get("lora_rank") or 8
     return value or (2 * rank if isinstance(rank, int) else rank)
+
+
+# ------------------------------------------------------------------------------------------ rules of data
+
+SEVERAL = "An entry of data.sources: path, name, split, columns, weight."
+ROWS = "Columns tell the form of the rows; data.columns renames them."
+WEIGHTS = Rule(kind="changed", note="Its share of the training examples, none twice.", entry="weight", value=number)
+ANSWERS = "The loss is on the assistant's turns alone."
+TEMPLATE = "The prompt's form is the chat template's."
+TURNS = "Turns are {role, content} or {from, value}."
+ENDS = "The end of each answer is trained on."
+
+AXOLOTL_DATA: dict[str, Rule] = {
+    "datasets.path": to("data.source", ROWS, source),
+    "datasets.split": to("data.split"),
+    "datasets.name": to("data.subset"),
+    "datasets.revision": to("data.revision"),
+    "datasets.type": case({
+        "completion": sets({"data.task": "text"}), "chat_template": sets({"data.task": "sft"}),
+        **{name: sets({"data.task": "sft"}, TEMPLATE) for name in ("alpaca", "sharegpt")},
+    }, none(f"{TEMPLATE} {ROWS}")),
+    "datasets.field": to("data.columns", value=column("text")),
+    "datasets.field_messages": case(
+        {name: as_here("told by the columns") for name in ("messages", "conversations")},
+        to("data.columns", value=column("messages")),
+    ),
+    "test_datasets.path": to("data.eval_source", ROWS, source),
+    "test_datasets.split": to("data.eval_split"),
+    "test_datasets.type": as_here("as the training data"),
+    **{f"{block}{name}": rule for block in ("datasets", "test_datasets") for name, rule in {
+        "": none(SEVERAL),
+        ".ds_type": as_here("told by the ending"),
+        ".data_files": none("Write the file as data.source."),
+        ".message_property_mappings.role": case({"role": as_here(), "from": as_here()}, none(TURNS)),
+        ".message_property_mappings.content": case({"content": as_here(), "value": as_here()}, none(TURNS)),
+        ".roles_to_train": to("data.train_on", value=assistant_alone),
+        ".train_on_eos": case({"turn": as_here(ENDS)}, none(ENDS)),
+    }.items()},
+}  # fmt: skip
+
+TRL_DATA: dict[str, Rule] = {
+    **{f"{block}.{name}": rule for block in ("datasets", "dataset_mixture.datasets") for name, rule in {
+        "path": to("data.source", value=source), "id": to("data.source", value=source), "name": to("data.subset"),
+        "config": to("data.subset"), "split": to("data.split"), "columns": as_here("others are not read"),
+        "data_files": none("Write the file as data.source."), "weight": WEIGHTS,
+    }.items()},
+    "datasets": none(SEVERAL),
+    "dataset_mixture.datasets": none(SEVERAL),
+}  # fmt: skip

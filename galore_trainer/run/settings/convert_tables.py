@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from galore_trainer.run.settings.convert_rules import (
+    ANSWERS,
+    AXOLOTL_DATA,
+    ROWS,
+    TRL_DATA,
+    WEIGHTS,
     Rule,
     Tool,
     as_here,
     by_hand,
     case,
+    column,
     held_out,
     inverted,
+    mixer,
     modules,
     none,
     sets,
@@ -26,12 +34,9 @@ from galore_trainer.run.settings.keys import REFUSED
 
 # ------------------------------------------------------------------------------------------ shared rules
 
-ONE_SOURCE = "One source is read: put all rows into one file."
-ROWS = "Rows need messages, or prompt and completion; data.columns renames them."
 REGISTERED = f"A name of dataset_info.json: write its file or hub id. {ROWS}"
 ROUNDING = "Updates are rounded stochastically (galore.stochastic_rounding)."
 LONGER = "Longer examples are left out whole, not cut."
-LAST_ANSWER = "The loss is on the last answer of each example alone."
 OWN_TEMPLATE = "The tokenizer's own chat template is used: save another one with the tokenizer."
 LAYERWISE = (
     "Layer-wise with accumulation and clipping (max_grad_norm, 1.0 unless written), which apply here; refreshes are "
@@ -41,9 +46,10 @@ LAYERWISE = (
 SCALE = "The same factor on lr for projected weights; this project's own pair is scale 10 and learning rate 1e-4."
 QUANTIZED = "Weights are not quantised here."
 ATTENTION = "transformers chooses the attention."
-CACHE = "Examples are tokenized as they are needed."
+CACHE = "Examples are tokenized once and kept."
 SHARDED = "Give galore-ft train the flag --launch-config: fsdp2, zero1, zero2 or zero3."
 TRL_TRAINER = "TRL's trainer packs: 'trainer: trl', which needs the extra [trl]; packed examples do not see each other."
+CUT = "Whole examples share rows; they are neither cut nor do they see each other."
 PREFERENCES = "Only supervised fine-tuning; the plugin is for TRL's other trainers."
 RENAMED = "The name in transformers 5."
 ANOTHER = "This optimizer is not offered; method: adamw stands in its place."
@@ -57,7 +63,7 @@ GALORE_LAYERWISE = {
 EAGER, FLASH = (sets({"attn_implementation": name}) for name in ("eager", "flash_attention_2"))
 EIGHT_BITS = {"galore.state_bits": 8, "galore.plain_state_bits": 8}
 PAGED = "bitsandbytes' 8-bit AdamW without pages."
-PACKED = when(sets({"packing": True, "trainer": "trl"}, TRL_TRAINER))
+PACKED = when(sets({"packing": True}))
 
 OPTIMIZERS: dict[Any, Rule] = {
     **{name: sets({"method": "adamw"}) for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw")},
@@ -125,7 +131,7 @@ LLAMA_FACTORY = Tool(
     },
     rules={
         **TRAINING,
-        "stage": case({"sft": as_here()}, none(PREFERENCES)),
+        "stage": case({"sft": as_here(), "pt": sets({"data.task": "text"})}, none(PREFERENCES)),
         "finetuning_type": case(
             {"full": sets({"method": "adamw"}), "lora": sets({"method": "lora"})},
             none("The way of training has no counterpart; method: lora stands in its place."),
@@ -147,12 +153,14 @@ LLAMA_FACTORY = Tool(
         "dataset_dir": none("data.source is the file itself."),
         "template": none(OWN_TEMPLATE),
         "cutoff_len": to("max_length", LONGER),
-        "max_samples": to("data.train_samples", "Of one source, picked by data.split_seed."),
+        "interleave_probs": dataclasses.replace(WEIGHTS, commas=True),
+        "mix_strategy": case({"concat": as_here()}, by_hand("No example is drawn twice.")),
+        "max_samples": to("data.train_samples", "Of all sources together, picked by data.split_seed."),
         "val_size": to("data.eval_samples", value=held_out),
-        "packing": PACKED,
+        "packing": when(sets({"packing": True}, CUT)),
         "neat_packing": PACKED,
-        "mask_history": case({True: as_here(LAST_ANSWER)}, by_hand(LAST_ANSWER)),
-        "train_on_prompt": when(none(LAST_ANSWER)),
+        "mask_history": case({True: sets({"data.train_on": "last"})}, sets({"data.train_on": "all"})),
+        "train_on_prompt": when(none(ANSWERS)),
         "tokenized_path": none(CACHE),
         "streaming": when(none("All rows are read before training.")),
         "default_system": to("data.system_prompt"),
@@ -203,22 +211,7 @@ AXOLOTL = Tool(
         "lora_target_linear": when(sets({"lora.target_modules": "all-linear"})),
         "lora_modules_to_save": none("Adapters alone are trained."),
         "lora_model_dir": none("Training starts from a model without adapters."),
-        "datasets.path": to("data.source", ROWS, source),
-        "datasets.split": to("data.split"),
-        "datasets.name": to("data.subset"),
-        "datasets.revision": to("data.revision"),
-        "datasets.field_messages": to("data.columns", value=lambda value, _: {"messages": value}),
-        "test_datasets.path": to("data.eval_source", ROWS, source),
-        "test_datasets.split": to("data.eval_split"),
-        **{f"{block}{name}": rule for block in ("datasets", "test_datasets") for name, rule in {
-            "": none(ONE_SOURCE),
-            ".type": case({"chat_template": as_here()}, none(f"The prompt's form is the chat template's. {ROWS}")),
-            ".ds_type": as_here("told by the ending"),
-            ".data_files": none("Write the file as data.source."),
-            ".message_property_mappings": none("Turns are {role, content}."),
-            ".roles_to_train": by_hand(LAST_ANSWER),
-            ".train_on_eos": none(LAST_ANSWER),
-        }.items()},
+        **AXOLOTL_DATA,
         "val_set_size": to("data.eval_samples", value=held_out),
         "dataset_prepared_path": none(CACHE),
         "dataset_processes": as_here(CACHE),
@@ -232,7 +225,7 @@ AXOLOTL = Tool(
         "default_system_message": to("data.system_prompt"),
         "special_tokens": none("Save the tokenizer with those tokens beside the model."),
         "tokens": none("Save the tokenizer with those tokens beside the model."),
-        "train_on_inputs": when(none(LAST_ANSWER)),
+        "train_on_inputs": case({False: as_here(ANSWERS)}, none(ANSWERS)),
         "micro_batch_size": to("per_device_train_batch_size"),
         "batch_size": none("Write gradient_accumulation_steps."),
         "eval_batch_size": to("per_device_eval_batch_size"),
@@ -309,16 +302,10 @@ TRL = Tool(
         "dataset_train_split": to("data.split"),
         "dataset_test_split": to("data.eval_split"),
         "dataset_streaming": when(none("All rows are read before training.")),
-        **{f"{block}.{name}": rule for block in ("datasets", "dataset_mixture.datasets") for name, rule in {
-            "path": to("data.source", value=source), "id": to("data.source", value=source), "name": to("data.subset"),
-            "config": to("data.subset"), "split": to("data.split"), "columns": as_here("others are not read"),
-            "data_files": none("Write the file as data.source."), "weight": none("One source has no weight."),
-        }.items()},
-        "datasets": none(ONE_SOURCE),
-        "dataset_mixture.datasets": none(ONE_SOURCE),
+        **TRL_DATA,
         "dataset_mixture.seed": to("data.split_seed"),
         "dataset_mixture.test_split_size": to("data.eval_samples", value=held_out),
-        "dataset_mixer": to("data.source", ONE_SOURCE, source),
+        "dataset_mixer": to("data.sources", "Its shares of single data sets are not kept: write weights.", mixer),
         "dataset_splits": none("Write data.split and data.eval_split."),
         "test_split_size": to("data.eval_samples", value=held_out),
         "max_length": to("max_length", LONGER),
@@ -330,9 +317,9 @@ TRL = Tool(
         "pad_to_multiple_of": sets({"pad_to_multiple_of": "{value}", "trainer": "trl"}),
         "loss_type": sets({"loss_type": "{value}", "trainer": "trl"}),
         "activation_offloading": when(sets({"activation_offloading": True, "trainer": "trl"})),
-        "assistant_only_loss": case({True: by_hand(LAST_ANSWER)}, by_hand(LAST_ANSWER)),
-        "completion_only_loss": case({True: as_here()}, none(LAST_ANSWER)),
-        "dataset_text_field": none(f"The loss is on an answer, not on a whole text. {ROWS}"),
+        "assistant_only_loss": case({True: sets({"data.train_on": "all"})}, by_hand(ANSWERS)),
+        "completion_only_loss": case({True: as_here()}, none(ANSWERS)),
+        "dataset_text_field": case({"text": as_here()}, to("data.columns", value=column("text"))),
         "dataset_num_proc": as_here(CACHE),
         "dataset_kwargs": none(CACHE),
         "truncation_mode": none(LONGER),

@@ -23,7 +23,6 @@ ALIASES = {"torch_dtype": "dtype"}
 
 # Fields that trl.SFTConfig adds and 'trainer: trl' passes on: those that do not change how examples are encoded.
 TRL_HINTS: dict[str, Any] = {
-    "packing": bool,
     "packing_strategy": Literal["bfd", "bfd_split"],  # "wrapped" cuts answers and lets examples see each other
     "eval_packing": bool | None,
     "padding_free": bool,
@@ -76,11 +75,12 @@ NOT_OURS = {
     "hub_token": "Set the environment variable HF_TOKEN, or run 'hf auth login'; a run writes its configuration down.",
 }
 ONLY_TRL = {
-    "assistant_only_loss": "Remove it: the loss is on the last answer of each example alone. " + FROM_PYTHON,
+    "assistant_only_loss": "Remove it: the loss is on the assistant's turns alone; 'data.train_on' chooses which. "
+    + FROM_PYTHON,
     "completion_only_loss": "Remove it: the loss is on the answer alone, as with true. " + FROM_PYTHON,
-    "dataset_text_field": "Write 'data.task=sft' and give a file of chats or of prompts and completions.",
+    "dataset_text_field": "Remove it: texts stand in the column text; 'data.columns={{text: {value}}}' names another.",
     "dataset_kwargs": "Write the block 'data:'.",
-    "dataset_num_proc": "Remove it: examples are tokenized as they are needed.",
+    "dataset_num_proc": "Remove it: examples are tokenized once and kept.",
     "max_seq_length": "Write 'max_length: {value}'.",
     "truncation_mode": "Remove it: longer examples are left out whole; 'galore-ft data preview' counts them.",
     "model_init_kwargs": "Write dtype, attn_implementation and trust_remote_code at the top. " + FROM_PYTHON,

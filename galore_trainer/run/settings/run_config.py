@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 
 from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, check_target_modules, knob
 from galore_trainer.errors import OptionError
-from galore_trainer.recipes.base import DataConfig
+from galore_trainer.recipes.base import OF_A_SOURCE, DataConfig
 from galore_trainer.run.settings.convert_tables import FOREIGN, recognise
 from galore_trainer.run.settings.keys import (
     ALIASES,
@@ -141,6 +141,11 @@ class RunConfig:
     )
     trainer: Literal["hf", "trl"] = knob("hf", "Whose loop runs: transformers' Trainer (hf) or TRL's SFTTrainer (trl).")
     max_length: int = knob(512, "Longest example, prompt and answer together, in tokens.", minimum=2)
+    packing: bool = knob(
+        False,
+        "Put several examples into each training row of at most max_length tokens; they do not see each other, and "
+        "per_device_train_batch_size counts rows.",
+    )
     embedding_lr_scale: float = knob(
         1.0,
         "Factor on learning_rate for embeddings, output layer and norms under method adamw; where gradients are "
@@ -328,6 +333,7 @@ def _resolve(
         m: {**file.methods.get(m, {}), **command_line.methods.get(m, {})}
         for m in (*file.methods, *command_line.methods)
     }
+    _replace_sources(file.values, command_line.values)
     output_dir = {"output_dir": f"runs/{Path(document.name).stem}-{method}"}
     values = {**output_dir, **METHOD_DEFAULTS[method], **file.values, **methods.pop(method, {}), **command_line.values}
 
@@ -342,6 +348,15 @@ def _resolve(
         methods=methods,
         training={key: value for key, value in top.items() if key not in OWN},
     )
+
+
+def _replace_sources(file: dict[str, Any], command_line: Mapping[str, Any]) -> None:
+    """Drop what a file says of its data where the command line names data in the other of the two ways."""
+    if "data.sources" in command_line:
+        for name in OF_A_SOURCE:
+            file.pop(f"data.{name}", None)
+    elif "data.source" in command_line:
+        file.pop("data.sources", None)
 
 
 def _check_names(document: Document, *sources: Source) -> None:

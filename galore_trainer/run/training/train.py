@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from galore_trainer.recipes.base import TaskData
     from galore_trainer.run.training.progress import ProgressCallback, Say
+    from galore_trainer.run.training.trainers import Rows
 
 MODEL, SCORE_BEFORE = "model", "score_before.json"
 
@@ -197,17 +198,19 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     from galore_trainer.optim.guards import some_of
     from galore_trainer.recipes import load_data
     from galore_trainer.run.models.model import leave_files, load_model
+    from galore_trainer.run.models.prompts import stop_at_turns
     from galore_trainer.run.training.finite import not_finite
 
     data = load_data(config.data)
     check_samples(config, data.eval)
-    say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
+    say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.shown_source})")
     for note in data.notes:
         say(f"  - {note}")
     model, tokenizer = load_model(config.model_name_or_path, **config.loading)
     if bad := not_finite(model):
         wanted = "a model of finite weights"
         raise OptionError("model_name_or_path", config.model_name_or_path, wanted, f"Not finite: {some_of(bad)}.")
+    stop_at_turns(model, tokenizer)
     if not shards_weights(arguments):  # else the backend gives each process its part
         model.to(arguments.device)  # type: ignore[arg-type]
         if arguments.device.type == "cpu":
@@ -242,7 +245,8 @@ def _make_trainer(
     from transformers import PrinterCallback
     from transformers.trainer_callback import ProgressCallback as TheirProgress
 
-    from galore_trainer.run.models.prompts import encode_all
+    from galore_trainer.run.models.encoded import encoded
+    from galore_trainer.run.models.packing import PackedRows, check_packing
     from galore_trainer.run.training.callbacks import (
         EndCallback,
         InterruptCallback,
@@ -255,12 +259,17 @@ def _make_trainer(
     from galore_trainer.run.training.samples import SampleCallback
     from galore_trainer.run.training.trainers import build_trainer
 
-    rows, dropped = encode_all(tokenizer, data.train, config.max_length)
+    examples, dropped = encoded(tokenizer, data.train, config.max_length)
     if dropped:
         say(f"  - {len(dropped)} training examples exceed max_length {config.max_length} and were left out")
-    if not rows:
-        raise OptionError("data.source", config.data.source, "at least one example to train on")
-    held_out = encode_all(tokenizer, data.eval, config.max_length).rows if data.eval else None
+    if not examples:
+        raise OptionError("data.source", config.data.shown_source, "at least one example to train on")
+    rows: Rows = examples
+    if config.packing and config.trainer == "hf":  # TRL's trainer packs by itself
+        check_packing(model)
+        rows = PackedRows(examples, config.max_length)
+        say(f"  - {len(examples)} examples packed into {len(rows)} rows of at most {config.max_length} tokens")
+    held_out = encoded(tokenizer, data.eval, config.max_length).rows if data.eval else None
     prepared, plugin = resolve(METHODS[config.method].prepare)(model, config, arguments)
     if say.main and not shards_weights(arguments):
         check_room(config, arguments, prepared, len(rows), arguments.world_size)

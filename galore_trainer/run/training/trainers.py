@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
+from galore_trainer.run.models.packing import PackedRows, PackingCollator, uses_flash
 from galore_trainer.run.models.prompts import IGNORED, make_collator
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from galore_trainer.run.settings.run_config import RunConfig
 
-Rows = Sequence[dict[str, list[int]]]
+Rows = Sequence[dict[str, list[int]]] | PackedRows
 
 
 def build_trainer(
@@ -26,7 +27,7 @@ def build_trainer(
         arguments: from ``training_arguments``.
         model: on its device.
         tokenizer: of the model.
-        rows: ``input_ids`` and ``labels`` to train on, as ``encode_all`` makes them.
+        rows: ``input_ids`` and ``labels`` to train on, as ``encode_all`` or ``PackedRows`` makes them.
         held_out: the same, for the loop's own evaluation.
         plugin: further keyword arguments of the Trainer.
 
@@ -39,6 +40,9 @@ def build_trainer(
     from transformers import Trainer
 
     multiple = 1 if arguments.device.type == "cpu" else 8
+    if config.packing:
+        packing = PackingCollator(tokenizer.pad_token_id, multiple, joined=uses_flash(model))
+        return Trainer(train_dataset=rows, eval_dataset=held_out, data_collator=packing, **common)
     collator = make_collator(tokenizer, pad_to_multiple_of=multiple)
     return Trainer(train_dataset=rows, eval_dataset=held_out, data_collator=collator, **common)
 
@@ -76,6 +80,6 @@ def _data_set(rows: Rows | None) -> Any:
     return Dataset.from_list(
         [
             {"input_ids": row["input_ids"], "completion_mask": [int(label != IGNORED) for label in row["labels"]]}
-            for row in rows
+            for row in (rows[i] for i in range(len(rows)))
         ]
     )
