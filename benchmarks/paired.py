@@ -1,9 +1,9 @@
 """Methods at their best learning rates, and the paired differences that decide between them.
 
-    python benchmarks/paired.py results/gsm8k_rates/runs.jsonl
-    python benchmarks/paired.py results/gsm8k_seeds/runs.jsonl --pair "GaLore+ scaled r 128" "AdamW"
+    python benchmarks/paired.py results/gsm8k_rates/study.jsonl
+    python benchmarks/paired.py results/gsm8k_seeds/study.jsonl --pair "GaLore+ r 128, scaled" "AdamW"
 
-Takes a file of ``study_lines.py`` whose cells are named ``METHOD, lr RATE``. The first table has every method's best
+Takes a file of ``study_lines.py``. Cells that differ in the learning rate alone are one method. The first table has every method's best
 rate by the mean eval loss over its seeds, says where that rate is the lowest or highest that was tried, and what the
 search took. A pair is compared at the best rate of each, on the seeds and on the examples that both have:
 
@@ -31,7 +31,7 @@ from galore_trainer.tables import TextTable
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1; above them the normal quantile is near enough
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 NORMAL = 1.960
-RATE = re.compile(r"(.+), lr (\S+)")
+RATE = re.compile(r", learning_rate \S+$")  # what a study appends to the names of such cells
 
 Losses = list[tuple[float, int]]  # of each example: nats per token, and tokens
 
@@ -65,11 +65,11 @@ def read(file: Path) -> Runs:
     runs: Runs = defaultdict(lambda: defaultdict(dict))
     for line in read_lines(file)[1]:
         result = line["result"]
-        match = RATE.fullmatch(line["cell"])
-        if match and result["score_after"]:
-            losses = [(loss, tokens) for loss, tokens in line["losses"]]
-            run = Run(result["score_after"]["eval_loss"], losses, result["seconds"]["training"])
-            runs[match[1]][float(match[2])][result["seed"]] = run
+        if line["timing"] or not result["score_after"]:
+            continue
+        losses = [(loss, tokens) for loss, tokens in line["losses"]]
+        run = Run(result["score_after"]["eval_loss"], losses, result["seconds"]["training"])
+        runs[RATE.sub("", line["cell"])][result["learning_rate"]][result["seed"]] = run
     return runs
 
 

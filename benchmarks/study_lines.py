@@ -1,7 +1,8 @@
 """A study as one file of JSON lines: to commit it, to go on with it on another machine, to report on it.
 
-    python benchmarks/study_lines.py pack runs/ablate-gsm8k_rates results/gsm8k_rates/runs.jsonl
-    python benchmarks/study_lines.py unpack results/gsm8k_rates/runs.jsonl runs/ablate-gsm8k_rates
+    python benchmarks/study_lines.py unpack results/gsm8k_rates/study.jsonl runs/ablate-gsm8k_rates
+    galore-ft ablate gsm8k_rates data.source=path/to/train.jsonl --jobs 8 --max-cells 16 --no-timing
+    python benchmarks/study_lines.py pack runs/ablate-gsm8k_rates results/gsm8k_rates/study.jsonl
 
 The first line holds ``study.json`` and the ids of the held-out examples; every other line is a finished run: its
 ``result.json`` without the errors of single matrices, and the loss and the tokens of each example. After ``unpack``,
@@ -19,7 +20,7 @@ from typing import Any
 from galore_trainer.run.files import write_file, write_json
 from galore_trainer.run.results.result import RESULT
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
-from galore_trainer.run.study.record import STUDY_FILE, TIMING, read_result, read_study_file
+from galore_trainer.run.study.record import STUDY_FILE, read_result, read_study_file
 
 LOSSES = "losses.jsonl"
 LEFT_OUT = ("by_matrix",)
@@ -32,7 +33,7 @@ def pack(folder: Path, file: Path) -> int:
     lines = []
     for cell in record["cells"]:
         for entry in [*cell["runs"], cell["timing"]]:
-            result = read_result(folder / entry.get("folder", f"{cell['slug']}/{TIMING}"))
+            result = read_result(folder / entry["folder"]) if entry else None
             if result is None:
                 continue
             if error := result.get("projection_error"):
@@ -43,7 +44,8 @@ def pack(folder: Path, file: Path) -> int:
                 raise SystemExit(f"{entry['folder']} was scored on other examples than the runs before it")
             ids = ids or names or None
             losses = [[example["loss"], example["tokens"]] for example in examples]
-            lines.append({"cell": cell["name"], "folder": entry["folder"], "result": result, "losses": losses})
+            line = {"cell": cell["name"], "folder": entry["folder"], "timing": entry is cell["timing"]}
+            lines.append({**line, "result": result, "losses": losses})
     head = {"study": record, "examples": ids or []}
     write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, *lines)))
     return len(lines)
