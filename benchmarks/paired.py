@@ -3,9 +3,9 @@
     python benchmarks/paired.py results/gsm8k_rates/study.jsonl
     python benchmarks/paired.py results/gsm8k_seeds/study.jsonl --pair "GaLore+ r 128, scaled" "AdamW"
 
-Takes a file of ``study_lines.py``. Cells that differ in the learning rate alone are one method. The first table has every method's best
-rate by the mean eval loss over its seeds, says where that rate is the lowest or highest that was tried, and what the
-search took. A pair is compared at the best rate of each, on the seeds and on the examples that both have:
+Takes a file of ``study_lines.py``. Cells that differ in the learning rate alone are one method. The first table has
+every method's best rate by the mean eval loss over its seeds, says where that rate is the lowest or highest that was
+tried, and what the search took. A pair is compared at the best rate of each, on the seeds and examples that both have:
 
 - by seed: mean difference of eval loss, and its 95 % interval by Student's t over the seeds' differences;
 - by problem: the same difference as a mean over problems weighed by their tokens, each problem's loss being its mean
