@@ -10,6 +10,7 @@ import typer
 from galore_trainer.cli import config, data, state
 from galore_trainer.cli.ablate import ablate
 from galore_trainer.cli.bench import bench
+from galore_trainer.cli.chat import chat
 from galore_trainer.cli.doctor import doctor
 from galore_trainer.cli.estimate import estimate, inspect
 from galore_trainer.cli.evaluate import evaluate
@@ -32,6 +33,7 @@ app = typer.Typer(
 _COMMANDS: dict[Callable[..., None], str] = {
     train: "Fine-tune a model and score it before and after.",
     evaluate: "Score a model on held-out problems.",
+    chat: "Talk to a trained model in the terminal.",
     estimate: "Tell the memory that training would take.",
     inspect: "Show what would be projected, plain and frozen.",
     score: "Score any system's output file.",

@@ -10,12 +10,17 @@ from typing import Annotated
 import typer
 
 from galore_trainer.cli.loading import load, split_overrides
-from galore_trainer.cli.options import Config, Debug, Overrides
+from galore_trainer.cli.options import Config, Debug, Overrides, models
 from galore_trainer.run.launching.distributed import is_main_process
 from galore_trainer.run.scoring.scores import as_lines
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG
 
-Target = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A run's folder, a model's folder, or a hub id.")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL_OR_RUN", help="A run's folder, a model's folder, or a hub id.", autocompletion=models
+    ),
+]
 Limit = Annotated[str | None, typer.Option("--limit", metavar="INTEGER", help="Problems to score (eval.limit).")]
 Predictions = Annotated[
     str | None, typer.Option("--predictions", metavar="FILE", help="Write each prompt and prediction as JSON lines.")

@@ -15,6 +15,7 @@ import typer
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
+from galore_trainer.run.models.model import EMBEDDED
 from galore_trainer.run.settings.knobs import field_help, show_default
 from galore_trainer.run.settings.methods import METHOD_DEFAULTS
 from galore_trainer.run.settings.run_config import LoraSettings, RunConfig, packaged_configs
@@ -46,6 +47,13 @@ def names_of(*kinds: str, files: bool = True) -> Callable[[str], list[tuple[str,
         return [(word, help) for word, help in words if word.startswith(os.path.expanduser(incomplete))]
 
     return complete
+
+
+def models(incomplete: str) -> list[tuple[str, str]]:
+    """A shell's completion of the folders of runs and models, and of the embedded model."""
+    paths = sorted(Path(p) for p in glob.glob(f"{glob.escape(os.path.expanduser(incomplete))}*"))
+    embedded = [(EMBEDDED, "the embedded model")] if EMBEDDED.startswith(incomplete) else []
+    return [*embedded, *((f"{path}/", "") for path in paths if path.is_dir())]
 
 
 def choices(hint: Any, many: bool = False) -> Callable[[str], list[str]] | None:

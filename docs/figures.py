@@ -16,6 +16,7 @@ from typing import Any
 
 import fit
 from blocks import table, write_block
+from conversions import conversions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, IMAGES, README = ROOT / "results", ROOT / "docs" / "images", ROOT / "README.md"
@@ -282,10 +283,18 @@ def support_rows() -> list[tuple[str, list[str], str]]:
     return [*rows, ("`optimizers=(build_optimizer(...), None)`", ["yes", "yes", "refused", "refused"], dropped)]
 
 
-def support(reasons: bool = False) -> str:
-    """README's block ``support``, or with reasons that of docs/support-matrix.md."""
-    rows = [(what, *cells, *([why] if reasons else [])) for what, cells, why in support_rows()]
-    return table([("", *BACKENDS.values(), *(["why"] if reasons else [])), *rows])
+def support() -> str:
+    """README's block ``support``."""
+    return table([("", *BACKENDS.values()), *((what, *cells) for what, cells, _ in support_rows())])
+
+
+def support_by_mode() -> str:
+    """docs/support-matrix.md: the same with reasons, and with layer-wise mode, which goes without FSDP2 and ZeRO."""
+    layerwise = {what: [refusal({**one, "layerwise": True}, "ddp") for one in asked] for what, asked in SUPPORT}
+    rows = [
+        (what, *cells, "refused" if any(layerwise.get(what, ())) else "yes", why) for what, cells, why in support_rows()
+    ]
+    return table([("", *BACKENDS.values(), "layer-wise, one GPU and DDP", "why"), *rows])
 
 
 def knob_tables() -> dict[str, str]:
@@ -311,10 +320,11 @@ def blocks() -> dict[tuple[Path, str], str]:
         (pages / "memory.md", "peaks"): memory_table(),
         (pages / "speed.md", "ratios"): ratios(),
         (pages / "evidence.md", "methods"): methods_table(),
-        (pages / "support-matrix.md", "support"): support(reasons=True),
+        (pages / "support-matrix.md", "support"): support_by_mode(),
         (pages / "support-matrix.md", "methods"): method_support(),
         (pages / "support-matrix.md", "versions"): versions(),
         **{(pages / "knobs.md", name): text for name, text in knob_tables().items()},
+        **{(pages / "migrating.md", name): text for name, text in conversions().items()},
     }
 
 

@@ -24,7 +24,11 @@ MomentumTransfer = Literal["rotate", "align", "keep", "reset"]
 FirstBasis = Literal["gradient", "sketch"]
 Bits = Literal[32, 16, 8]
 Kernels = Literal["auto", "triton", "torch"]
+Residual = Literal["auto", "scaled", "sparse", "both", "none"]
 ResidualSelection = Literal["row", "global"]
+AUTO = "auto"
+SPARSE_PERCENT = 1.2
+"""Share of entries with sparse moments where ``residual_percent`` is unset."""
 
 ALL_LINEAR = "all-linear"
 EVERY_LINEAR = ("all", "all_linear", ALL_LINEAR)
@@ -62,7 +66,12 @@ class GaLoreConfig:
         {}, "Ranks for single modules, {name ending or regex: rank}, as in peft.", trajectory=True
     )
     update_proj_gap: int = knob(200, "Steps between two refreshes of the projection.", trajectory=True, minimum=1)
-    scale: float = knob(10.0, "Factor on the lifted update: a projected weight moves with lr x scale.", minimum=0.0)
+    scale: float | Literal["auto"] = knob(
+        10.0,
+        "Factor on the lifted update: a projected weight moves with lr x scale. auto: sqrt(n / rank) of each weight, "
+        "where n is the length of what is projected, so that one lr serves every rank and width.",
+        minimum=0.0,
+    )
     plain_lr_ratio: float = knob(1.0, "Factor on lr for the parameters that are not projected.", minimum=0.0)
     proj_type: ProjType = knob(
         "std", "Side of the projection: std (the shorter one), reverse_std, left, right.", trajectory=True
@@ -126,13 +135,20 @@ class GaLoreConfig:
     momentum_transfer: MomentumTransfer = knob(
         "rotate", "What happens to the moments at a refresh: rotate, align (signs only), keep (GaLore), reset."
     )
-    residual_percent: float = knob(
-        1.2,
-        "Share of entries, in percent, that get sparse moments of what the projection loses; 0 switches it off.",
+    residual: Residual = knob(
+        AUTO,
+        "What the projection loses moves the weight too: scaled (all of it, without state), sparse (moments of a few "
+        "entries), both (sparse entries, and scaled elsewhere), none. auto: sparse where residual_percent is set (none "
+        "at 0) and in layer-wise mode, else scaled.",
+        trajectory=True,
+    )
+    residual_percent: float | None = knob(
+        None,
+        "Share of entries, in percent, that get sparse moments; unset: 1.2 where residual is sparse or both.",
         trajectory=True,
         minimum=0.0,
     )
-    residual_scale: float = knob(1.0, "Factor on the sparse update, beside lr x scale.", minimum=0.0)
+    residual_scale: float = knob(1.0, "Factor on the residual's update, beside lr x scale.", minimum=0.0)
     residual_warmup_steps: int = knob(
         20, "Steps over which candidates are averaged before the sparse entries are chosen.", trajectory=True, minimum=0
     )
@@ -164,8 +180,13 @@ class GaLoreConfig:
         check_target_modules("galore.target_modules", self.target_modules)
         if self.warm_start and self.svd == "exact":
             raise OptionError("galore.warm_start", True, "svd randomized", "An exact SVD starts from nothing.")
-        if self.residual_percent > 100.0:
+        if self.residual_percent is not None and self.residual_percent > 100.0:
             raise OptionError("galore.residual_percent", self.residual_percent, "a share from 0 to 100 percent")
+        if self.residual == "both" and self.residual_percent == 0.0:
+            raise OptionError("galore.residual_percent", 0.0, "more than 0 beside residual both", "Or use scaled.")
+        if self.layerwise and self.residual in ("scaled", "both"):
+            way_out = "It needs the whole gradient, which layer-wise mode never keeps. Use auto, sparse or none."
+            raise OptionError("galore.residual", self.residual, "sparse or none in layer-wise mode", way_out)
         for key, rank in self.rank_pattern.items():
             if rank < 1:
                 raise OptionError(f"galore.rank_pattern[{key!r}]", rank, "an integer of at least 1")
@@ -180,6 +201,27 @@ class GaLoreConfig:
         """Whether the first basis comes from a sketch."""
         return self.first_basis == "sketch" or self.layerwise
 
+    @property
+    def resolved_residual(self) -> Literal["scaled", "sparse", "both", "none"]:
+        """The residual in force; see the field."""
+        if self.residual == "auto":
+            if self.residual_percent is None:
+                return "sparse" if self.layerwise else "scaled"
+            return "sparse" if self.residual_percent > 0.0 else "none"
+        return "none" if self.residual == "sparse" and self.residual_percent == 0.0 else self.residual
+
+    @property
+    def scales_residual(self) -> bool:
+        """Whether all that the projection loses moves the weight."""
+        return self.resolved_residual in ("scaled", "both")
+
+    @property
+    def sparse_percent(self) -> float:
+        """Share of entries with sparse moments, in percent; 0 where there are none."""
+        if self.resolved_residual not in ("sparse", "both"):
+            return 0.0
+        return SPARSE_PERCENT if self.residual_percent is None else self.residual_percent
+
     def resolved_oversampling(self, rank: int) -> int:
         """Oversampling for a matrix of this rank: the field, or max(8, rank / 8)."""
         return self.oversampling if self.oversampling is not None else max(8, rank // 8)
@@ -193,6 +235,11 @@ class GaLoreConfig:
         """Names of the fields that a resumed run must not change."""
         return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["trajectory"])
 
+    def trajectory(self) -> dict[str, Any]:
+        """Names and values of these fields; of the residual what is in force."""
+        values = {name: value for name, value in self.to_dict().items() if name in self.trajectory_fields()}
+        return values | {"residual": self.resolved_residual, "residual_percent": self.sparse_percent}
+
 
 def check_settings(config: GaLoreConfig, where: str) -> None:
     """Raise ``OptionError`` for a setting that needs whole weights, where weights are cut into shards of rows.
@@ -204,7 +251,7 @@ def check_settings(config: GaLoreConfig, where: str) -> None:
     refusals = [  # field, whether it is refused, accepted values, why
         ("proj_type", config.proj_type == "left", "std or right", "Rows are cut, so columns are projected."),
         ("share_output_heads", config.share_output_heads, "false", "Heads that are columns need whole rows."),
-        ("residual_selection", config.residual_percent > 0.0 and config.residual_selection == "global", "row", ""),
+        ("residual_selection", config.sparse_percent > 0.0 and config.residual_selection == "global", "row", ""),
         ("state_bits", config.state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
         ("plain_state_bits", config.plain_state_bits == 8, "32 or 16", "8-bit blocks would cross processes."),
         ("diagnose_refreshes", config.diagnose_refreshes > 0, "0", "An exact SVD needs whole weights."),
@@ -231,8 +278,10 @@ def check_fields(prefix: str, config: Any) -> None:
         value, low = getattr(config, field.name), field.metadata.get("minimum")
         check_type(prefix + field.name, value, hints[field.name])
         check_integers(prefix + field.name, value)
+        if low is None or not isinstance(value, int | float):
+            continue
         is_integer = isinstance(value, int)  # math.isfinite overflows for large integers
-        if low is not None and value is not None and not ((is_integer or math.isfinite(value)) and value >= low):
+        if not ((is_integer or math.isfinite(value)) and value >= low):
             kind = "an integer" if is_integer else "a finite number"
             raise OptionError(prefix + field.name, value, f"{kind} of at least {low:g}")
 

@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "hf": {"core", "layouts", "targets", "optim", "tables", *BASE},
     "recipes": {"metrics", "hub", *BASE},
     "run": {"core", "layouts", "targets", "optim", "hf", "metrics", "recipes", "hub", "tables", "timing", *BASE},
+    "integrations": {"optim", "hf", "run", *BASE},
     "cli": {"run", "recipes", "hub", *BASE},
 }
 OF_RUN = {"device", "files"}
@@ -47,13 +48,15 @@ WINGS: dict[str, set[str]] = {
     "report": {*OF_RUN, "settings", "results", "study"},
     "bench": {*OF_RUN, "settings", "models", "results", "training"},
     "doctor": {*OF_RUN, "models", "results"},
+    "chat": {*OF_RUN, "settings", "models", "launching"},
 }
 MAY_IMPORT = {"galore_trainer": ROOMS, "galore_trainer.run": WINGS}
 """For each package its rooms, from the ground up, with the rooms that each may import."""
 ONLY_TORCH = {"core", "layouts"}
+OTHER_TRAINERS = {"axolotl", "llamafactory", "pydantic", "swift", "unsloth"}
 FILES_IN_A_FOLDER = 12
 # A step is read from end to end in one folder. A command and a task are a file each, whatever their number.
-MORE_FILES = {"galore_trainer/optim": 18, "cli": 20, "recipes": 14}
+MORE_FILES = {"galore_trainer/optim": 18, "cli": 21, "recipes": 14}
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}  # public, though they begin with an underscore
 
 
@@ -80,6 +83,11 @@ def test_the_mathematics_imports_torch_alone():
             tops = {name.split(".")[0] for name in imported(path)} - {"torch", "galore_trainer"}
             outside += [f"{module} imports {top}" for top in tops - sys.stdlib_module_names]
     assert outside == []
+
+
+def test_programs_that_have_a_plugin_are_imported_by_it_alone():
+    users = {module for module, path in MODULES.items() if {n.split(".")[0] for n in imported(path)} & OTHER_TRAINERS}
+    assert users == {"galore_trainer.integrations.axolotl", "galore_trainer.integrations.ms_swift"}
 
 
 def test_what_benchmarks_import_is_there():

@@ -19,6 +19,8 @@ One step, with P fixed between two refreshes:
     N  = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
     W <- W - lr wd W - lr scale lift(N)
 
+The residuals add to lift(N): all that the projection loses (``core/scaled.py``), or a few entries of it
+(``core/residual.py``).
 A refresh replaces P (``core/basis.py``) and carries M and V over (``with_signs_of`` or ``rotate``).
 
 Functions return new tensors; ``apply_update_`` alone changes its first argument. No function waits for the device.
@@ -33,6 +35,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from galore_trainer.core.scaled import Dense, along_lines
 from galore_trainer.core.sparse import Support, add_at_
 
 MULTIPLIES_BF16 = {"cuda"}  # device types that multiply bfloat16 factors with a float32 result
@@ -102,24 +105,31 @@ def apply_update_(
     scale: float,
     weight_decay: float,
     ok: Tensor,
+    dense: Dense | None = None,
     sparse: tuple[Support, Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """W <- W - lr wd W - lr scale (lift(N) + N_S at S), in place.
+    """W <- W - lr wd W - lr scale (lift(N) + phi D + N_S at S), in place.
 
     Args:
         W: [blocks, m, n]. float32 and float64 weights change in place; other dtypes are computed in float32.
         N, P, side: the update as ``adam`` returns it, its basis and its side.
         lr, scale, weight_decay: as in the equation.
         ok: [blocks, 1, 1], 1.0 or 0.0. Where it is 0, N and N_S are 0 and weight decay is left out.
-        sparse: S and N_S, the residual's support and update (``core/residual.py``).
+        dense: for phi D, the dense residual (``core/scaled.py``).
+        sparse: S and N_S, the sparse residual's support and update (``core/residual.py``).
         generator: for stochastic rounding of a bfloat16 weight; None rounds to nearest.
     """
+    if dense is not None:
+        N = _without_projected(N, dense, ok, side)
     if W.dtype in (torch.float32, torch.float64):
         if weight_decay != 0.0:
             W.mul_(1.0 - ok.to(W.dtype) * (lr * weight_decay))
         left, right = (N, P.mT) if side == "right" else (P, N)
         W.baddbmm_(left, right, alpha=-lr * scale)
+        if dense is not None:
+            for rows in _row_chunks(W, None):
+                W[:, rows].sub_(_phi_G(dense, rows, ok, side), alpha=lr * scale)
         if sparse is not None:
             add_at_(W, *sparse, alpha=-lr * scale)
         return
@@ -127,7 +137,10 @@ def apply_update_(
     N, P = N.to(low), P.to(low)
     for rows in _row_chunks(W, sparse[0] if sparse else None):  # bounds the memory of the float32 copies
         left, right = (N[:, rows], P) if side == "right" else (N, P[:, rows])
-        new = W[:, rows].float() * (1.0 - ok * (lr * weight_decay)) - (lr * scale) * lift(left, right, side)
+        U = lift(left, right, side)
+        if dense is not None:
+            U += _phi_G(dense, rows, ok, side)
+        new = W[:, rows].float() * (1.0 - ok * (lr * weight_decay)) - (lr * scale) * U
         if sparse is not None:
             support, values = sparse
             lines = rows if support.by_row(W.shape[-2]) else slice(None)
@@ -135,6 +148,23 @@ def apply_update_(
         if generator is not None and W.dtype == torch.bfloat16:
             new = stochastic_round(new, generator)
         W[:, rows].copy_(new)
+
+
+def _without_projected(N: Tensor, dense: Dense, ok: Tensor, side: str) -> Tensor:
+    """N - phi R; 0 where the gradient is not usable."""
+    return torch.where(ok > 0.0, N - along_lines(dense.phi, side) * dense.R, 0.0)
+
+
+def _phi_G(dense: Dense, rows: slice, ok: Tensor, side: str) -> Tensor:
+    """phi G of some rows in the dtype of phi; 0 where the gradient is not usable."""
+    phi = along_lines(dense.phi, side)
+    product = dense.G[:, rows] * (phi[:, rows] if side == "right" else phi)
+    return product if _all_usable(ok) else torch.where(ok > 0.0, product, 0.0)
+
+
+def _all_usable(ok: Tensor) -> bool:
+    """Whether all gradients are usable, where reading that waits for no device; else False."""
+    return type(ok) is Tensor and ok.device.type == "cpu" and bool((ok > 0.0).all())
 
 
 def _row_chunks(W: Tensor, support: Support | None) -> Iterator[slice]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -94,6 +95,11 @@ class LogicalMatrix:
     def loses(self) -> bool:
         """Whether the projection loses anything. At full rank a residual would be rounding errors only."""
         return self.rank < (self.columns if self.side == "right" else self.block_rows)
+
+    @property
+    def auto_scale(self) -> float:
+        """sqrt(length of what is projected / rank): with it the RMS of lift(N) is near that of AdamW's update."""
+        return math.sqrt(self.basis_shape[1] / self.rank)
 
     @property
     def heads_per_block(self) -> int:

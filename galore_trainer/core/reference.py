@@ -1,9 +1,12 @@
-"""The step of ``core/galore.py`` and ``core/residual.py`` in float64, slow and literal: the oracle of the tests.
+"""The step of ``core`` (projection, scaled and sparse residual) in float64, slow and literal: the oracle of the tests.
 
 One class moves one 2-D matrix with one basis, one equation a line. It shares no code with what it checks.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +21,10 @@ class ReferenceMatrix:
         lr, scale, betas, eps, weight_decay: as for the optimizer.
         momentum_transfer: ``keep``, ``align``, ``rotate`` or ``reset``.
         residual_scale: factor on the residual's update.
+        scaled: whether the dense scaled residual moves the weight.
 
     Attributes:
+        d: ||phi D|| of all blocks in the step before; 0 before the first one.
         A: moving average of the dense D = G - lift(R) since the first basis, for the choice of a support.
         S: rows and columns of the residual's entries; None before ``choose_support``.
     """
@@ -36,12 +41,14 @@ class ReferenceMatrix:
         weight_decay: float = 0.0,
         momentum_transfer: str = "keep",
         residual_scale: float = 1.0,
+        scaled: bool = False,
     ) -> None:
         self.W, self.side = W.double().clone(), side
         self.lr, self.scale, self.eps, self.weight_decay = lr, scale, eps, weight_decay
         self.b1, self.b2 = betas
         self.momentum_transfer = momentum_transfer
-        self.residual_scale = residual_scale
+        self.residual_scale, self.scaled = residual_scale, scaled
+        self.d = 0.0
         self.A = torch.zeros_like(self.W)
         self.S: tuple[Tensor, Tensor] | None = None
         self.P: Tensor | None = None
@@ -89,6 +96,10 @@ class ReferenceMatrix:
 
     def step(self, G: Tensor) -> None:
         """One update of the weight with the gradient ``G``, m x n."""
+        step_blocks([self], [G])
+
+    def take_in(self, G: Tensor) -> None:
+        """First half of a step: the moments, the update N, and phi without its limit."""
         assert self.P is not None, "refresh first"
         G = G.double()
         self.t += 1
@@ -97,16 +108,45 @@ class ReferenceMatrix:
         self.V = self.b2 * self.V + (1 - self.b2) * R * R
         M_hat = self.M / (1 - self.b1**self.t)
         V_hat = self.V / (1 - self.b2**self.t)
-        N = M_hat / (torch.sqrt(V_hat) + self.eps)
-        lifted = N @ self.P.T if self.side == "right" else self.P @ N
-        D = G - (R @ self.P.T if self.side == "right" else self.P @ R)
-        self.A = self.b1 * self.A + (1 - self.b1) * D
+        self.N = M_hat / (torch.sqrt(V_hat) + self.eps)
+        self.D = G - (R @ self.P.T if self.side == "right" else self.P @ R)
+        self.A = self.b1 * self.A + (1 - self.b1) * self.D
+        along = 1 if self.side == "right" else 0
+        norm_N, norm_R = self.N.norm(dim=along, keepdim=True), R.norm(dim=along, keepdim=True)
+        self.phi = torch.where(norm_R > 0, self.residual_scale * norm_N / norm_R, 0.0)
+
+    def move(self, factor: float) -> None:
+        """Second half of a step; ``factor`` limits phi."""
+        assert self.P is not None
+        lifted = self.N @ self.P.T if self.side == "right" else self.P @ self.N
         W = self.W - self.lr * self.weight_decay * self.W - self.lr * self.scale * lifted
+        if self.scaled:
+            lost = factor * self.phi * self.D
+            if self.S is not None:
+                lost[self.S] = 0.0
+            W -= self.lr * self.scale * lost
         if self.S is not None:
             self.u += 1
-            self.m_S = self.b1 * self.m_S + (1 - self.b1) * D[self.S]
-            self.v_S = self.b2 * self.v_S + (1 - self.b2) * D[self.S] ** 2
+            self.m_S = self.b1 * self.m_S + (1 - self.b1) * self.D[self.S]
+            self.v_S = self.b2 * self.v_S + (1 - self.b2) * self.D[self.S] ** 2
             m_hat = self.m_S / (1 - self.b1**self.u)
             v_hat = self.v_S / (1 - self.b2**self.u)
             W[self.S] -= self.lr * self.scale * self.residual_scale * m_hat / (torch.sqrt(v_hat) + self.eps)
         self.W = W
+
+
+def step_blocks(blocks: Sequence[ReferenceMatrix], grads: Sequence[Tensor]) -> float:
+    """One update of the blocks of a logical matrix, which limit the growth of the scaled residual together.
+
+    Returns:
+        The factor of the limit, 1.0 where it was not met.
+    """
+    for block, G in zip(blocks, grads, strict=True):
+        block.take_in(G)
+    before = blocks[0].d
+    d = math.sqrt(sum(float((block.phi * block.D).norm()) ** 2 for block in blocks))
+    factor = 1.01 * before / d if before > 0.0 and d > 1.01 * before else 1.0
+    for block in blocks:
+        block.d = factor * d if d > 0.0 else before
+        block.move(factor)
+    return factor

@@ -18,6 +18,23 @@ FIELDS = {
 """The fields of ``TrainingArguments`` that give each argument of the optimizer."""
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Defaults of ``optim``, which depend on the version of torch."""
+ONE_RATIO = "Use plain_lr_ratio, which is for every weight that is not projected."
+UNUSED = {
+    "optim_args": "Use the fields of GaLoreConfig instead.",
+    "optim_target_modules": "Use target_modules instead.",
+    # fields that axolotl, unsloth and ms-swift add
+    "embedding_lr": ONE_RATIO,
+    "embedding_lr_scale": ONE_RATIO,
+    "embedding_learning_rate": ONE_RATIO,
+    "lr_groups": "Use scale and plain_lr_ratio, which are for all projected and for all other weights.",
+    "vit_lr": ONE_RATIO,
+    "aligner_lr": ONE_RATIO,
+    "loraplus_lr_ratio": "It is for adapters, which are not trained here.",
+    "lorap_lr_ratio": "It is for adapters, which are not trained here.",
+    "q_galore_config": "Use the fields of GaLoreConfig instead.",
+    "use_galore": "Use the fields of GaLoreConfig instead.",
+}
+"""Fields that would change the optimizer and would be ignored, with the way out."""
 
 
 def optimizer_settings(args: Any) -> dict[str, Any]:
@@ -28,11 +45,9 @@ def optimizer_settings(args: Any) -> dict[str, Any]:
 
 def check_ignored(args: Any) -> None:
     """Raise ``OptionError`` for a field that asks the Trainer for another optimizer, which the plugin would replace."""
-    replacements = {"optim_args": "the fields of GaLoreConfig", "optim_target_modules": "target_modules"}
-    for name, replacement in replacements.items():
-        value = getattr(args, name, None)
-        if value:
-            raise OptionError(name, value, "nothing, beside this plugin", f"Use {replacement} instead.")
+    for name, way_out in UNUSED.items():
+        if value := getattr(args, name, None):
+            raise OptionError(name, value, "nothing, beside this plugin", way_out)
     optim = getattr(args, "optim", None)
     optim = getattr(optim, "value", optim)
     if optim is not None and optim not in ADAMW:

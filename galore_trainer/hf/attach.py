@@ -43,15 +43,24 @@ def attach(trainer: AnyTrainer, config: GaLoreConfig | None = None) -> AnyTraine
     config = config if config is not None else GaLoreConfig()
     if not isinstance(trainer, Trainer):
         raise _no_trainer(trainer, config)
-    if not isinstance(config, GaLoreConfig):
-        raise OptionError("config", config, "a GaLoreConfig", "Use attach(trainer, GaLoreConfig(rank=128)).")
-    _check_untouched(trainer)
-    _check_adapters(trainer.model, config)
-    plugin = galore_plugin(config, trainer.args)
+    plugin = checked_plugin(trainer, config)
     trainer.optimizer_cls_and_kwargs = plugin["optimizer_cls_and_kwargs"]
     for callback in plugin["callbacks"]:
         trainer.add_callback(callback)
     return trainer
+
+
+def checked_plugin(trainer: Trainer, config: GaLoreConfig) -> dict[str, Any]:
+    """What ``galore_plugin`` returns for a Trainer that exists; the Trainer stays as it is.
+
+    Raises:
+        OptionError: as ``attach``.
+    """
+    if not isinstance(config, GaLoreConfig):
+        raise OptionError("config", config, "a GaLoreConfig", "Use attach(trainer, GaLoreConfig(rank=128)).")
+    _check_untouched(trainer)
+    _check_adapters(trainer.model, config)
+    return galore_plugin(config, trainer.args)
 
 
 def _no_trainer(got: Any, config: Any) -> OptionError:

@@ -14,7 +14,6 @@ that exists what ``galore_plugin`` returns.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,9 +26,8 @@ from galore_trainer.errors import OptionError
 from galore_trainer.hf.arguments import check_ignored, optimizer_settings
 from galore_trainer.hf.backend import SHARDING, check_layerwise, fitted_config, training_backend
 from galore_trainer.hf.callback import GaLoreCallback
-from galore_trainer.hf.checkpoints import check_layout
+from galore_trainer.hf.checkpoints import check_resumable
 from galore_trainer.hf.membership import watch_first_steps
-from galore_trainer.hf.unpickling import check_checkpoint
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.targets import lightning
@@ -113,9 +111,8 @@ def galore_plugin(config: GaLoreConfig, args: Any, callbacks: Iterable[Any] = ()
     check_ignored(args)
     config = fitted_config(config, args)
     resume = getattr(args, "resume_from_checkpoint", None)
-    if isinstance(resume, str) and os.path.isdir(resume):
-        check_layout(resume, args)
-        check_checkpoint(resume, "resume_from_checkpoint")
+    if isinstance(resume, str):
+        check_resumable(resume, args)
     settings = {"config": config, "args": args}
     return {
         "optimizer_cls_and_kwargs": (GaLoreFactory, settings),
@@ -124,10 +121,14 @@ def galore_plugin(config: GaLoreConfig, args: Any, callbacks: Iterable[Any] = ()
 
 
 class GaLoreFactory:
-    """The Trainer's optimizer "class": the Trainer calls ``GaLoreFactory()(model, config=..., args=...)``."""
+    """The Trainer's optimizer "class": the Trainer calls ``GaLoreFactory()(model, config=..., args=...)``.
 
-    def __call__(self, model: nn.Module, *, config: GaLoreConfig, args: Any) -> GaLoreAdamW:
+    Trainers of axolotl call ``GaLoreFactory()(model, their_args, config=..., args=...)``.
+    """
+
+    def __call__(self, model: nn.Module, own_args: Any = None, *, config: GaLoreConfig, args: Any) -> GaLoreAdamW:
         """Build the optimizer from ``TrainingArguments`` as they are now; raises what ``galore_plugin`` raises."""
+        args = args if own_args is None else own_args
         check_ignored(args)
         return _build(model, fitted_config(config, args), **optimizer_settings(args))
 

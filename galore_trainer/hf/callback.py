@@ -124,8 +124,7 @@ class GaLoreCallback(TrainerCallback):
             self._membership.check()
         if self._optimizer is None or self._steps_with_lr >= STEPS_TO_MOVE:
             return
-        config, groups = self._optimizer.config, self._optimizer.param_groups
-        if any(g["projected"] and g["lr"] * scale_of(g, config) > 0.0 for g in groups):
+        if any(lr * scale > 0.0 for lr, scale in self._rates()):
             self._steps_with_lr += 1
             if self._steps_with_lr == 1:
                 self._checksums = {name: checksum(p) for name, p in self._projected()}
@@ -141,14 +140,24 @@ class GaLoreCallback(TrainerCallback):
             if self._has_had_gradient(name) and torch.equal(before[name], checksum(p))
         ]
         if unchanged:
-            assert self._optimizer is not None
-            groups, config = self._optimizer.param_groups, self._optimizer.config
-            lr, scale = max((float(g["lr"]), scale_of(g, config)) for g in groups if g["projected"])
+            lr, scale = max(self._rates())
             raise RuntimeError(
                 f"{len(unchanged)} projected weights did not change in {STEPS_TO_MOVE} steps, among them "
                 f"{unchanged[0]}: lr {lr:.3g} x scale {scale:g} is too small for their precision, or something "
                 "restores them. Raise learning_rate or galore.scale, or keep galore.stochastic_rounding on."
             )
+
+    def _rates(self) -> list[tuple[float, float]]:
+        """The learning rate and the scale of every projected weight."""
+        assert self._optimizer is not None
+        config, groups = self._optimizer.config, self._optimizer.param_groups
+        return [
+            (float(group["lr"]), scale_of(group, config, matrix))
+            for group in groups
+            if group["projected"]
+            for of_weight in group["matrices"]
+            for matrix in of_weight
+        ]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Warn of skipped steps that no log has reported, and of weights that never had a gradient.

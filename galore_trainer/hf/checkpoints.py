@@ -61,6 +61,18 @@ def check_layout(checkpoint: str | Path, args: Any) -> None:
         raise OptionError("resume", f"{checkpoint}, under {now}", f"a run under {written}, which wrote it", way_out)
 
 
+def check_resumable(checkpoint: str, args: Any) -> None:
+    """Raise ``OptionError`` for a checkpoint that this launch cannot resume, or that could run code; see the parts.
+
+    Args:
+        checkpoint: a folder; another path is left to the Trainer.
+        args: the Trainer's ``TrainingArguments``.
+    """
+    if Path(checkpoint).is_dir():
+        check_layout(checkpoint, args)
+        check_checkpoint(checkpoint, "resume_from_checkpoint")
+
+
 def lacks_state(args: Any, step: int) -> OptionError:
     """The error for a run that was resumed without the optimizer's state, with the cause if it is known.
 

@@ -40,7 +40,8 @@ def weight_table(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> str:
     Returns:
         Text with columns ``COLUMNS``; ``lr`` is the effective one (lr x scale, lr x plain_lr_ratio) at the peak of the
         schedule, ``state`` the bytes of optimizer state; ``heads`` reads "9, one lends" for a shared basis, and
-        "unknown: joint" where an attention weight fell back to joint.
+        "unknown: joint" where an attention weight fell back to joint. The line of all projected weights names the
+        residual in force.
     """
     return str(plan_table(_weights(optimizer, model), optimizer.config))
 
@@ -76,7 +77,8 @@ def plan_table(weights: Iterable[tuple[Weight, str]], config: GaLoreConfig) -> T
         if members:
             count = sum(r.parameters for r in members)
             state = human_bytes(sum(r.state for r in members))
-            lines.append((f"all {kind}", "", "", f"{count:,}", f"{count / total:.1%}", "", "", "", "", state))
+            residual = f"residual {config.resolved_residual}" if kind == "projected" else ""
+            lines.append((f"all {kind}", residual, "", f"{count:,}", f"{count / total:.1%}", "", "", "", "", state))
     return TextTable(COLUMNS, lines, NUMERIC)
 
 
@@ -86,12 +88,13 @@ _ORDER = ("projected", "plain", "frozen")
 def _weights(optimizer: GaLoreAdamW, model: nn.Module | None) -> Iterable[tuple[Weight, str]]:
     seen = set()
     for group in optimizer.param_groups:
-        factor = scale_of(group, optimizer.config) if group["projected"] else 1.0
-        lr = group.get("initial_lr", group["lr"]) * factor
+        lr = float(group.get("initial_lr", group["lr"]))
         matrices = group.get("matrices", [()] * len(group["names"]))
         for name, shape, m in zip(group["names"], optimizer.placement.shapes(group), matrices, strict=True):
             seen.add(name)
-            yield Weight(name, _stand_in(shape, trained=True), tuple(m), optimizer.notes.get(name, "")), f"{lr:.3g}"
+            scales = [scale_of(group, optimizer.config, matrix) for matrix in m] or [1.0]
+            rates = _join(f"{lr * scale:.3g}" for scale in scales)
+            yield Weight(name, _stand_in(shape, trained=True), tuple(m), optimizer.notes.get(name, "")), rates
     for full_name, p in model.named_parameters() if model is not None else ():
         if logical_name(full_name) not in seen:
             yield Weight(logical_name(full_name), _stand_in(getattr(p, "ds_shape", p.shape), trained=False)), "-"

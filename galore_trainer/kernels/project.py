@@ -50,7 +50,13 @@ def _join(addresses, out, entries, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BL
 
 
 def project(
-    G: Scattered, layout: Layout, P: Tensor, side: str, blocks: int, limit: float = math.inf
+    G: Scattered,
+    layout: Layout,
+    P: Tensor,
+    side: str,
+    blocks: int,
+    limit: float = math.inf,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Projected gradients, and whether they can enter the moments.
 
@@ -62,6 +68,7 @@ def project(
         side: ``right`` or ``left``.
         blocks: number of blocks of a matrix.
         limit: magnitude from which an entry of R is not usable (``core.galore.largest_usable``).
+        norms: takes the squared norms of the lines of G, float32 [matrices x blocks, lines]; None where not wanted.
 
     Returns:
         R, float32 [matrices x blocks, rows, r] (right) or [matrices x blocks, r, n] (left), and 1.0 where all of R is
@@ -84,6 +91,7 @@ def project(
         P,
         R,
         ok,
+        ok if norms is None else norms,  # a pointer that is not read
         rows,
         lines,
         inner,
@@ -96,6 +104,7 @@ def project(
         LINES=tall,
         DEPTH=deep,
         WIDTH=width,
+        NORMS=norms is not None,
         num_warps=8 if single or tall * width > 16384 else 4,
         num_stages=max(1, min(3, stages)),
     )
@@ -108,6 +117,7 @@ def _project(
     P,
     R,
     ok,
+    norms,
     rows,
     lines,
     inner,
@@ -125,6 +135,7 @@ def _project(
     LINES: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
+    NORMS: tl.constexpr,
 ):
     """A program computes ``LINES`` rows (right) or columns (left) of R, as sums over ``inner`` entries of G."""
     tiles = tl.cdiv(lines, LINES)
@@ -136,6 +147,8 @@ def _project(
     line = tl.program_id(0) % tiles * LINES + tl.arange(0, LINES)
     column = tl.arange(0, WIDTH)
     total = tl.zeros((LINES, WIDTH), tl.float32)
+    if NORMS:
+        of_line = tl.zeros((LINES,), tl.float32)
     k = tl.arange(0, DEPTH)
     if RIGHT:
         rows_at = row_starts(first + line, length, outer_stride, row_stride, EVEN)
@@ -153,6 +166,9 @@ def _project(
             g = tl.load(at + rows_at[None, :], mask=(line[:, None] < lines) & inside[None, :], other=0.0)
         p = tl.load(p_at, mask=inside[:, None] & (column[None, :] < RANK), other=0.0)
         p_at += DEPTH * RANK
+        if NORMS:
+            exact = g.to(tl.float32)
+            of_line += tl.sum(exact * exact, axis=1)
         if g.dtype != p.dtype:
             g = rounded(g, 0, p.dtype, False)
         total = multiply(g, p, total)
@@ -162,5 +178,7 @@ def _project(
     else:
         out = R + column.to(tl.int64)[None, :] * lines + line[:, None]
     tl.store(out, total, mask=mask)
+    if NORMS:
+        tl.store(norms + block.to(tl.int64) * lines + line, of_line, mask=line < lines)
     usable = tl.min(tl.min((tl.abs(total) < limit).to(tl.int32), axis=1), axis=0)  # 0 for NaN, too
     tl.store(ok + matrix, 0.0, mask=usable == 0)

@@ -1,8 +1,8 @@
-"""W <- W - lr wd W - lr scale (lift(N) + N_S at S), in place, for weights at any address."""
+"""W <- W - lr wd W - lr scale (lift(N) + phi D + N_S at S), in place, for weights at any address."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,20 @@ SPARSE_KEY = 0x5851F42D4C957F2D  # makes the noise of ``add_at_`` differ from th
 BLOCK = 1024  # entries of a support in a program
 
 
+class Dense(NamedTuple):
+    """What moves weights beside lift(N): phi G (``core.scaled``).
+
+    Attributes:
+        G: gradients, float32 or bfloat16.
+        layout: of a logical matrix in its gradient.
+        phi: float32 [matrices x blocks, lines].
+    """
+
+    G: Scattered
+    layout: Layout
+    phi: Tensor
+
+
 def apply_update_(
     W: Scattered,
     layout: Layout,
@@ -40,8 +54,9 @@ def apply_update_(
     step: float,
     decay: float,
     keys: Tensor | None,
+    dense: Dense | None = None,
 ) -> None:
-    """W <- W (1 - decay) - step lift(N), in place.
+    """W <- W (1 - decay) - step (lift(N) + phi G), in place.
 
     Args:
         W: weights, float32 or bfloat16.
@@ -52,16 +67,19 @@ def apply_update_(
         blocks: number of blocks of a matrix.
         step, decay: lr x scale, lr x weight decay.
         keys: int64 [matrices], for stochastic rounding of bfloat16 weights; None rounds to nearest.
+        dense: for phi G; None leaves it out. N is N - phi R then.
     """
     total, rank = len(P), P.shape[-1]
     rows, columns = layout.rows // blocks, layout.columns
     width, entry = max(16, triton.next_power_of_2(rank)), N.element_size()
     tall, wide, depth = _tile(N, width)
     shared = depth * wide * entry  # bytes that all tiles share
-    per_tile = (tall * width + (width - depth) * wide) * entry + tall * wide * W.dtype.itemsize  # bytes
+    per_entry = W.dtype.itemsize + (dense.G.dtype.itemsize if dense else 0)
+    per_tile = (tall * width + (width - depth) * wide) * entry + tall * wide * per_entry  # bytes
     stages = (shared_memory(N.device) - shared) // per_tile
     tiles = min(TILES, triton.cdiv(rows, tall))
     programs = triton.cdiv(rows, tall * tiles) * triton.cdiv(columns, wide)
+    of_G = dense or Dense(W, layout, ok)  # pointers that are not read
     kernel: Any = _apply_update
     kernel[(total * programs,)](
         W.addresses,
@@ -74,8 +92,12 @@ def apply_update_(
         blocks,
         step,
         decay,
+        of_G.G.addresses,
+        of_G.phi,
         **layout.strides,
         **W.pointer,
+        **{f"G_{name}": value for name, value in (of_G.layout.strides | of_G.G.pointer).items()},
+        DENSE=dense is not None,
         RIGHT=side == "right",
         RANK=rank,
         ROWS=tall,
@@ -109,6 +131,8 @@ def _apply_update(
     blocks,
     step,
     decay,
+    gradients,
+    phi,
     length,
     outer_stride,
     row_stride,
@@ -116,6 +140,14 @@ def _apply_update(
     EVEN: tl.constexpr,
     TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    G_length,
+    G_outer_stride,
+    G_row_stride,
+    G_column_stride,
+    G_EVEN: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    G_ALIGNED: tl.constexpr,
+    DENSE: tl.constexpr,
     RIGHT: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -146,6 +178,12 @@ def _apply_update(
             b_at = right + (k.to(tl.int64) * columns)[:, None] + j[None, :]
             next_depth = DEPTH * columns
         b = tl.load(b_at, mask=(j[None, :] < columns) & (k[:, None] < RANK), other=0.0)
+        if DENSE:
+            G = pointer_at(gradients, matrix, G_TYPE, G_ALIGNED)
+            if RIGHT:
+                phi += block.to(tl.int64) * rows
+            else:
+                factor = tl.load(phi + block.to(tl.int64) * columns + j, mask=j < columns, other=0.0)[None, :]
         if STOCHASTIC:
             key = tl.load(keys + matrix)
             pair = (program % across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)).to(tl.uint32) * GOLDEN
@@ -156,6 +194,12 @@ def _apply_update(
             start = W + row_starts(row, length, outer_stride, row_stride, EVEN)
             at = start[:, None] + (j.to(tl.int64) * column_stride)[None, :]
             w = tl.load(at, mask=mask, other=0.0)
+            if DENSE:
+                g_start = G + row_starts(row, G_length, G_outer_stride, G_row_stride, G_EVEN)
+                g_at = g_start[:, None] + (j.to(tl.int64) * G_column_stride)[None, :]
+                g = tl.load(g_at, mask=mask, other=0.0)
+                if RIGHT:
+                    factor = tl.load(phi + i, mask=i < rows, other=0.0)[:, None]
             lifted = tl.zeros((ROWS, COLUMNS), tl.float32)
             for first in tl.static_range(0, RANK, DEPTH):
                 a_at = left + (i.to(tl.int64) * RANK)[:, None] + (first + k)[None, :]
@@ -166,6 +210,8 @@ def _apply_update(
                     next_at = b_at + (first // DEPTH) * next_depth
                     next_b = tl.load(next_at, mask=(j[None, :] < columns) & (k[:, None] < RANK - first), other=0.0)
                     lifted = multiply(a, next_b, lifted)
+            if DENSE:
+                lifted += factor * g.to(tl.float32)
             new = w.to(tl.float32) * (1.0 - decay) - step * lifted
             noise = 0
             if STOCHASTIC:  # 32 random bits serve two neighbouring columns
@@ -186,7 +232,7 @@ def add_at_(
         W, layout, ok, keys: as for ``apply_update_``.
         positions: S as columns, int32 [blocks, rows, k], contiguous.
         values: float32 [matrices x blocks, rows, k].
-        step: lr x scale x residual_scale.
+        step: lr x scale.
     """
     count, entries = values.shape[-1], values.numel() // len(ok)
     kernel: Any = _add_at

@@ -43,7 +43,16 @@ class Bucket:
         first = pieces[0]
         self.pieces, self.matrix, self.group = pieces, first.matrix, first.owner.group
         self.device, self.dtype = first.weight.device, compute_dtype(first.weight.dtype)
+        self.places: Any = None  # where its tensors lie, for kernels
+        self.norms: Tensor | None = None  # squared, of the gradients' lines, where kernels found them
         self._supports: dict[str, Support] = {}
+
+    def let_go(self) -> None:
+        """Hold nothing that ``LocalWeight.open`` copied; before it can move, its pieces have to be opened again."""
+        self.pieces = [p._replace(weight=p.owner.weight, grad=p.owner.grad) for p in self.pieces]
+        self.places = None
+        for name in ("G", "P"):
+            self.__dict__.pop(name, None)
 
     @functools.cached_property
     def ok(self) -> Tensor | None:

@@ -34,6 +34,7 @@ class Piece(NamedTuple):
         owner: the weight.
         kept: what layer-wise mode kept of the gradient; None where ``grad`` is whole.
         block_index: which blocks of the logical matrix, and so which bases, are here; None for all of them.
+        foreign: which rows, of all blocks one after the other, another process owns; None where there are none.
     """
 
     weight: Tensor
@@ -44,6 +45,7 @@ class Piece(NamedTuple):
     owner: LocalWeight
     kept: KeptGradient | None = None
     block_index: Any = None
+    foreign: Any = None
 
     @property
     def state(self) -> MutableMapping[str, Any]:
@@ -201,7 +203,12 @@ class LocalWeight:
             self._rows, self._copies = None, []
 
     def _piece(self, rows: Rows, weight: Tensor, grad: Tensor) -> Piece:
-        return Piece(weight, grad, rows.name, rows.matrix, rows.prefix, self, None, rows.block_index)
+        first, at = self.shard.owned.start, rows.at
+        foreign = None
+        if first:  # only the first local row can be another process's
+            foreign = slice(0, 1) if isinstance(at, slice) and at.start == 0 else None
+            foreign = at == 0 if not isinstance(at, slice) else foreign
+        return Piece(weight, grad, rows.name, rows.matrix, rows.prefix, self, None, rows.block_index, foreign)
 
 
 class Moved(NamedTuple):

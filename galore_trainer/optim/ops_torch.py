@@ -1,4 +1,4 @@
-"""The four verbs of a step by torch: what ``core/`` spells out, on a bucket of equal pieces."""
+"""The five verbs of a step by torch: what ``core/`` spells out, on a bucket of equal pieces."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.galore import usable_parts, widen
 from galore_trainer.core.residual import lost_at
+from galore_trainer.core.scaled import Dense, line_factors, noise_of, squared_norms
 from galore_trainer.core.sparse import part_of, read_at
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.bucket import Bucket
@@ -91,16 +92,41 @@ class TorchOps:
             _joined_adam_(members, [key for key, _ in moments], age, betas, eps)
         return updates
 
-    def apply_(self, bucket: Bucket, N: Tensor, ok: Tensor, sparse: tuple[str, Tensor] | None = None) -> None:
-        """Move the weights by N, and by ``sparse``: the key of positions and the update of these entries."""
+    def line_factors(self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of the scaled residual for each line, and the squared norms of what they scale; see ``core``."""
+        matrix = bucket.matrix
+        norms = [squared_norms(G, matrix.side, R.dtype) for G in bucket.gradients()]
+        return line_factors(
+            torch.cat(norms),
+            R,
+            N,
+            bucket.spread(ok),
+            matrix.side,
+            residual_scale=self.config.residual_scale,
+            noise=noise_of(bucket.pieces[0].owner.made_in, matrix.rank, matrix.basis_shape[1]),
+        )
+
+    def apply_(
+        self,
+        bucket: Bucket,
+        N: Tensor,
+        ok: Tensor,
+        dense: tuple[Tensor, Tensor] | None = None,
+        sparse: tuple[str, Tensor] | None = None,
+    ) -> None:
+        """Move the weights.
+
+        Args:
+            bucket: of this step.
+            N: normalised updates.
+            ok: [pieces].
+            dense: R and phi of the scaled residual.
+            sparse: the key of positions, and the update of these entries.
+        """
         config, group, matrix = self.config, bucket.group, bucket.matrix
-        residual = None
-        if sparse is not None:
-            positions, N_S = sparse
-            N_S = N_S if config.residual_scale == 1.0 else config.residual_scale * N_S
-            residual = bucket.support(positions), N_S
-        parts = (bucket.split(x) for x in (N, bucket.P, bucket.spread(ok)))
-        for i, (piece, N_i, P_i, ok_i) in enumerate(zip(bucket.pieces, *parts, strict=True)):
+        residual = None if sparse is None else (bucket.support(sparse[0]), sparse[1])
+        parts = [bucket.split(x) for x in (N, bucket.P, bucket.spread(ok), *(dense or ()))]
+        for i, (piece, N_i, P_i, ok_i, *dense_i) in enumerate(zip(bucket.pieces, *parts, strict=True)):
             W = piece.matrix.take(piece.weight)
             galore.apply_update_(
                 W,
@@ -108,9 +134,10 @@ class TorchOps:
                 P_i,
                 matrix.side,
                 lr=float(group["lr"]),
-                scale=scale_of(group, config),
+                scale=scale_of(group, config, matrix),
                 weight_decay=group["weight_decay"],
                 ok=ok_i,
+                dense=Dense(piece.matrix.take(piece.grad), *dense_i) if dense_i else None,
                 sparse=part_of(residual, i, matrix.blocks),
                 generator=weight_noise(piece.weight, piece.name, piece.owner.state["calls"], config, self.seed),
             )

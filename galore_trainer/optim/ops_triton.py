@@ -1,4 +1,4 @@
-"""The four verbs of a step by Triton kernels, on a bucket of equal pieces where they lie: nothing is joined or copied.
+"""The five verbs of a step by Triton kernels, on a bucket of equal pieces where they lie: nothing is joined or copied.
 
 ``TritonOps`` does what ``TorchOps`` does for the pieces that the kernels take; ``buckets_for_triton`` leaves the others
 to torch. Each bucket costs one upload of addresses. Triton is imported only where it is used.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import largest_usable, usable_parts
+from galore_trainer.core.scaled import noise_of
 from galore_trainer.core.streams import rounding_key
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
@@ -23,6 +24,7 @@ from galore_trainer.optim.bucket import BASIS, MOMENTS, Bucket, entries
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, Piece
 from galore_trainer.optim.ops_torch import Incoming, TorchOps, rounds
 from galore_trainer.optim.param_groups import scale_of
+from galore_trainer.targets.matrices import has_scaled
 
 FIRST_ELEMENTS = 1 << 29  # ``bucket.entries`` that move in one go at first, then twice as many each time,
 MOST_ELEMENTS = 1 << 30  # and at most: what is made of their projections is held meanwhile
@@ -40,19 +42,21 @@ class TritonOps:
     def __init__(self, config: GaLoreConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         self._torch = TorchOps(config, seed)
-        self._places: Places
 
     def project(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """R [pieces x blocks, ...], and whether the gradients are usable, [pieces]."""
         from galore_trainer.kernels.project import project
 
-        places = self._places = Places(bucket, self.config, self.seed)
+        places = self._places(bucket)
         first, matrix = bucket.pieces[0], bucket.matrix
         known = bucket.ok
         if first.kept is None:
             G = places["gradients"]
             P = places.bases(first.owner.compute_in or G.dtype)
-            R, ok = project(G, places.layout(first.grad), P, matrix.side, matrix.blocks, LIMIT)
+            if has_scaled(matrix, self.config):
+                lines = matrix.moment_shape[1 if matrix.side == "right" else 2]
+                bucket.norms = torch.empty(len(P), lines, dtype=torch.float32, device=P.device)
+            R, ok = project(G, places.layout(first.grad), P, matrix.side, matrix.blocks, LIMIT, bucket.norms)
         else:
             R = bucket.kept(lambda grad: grad.projected)
             ok = usable_parts(R, len(bucket.pieces))
@@ -62,7 +66,7 @@ class TritonOps:
         """What the projection loses at the support, [pieces x blocks, rows, entries]."""
         from galore_trainer.kernels.residual import loss_at
 
-        first, matrix, places = bucket.pieces[0], bucket.matrix, self._places
+        first, matrix, places = bucket.pieces[0], bucket.matrix, self._places(bucket)
         count = first.owner.state[first.prefix + key].shape[-1]
         if first.kept is None:
             G, layout = places["gradients"], places.layout(first.grad)
@@ -75,11 +79,11 @@ class TritonOps:
         """Take R into a pair of moments, in place; the normalised update N. Moments of few bits go through torch."""
         from galore_trainer.kernels.adam import adam_
 
-        assert len(incoming) <= 1  # ``project`` has looked up the places of one bucket
         updates = []
         for bucket, R, ok in incoming:
-            places, group = self._places, bucket.group
-            dtype = self._update_dtype(bucket) if age == AGE else torch.float32
+            places, group = self._places(bucket), bucket.group
+            rounds_N = age == AGE and not has_scaled(bucket.matrix, self.config)  # else N - phi R is rounded instead
+            dtype = self._update_dtype(bucket) if rounds_N else torch.float32
             if group["galore"]["state_bits"] == 32:
                 M, V = (places[key] for key, _ in moments)
                 N = adam_(M, V, places[age], R, ok, dtype=dtype, betas=group["betas"], eps=group["eps"])
@@ -88,14 +92,44 @@ class TritonOps:
             updates.append(N)
         return updates
 
-    def apply_(self, bucket: Bucket, N: Tensor, ok: Tensor, sparse: tuple[str, Tensor] | None = None) -> None:
-        """Move the weights by N, and by ``sparse``: the key of positions and the update of these entries."""
-        from galore_trainer.kernels.update import add_at_, apply_update_
+    def line_factors(self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``TorchOps.line_factors``."""
+        from galore_trainer.kernels.scaled import line_factors
 
-        first, group, matrix, places = bucket.pieces[0], bucket.group, bucket.matrix, self._places
+        matrix, dtype = bucket.matrix, bucket.pieces[0].owner.made_in
+        assert bucket.norms is not None  # from ``project``
+        return line_factors(
+            R,
+            N,
+            bucket.norms,
+            ok,
+            matrix.blocks,
+            matrix.side,
+            residual_scale=self.config.residual_scale,
+            noise=noise_of(dtype, matrix.rank, matrix.basis_shape[1]),
+        )
+
+    def apply_(
+        self,
+        bucket: Bucket,
+        N: Tensor,
+        ok: Tensor,
+        dense: tuple[Tensor, Tensor] | None = None,
+        sparse: tuple[str, Tensor] | None = None,
+    ) -> None:
+        """Move the weights; see ``TorchOps.apply_``."""
+        from galore_trainer.kernels.scaled import without_projected
+        from galore_trainer.kernels.update import Dense, add_at_, apply_update_
+
+        first, group, matrix, places = bucket.pieces[0], bucket.group, bucket.matrix, self._places(bucket)
         layout = places.layout(first.weight)
         lr = float(group["lr"])  # torch takes tensors, too
-        step = lr * scale_of(group, self.config)
+        step = lr * scale_of(group, self.config, matrix)
+        of_G = None
+        if dense is not None:
+            R, phi = dense
+            N = without_projected(N, R, phi, ok, matrix.side, self._update_dtype(bucket))
+            of_G = Dense(places["gradients"], places.layout(first.grad), phi)
         apply_update_(
             places["weights"],
             layout,
@@ -107,11 +141,18 @@ class TritonOps:
             step=step,
             decay=lr * group["weight_decay"],
             keys=places.keys,
+            dense=of_G,
         )
         if sparse is not None:
             positions, N_S = sparse
-            step *= self.config.residual_scale
             add_at_(places["weights"], layout, places[positions], N_S, ok, step=step, keys=places.keys)
+
+    def _places(self, bucket: Bucket) -> Places:
+        """Where the tensors of a bucket lie; looked up once, since that costs an upload."""
+        if bucket.places is None:
+            bucket.places = Places(bucket, self.config, self.seed)
+        places: Places = bucket.places
+        return places
 
     def _update_dtype(self, bucket: Bucket) -> torch.dtype:
         """What the factors of the lifted update are rounded to."""

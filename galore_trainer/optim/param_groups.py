@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_trainer.config import GaLoreConfig
+from galore_trainer.config import AUTO, SPARSE_PERCENT, GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import Noted, Placement, address_of
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.targets.matrices import project_whole
 from galore_trainer.targets.names import logical_name
+
+logger = logging.getLogger(__name__)
 
 WAY_OUT = (
     "Resume with the saved value, or start a new run from the checkpoint's weights "
@@ -33,6 +37,8 @@ SLICES = "slices"  # in a state dict: of each flat tensor, by its number, name, 
 
 OVERRIDES = ("rank", "update_proj_gap", "scale", "proj_type")
 """Settings of ``GaLoreConfig`` that a group can set for itself, as groups for galore-torch do."""
+SCALE_BEFORE_SAVED = 10.0
+"""The scale of checkpoints that do not name it."""
 OPTIONS = ("lr", "betas", "eps", "weight_decay", *OVERRIDES)
 OURS = ("params", "names", "param_names", "projected", "matrices", "galore")
 TRAINED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -95,10 +101,10 @@ def check_unchanged(group: Mapping[str, Any]) -> None:
         if group.get(key):
             raise OptionError(f"param_groups: {key}", group[key], "no such key in a group", "Take it out.")
     settings, scale = group.get("galore", {}), group.get("scale", 1.0)
-    if not (_is_number(scale) and 0.0 <= scale < math.inf):
-        raise OptionError("galore.scale", scale, "a finite number of at least 0")
+    if scale != AUTO and not (_is_number(scale) and 0.0 <= scale < math.inf):
+        raise OptionError("galore.scale", scale, f"a finite number of at least 0, or {AUTO}")
     for key in OVERRIDES:
-        if key in group and key in settings and group[key] != settings[key]:
+        if key in group and key in settings and group[key] != settings[key] and key != "scale":
             wanted = f"{settings[key]!r}, with which the group was added"
             raise OptionError(f"param_groups: {key}", group[key], wanted, "Build a new optimizer for another value.")
 
@@ -131,18 +137,17 @@ def complete_group(group: dict[str, Any], others: Sequence[Mapping[str, Any]], c
     if group["projected"]:
         config = config_of(group, config)
         if "matrices" in group:
-            _check_made_for(group.get("galore", {}), config)
+            _check_made_for({k: v for k, v in group.get("galore", {}).items() if k not in group}, config)
         else:
             shapes = [getattr(p, "ds_shape", p.shape) for p in params]  # of the whole weight under ZeRO-3
             pairs = zip(shapes, group["names"], strict=True)
             group["matrices"] = [[project_whole(shape, name, config)] for shape, name in pairs]
-        fields = config.to_dict()
-        group["galore"] = {key: fields[key] for key in GaLoreConfig.trajectory_fields()} | {"seed": seed}
+        group["galore"] = config.trajectory() | {"scale": config.scale, "seed": seed}
 
 
 def _check_made_for(settings: Mapping[str, Any], config: GaLoreConfig) -> None:
     """Raise ``OptionError`` where logical matrices were made under other settings than the optimizer's."""
-    ours = config.to_dict()
+    ours = config.trajectory()
     for key, value in settings.items():
         if key in ours and ours[key] != value:
             way_out = "Give GaLoreAdamW the config that the groups were made with, or make groups anew."
@@ -222,10 +227,10 @@ def settings_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: group[key] for key in keys if key in group} for group in groups]
 
 
-def scale_of(group: Mapping[str, Any], config: GaLoreConfig) -> float:
-    """The factor on the lifted update of a projected group."""
-    scale: float = group.get("scale", config.scale)
-    return scale
+def scale_of(group: Mapping[str, Any], config: GaLoreConfig, matrix: LogicalMatrix) -> float:
+    """The factor on the lifted update of a projected weight."""
+    scale: float | str = group.get("scale", config.scale)
+    return matrix.auto_scale if isinstance(scale, str) else scale
 
 
 def gap_of(group: Mapping[str, Any]) -> int:
@@ -308,11 +313,14 @@ def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, 
     if not all(isinstance(g, Mapping) and "projected" in g for g in saved):
         raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
     for before, now in zip([g for g in saved if g["projected"]], [g for g in ours if g["projected"]], strict=False):
-        saved_settings = {**GaLoreConfig().to_dict(), **before.get("galore", {})}  # fields younger than the checkpoint
-        for key, value in now["galore"].items():
-            if saved_settings.get(key) != value:
-                option = "seed" if key == "seed" else f"galore.{key}"
-                raise OptionError(option, value, f"{saved_settings.get(key)!r} as in the checkpoint", WAY_OUT)
+        then, here = _settings_in(before), now["galore"]
+        differ = [key for key, value in here.items() if key != "scale" and then.get(key) != value]
+        if differ:
+            options = {key: "seed" if key == "seed" else f"galore.{key}" for key in differ}
+            key, *more = differ
+            others = "".join(f" Also {options[k]}: got {here[k]!r}, saved {then.get(k)!r}." for k in more)
+            wanted = f"{then.get(key)!r} as in the checkpoint"
+            raise OptionError(options[key], here[key], wanted, WAY_OUT + others)
     names_before, names_now = ([n for g in groups for n in g.get("names", [])] for groups in (saved, ours))
     if names_before != names_now:
         changed = sorted(set(names_before) ^ set(names_now))[:5] or ["the same names in another order"]
@@ -321,6 +329,27 @@ def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, 
         raise OptionError("parameters", "other groups", "the checkpoint's projected and plain groups", WAY_OUT)
     for before, now in zip(saved, ours, strict=True):
         _check_same_matrices(before, now)
+
+
+def _settings_in(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a saved group was made with; what is younger than the checkpoint has the value of its time."""
+    saved = {"residual_percent": SPARSE_PERCENT, **group.get("galore", {})}
+    residual = "sparse" if saved["residual_percent"] > 0.0 else "none"
+    return {**GaLoreConfig().trajectory(), "residual": residual, **saved}
+
+
+def scale_after_load(group: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"scale": number}`` for a group that takes over the scale of a saved one, as ``auto`` does; else nothing.
+
+    A number that was asked for stays. A difference is logged.
+    """
+    ours = group.get("scale", group["galore"]["scale"])
+    saved = before.get("scale", before.get("galore", {}).get("scale", SCALE_BEFORE_SAVED))
+    if ours == saved:
+        return {}
+    kept = saved if ours == AUTO else ours
+    logger.warning("galore.scale: %s is asked for, the checkpoint was trained with %s; %s is used", ours, saved, kept)
+    return {"scale": kept} if kept != ours else {}
 
 
 def _check_same_matrices(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import Placement, is_cut
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.bucket import MOMENTS
-from galore_trainer.optim.param_groups import SLICES, check_same_method, checked_shard
+from galore_trainer.optim.param_groups import SLICES, check_same_method, checked_shard, scale_after_load
 from galore_trainer.optim.plain import plain_state
 from galore_trainer.optim.state_forms import BAR, ROW_KEYS, StateInFlat, restored, without_padding
 from galore_trainer.targets.matrices import check_shardable
@@ -202,8 +202,9 @@ def put_whole(
         for name, number in zip(group["names"], group["params"], strict=True)
     }
     for group, before in zip(groups, saved["param_groups"], strict=True):
-        kept = ("params", "names", "matrices", "galore")
-        group.update({key: value for key, value in before.items() if key not in kept})
+        scale = scale_after_load(group, before) if group["projected"] else {}
+        kept = ("params", "names", "matrices", "galore", "scale")
+        group.update({key: value for key, value in before.items() if key not in kept} | scale)
         group["betas"] = tuple(group["betas"])
         if placement.is_flat(group):
             for flat in placement.flats(group):

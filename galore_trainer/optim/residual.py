@@ -1,29 +1,36 @@
-"""The sparse residual inside the optimizer's state: first candidates, then a support with moments of its own.
+"""The residuals inside the optimizer's state.
 
-Keys (after the piece's prefix): ``candidate_index`` and ``candidate_mean`` while warming up; ``residual_index``,
+The scaled residual keeps one number a logical matrix: ``residual_norm`` (after the matrix's prefix), float32: ||phi D||
+in the step before, 0 before the first one.
+
+The sparse residual has candidates first, then a support with moments of its own. Keys (after the piece's prefix):
+``candidate_index`` and ``candidate_mean`` while warming up; ``residual_index``,
 ``residual_exp_avg`` and ``residual_exp_avg_sq`` afterwards. The age of these moments is one number a weight. The
 residual begins with the first basis that comes from a whole gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core import residual
+from galore_trainer.core import residual, scaled
 from galore_trainer.core.galore import usable_parts
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import Form, stored_form
 from galore_trainer.core.sparse import Support, read_at
+from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
 from galore_trainer.optim.ops_torch import Incoming
-from galore_trainer.targets.matrices import has_residual, support_shape
+from galore_trainer.targets.matrices import has_scaled, has_sparse, support_shape
 
+NORM = "residual_norm"
 INDEX, CANDIDATE_INDEX, MEAN = "residual_index", "candidate_index", "candidate_mean"
 MOMENTS = (("residual_exp_avg", True), ("residual_exp_avg_sq", False))
 """Keys of the sparse moments, and whether they have a sign."""
@@ -31,6 +38,110 @@ ROWS = (CANDIDATE_INDEX, MEAN, INDEX, *(key for key, _ in MOMENTS))
 """Keys of what has a row for each row of a weight."""
 PHASE_OF = {CANDIDATE_INDEX: 1, MEAN: 1}
 """The phase in which a key exists; of all others it is 2."""
+
+
+# ---------------------------------------------------------------------- scaled
+
+
+class Scaled(NamedTuple):
+    """The scaled residual of a bucket in one step.
+
+    Attributes:
+        R: projected gradients.
+        phi: [pieces x blocks, lines].
+        lost: ||phi D||^2 of the rows that this process owns, [pieces], float64.
+    """
+
+    R: Tensor
+    phi: Tensor
+    lost: Tensor
+
+
+def start_norms(state: MutableMapping[str, Any], matrices: Iterable[LogicalMatrix], config: GaLoreConfig) -> None:
+    """Make ``residual_norm`` where it is missing; without it there is no limit in the first step."""
+    for matrix in matrices:
+        if has_scaled(matrix, config):
+            state.setdefault(matrix.prefix + NORM, torch.zeros((), dtype=torch.float32, device=state["skipped"].device))
+
+
+def scale_lost(bucket: Bucket, ops: Any, R: Tensor, N: Tensor, ok: Tensor, config: GaLoreConfig) -> Scaled | None:
+    """The scaled residual before its limit; None for matrices without one.
+
+    Args:
+        bucket: of this step.
+        ops: find its factors.
+        R, N: projected gradients and normalised updates.
+        ok: [pieces].
+        config: of the optimizer.
+    """
+    if not has_scaled(bucket.matrix, config):
+        return None
+    phi, by_line = ops.line_factors(bucket, R, N, ok)
+    for piece, lines in zip(bucket.pieces, bucket.split(by_line), strict=True):
+        if piece.foreign is not None:
+            lines.view(-1)[piece.foreign] = 0.0
+    return Scaled(R, phi, by_line.reshape(len(bucket.pieces), -1).sum(dim=1))
+
+
+def by_limit(weights: Iterable[LocalWeight], config: GaLoreConfig) -> dict[Ranks | None, list[LocalWeight]]:
+    """Weights by the processes that limit their scaled residual together; None for those that need no other process."""
+    parts: dict[Ranks | None, list[LocalWeight]] = {}
+    for w in weights:
+        parts.setdefault(w.shard.ranks if config.scales_residual else None, []).append(w)
+    return parts
+
+
+def limit_growth(
+    updates: Sequence[tuple[Bucket, Scaled | None]],
+    config: GaLoreConfig,
+    ranks: Ranks | None = None,
+    weights: Sequence[LocalWeight] = (),
+) -> None:
+    """Limit phi so that ||phi D|| of a logical matrix grows by at most 1 % a step, in place.
+
+    Args:
+        updates: of this process.
+        config: of the optimizer.
+        ranks: the processes among which the weights are cut; None for whole weights.
+        weights: where they are cut, all of them, also those without a row here.
+    """
+    scaled_ones = [(bucket, update) for bucket, update in updates if update is not None]
+    pairs = [(w, m) for w in weights for m in w.matrices if has_scaled(m, config)]
+    pairs = pairs or [(piece.owner, piece.matrix) for bucket, _ in scaled_ones for piece in bucket.pieces]
+    if not pairs:
+        return
+    norms = [w.state[matrix.prefix + NORM] for w, matrix in pairs]
+    if ranks is None:  # one piece a matrix, in the order of the pieces
+        squares = torch.cat([update.lost for _, update in scaled_ones])
+        place = None
+    else:
+        place = {(id(w), matrix.prefix): i for i, (w, matrix) in enumerate(pairs)}
+        squares = ranks.sum(_sums(scaled_ones, place, norms[0].device))
+    factors, new = scaled.limit(squares.sqrt(), torch.stack(norms))
+    torch._foreach_copy_(norms, list(new.unbind()))
+    first = 0
+    for bucket, update in scaled_ones:
+        count = len(bucket.pieces)
+        if place is None:
+            of_pieces = factors[first : first + count]
+        else:
+            of_pieces = torch.stack([factors[place[id(p.owner), p.matrix.prefix]] for p in bucket.pieces])
+        update.phi.mul_(bucket.spread(of_pieces)[:, :, 0])
+        first += count
+
+
+def _sums(
+    updates: Iterable[tuple[Bucket, Scaled]], place: Mapping[tuple[int, str], int], device: torch.device
+) -> Tensor:
+    """||phi D||^2 of the rows of every logical matrix that this process owns, [matrices], float64."""
+    parts: list[list[Tensor]] = [[torch.zeros((), dtype=torch.float64, device=device)] for _ in place]
+    for bucket, update in updates:
+        for piece, part in zip(bucket.pieces, update.lost.unbind(), strict=True):
+            parts[place[id(piece.owner), piece.matrix.prefix]].append(part)
+    return torch.stack([functools.reduce(torch.add, some) for some in parts])
+
+
+# ---------------------------------------------------------------------- sparse
 
 
 def has_begun(state: Any, config: GaLoreConfig) -> bool:
@@ -47,7 +158,7 @@ def start_ages(w: LocalWeight, config: GaLoreConfig) -> tuple[str, ...]:
     first gradient one step later.
     """
     state = w.state
-    if not has_begun(state, config) or not any(has_residual(matrix, config) for matrix in w.matrices):
+    if not has_begun(state, config) or not any(has_sparse(matrix, config) for matrix in w.matrices):
         return (AGE,)
     if RESIDUAL_AGE not in state:
         if not _is_last_of_warm_up(state, config):
@@ -69,38 +180,55 @@ def lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLore
         config: how many entries, how long a warm-up.
     """
     first = bucket.pieces[0].owner
-    if not (has_residual(bucket.matrix, config) and has_begun(first.state, config)):
+    if not (has_sparse(bucket.matrix, config) and has_begun(first.state, config)):
         return None
     if not bucket.has(INDEX):
         _warm_up(bucket, ops, R, bucket.spread(ok), config)
     if RESIDUAL_AGE not in first.age_keys:
-        return None
+        return None  # still warming up
     D: Tensor = ops.lost(bucket, R, INDEX)
     if bucket.ok is None:
         ok.mul_(usable_parts(D, len(bucket.pieces)))
     return D
 
 
-def take_in(projected: Sequence[Incoming], lost: Sequence[Tensor | None], ops: Any) -> list[tuple[str, Tensor] | None]:
+def take_in(
+    projected: Sequence[Incoming], lost: Sequence[Tensor | None], ops: Any, config: GaLoreConfig
+) -> list[Tensor | None]:
     """Take lost entries into their moments.
 
     Args:
         projected: gradients of some buckets.
         lost: from ``lost_entries``, for each bucket.
         ops: takes them in.
+        config: gives ``residual_scale``.
 
     Returns:
-        For each bucket the key of its positions and their update N_S; None where nothing was lost.
+        For each bucket the update of the entries, N_S x residual_scale; None where nothing was lost.
     """
     incoming = [Incoming(bucket, D, ok) for (bucket, _, ok), D in zip(projected, lost, strict=True) if D is not None]
     updates = iter(ops.adam_(incoming, MOMENTS, RESIDUAL_AGE))
-    return [None if D is None else (INDEX, next(updates)) for D in lost]
+    scale = config.residual_scale
+    return [None if D is None else next(updates) if scale == 1.0 else next(updates) * scale for D in lost]
+
+
+def in_place_of_scaled(bucket: Bucket, update: Scaled, N_S: Tensor, D: Tensor, ok: Tensor) -> Tensor:
+    """N_S - (phi D)[S]: at S the sparse update takes the place of the scaled one.
+
+    Args:
+        bucket: of this step.
+        update: the scaled residual, limited.
+        N_S, D: the sparse update, and what was lost at S.
+        ok: [pieces].
+    """
+    phi = scaled.along_lines(update.phi, bucket.matrix.side).expand(-1, bucket.matrix.block_rows, bucket.matrix.columns)
+    return torch.where(bucket.spread(ok) > 0.0, N_S - read_at(phi, bucket.support(INDEX)) * D, 0.0)
 
 
 def make_support(w: LocalWeight, config: GaLoreConfig) -> None:
     """The state of a residual whose support was chosen, of zeros."""
     for piece in w.pieces_of_state():
-        if has_residual(piece.matrix, config):
+        if has_sparse(piece.matrix, config):
             index = torch.zeros(support_shape(piece.matrix, config), dtype=torch.int32, device=piece.weight.device)
             _make_moments(Bucket([piece]), index)
             w.state[RESIDUAL_AGE] = torch.zeros_like(w.state[AGE])
@@ -108,14 +236,14 @@ def make_support(w: LocalWeight, config: GaLoreConfig) -> None:
 
 def takes_triton(piece: Piece, config: GaLoreConfig) -> bool:
     """Whether the kernels know what the residual of a piece needs in this step: candidates warm up in torch."""
-    if not (has_residual(piece.matrix, config) and has_begun(piece.state, config)):
+    if not (has_sparse(piece.matrix, config) and has_begun(piece.state, config)):
         return True
     return config.residual_selection == "row" and piece.prefix + INDEX in piece.state
 
 
 def kernel_phase(piece: Piece, config: GaLoreConfig) -> Any:
     """Equal for pieces that the kernels take together."""
-    if config.residual_percent == 0.0:
+    if config.sparse_percent == 0.0:
         return None
     return has_begun(piece.state, config), piece.prefix + INDEX in piece.state
 
@@ -131,7 +259,9 @@ def forms(
         config: of the optimizer.
         wide: the dtype of state in 32 bits.
     """
-    if not has_residual(matrix, config) or int(state.get("refreshes", 0)) <= config.sketches_first:
+    if has_scaled(matrix, config):
+        yield NORM, Form((), torch.float32)
+    if not has_sparse(matrix, config) or int(state.get("refreshes", 0)) <= config.sketches_first:
         return
     blocks, lines, entries = support_shape(matrix, config)
     line = matrix.block_rows * matrix.columns // lines  # entries of a line, in which positions count

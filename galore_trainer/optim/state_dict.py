@@ -29,6 +29,7 @@ from galore_trainer.optim.param_groups import (
     check_same_layout,
     check_same_method,
     check_unchanged,
+    scale_after_load,
 )
 from galore_trainer.optim.state_forms import (
     BAR,
@@ -183,7 +184,10 @@ def unpack(
                 loaded[p] = restored(rows_of_dtensor(state), p)
             elif state:
                 name, matrices = group["names"][i], group["matrices"][i] if group["projected"] else None
-                loaded[p] = _checked(restored(state, p), name, p, matrices, config)
+                state = restored(state, p)
+                if matrices and "skipped" in state:
+                    residual.start_norms(state, matrices, config)
+                loaded[p] = _checked(state, name, p, matrices, config)
                 if matrices:
                     one_age(loaded[p], matrices, name)
         new_groups.append(_new_group(group, before))
@@ -216,7 +220,7 @@ def _new_group(group: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     ours = ("params", "names", "matrices", "galore", *OVERRIDES)
     kept = {key: group[key] for key in ours if key in group}
     saved = {key: copy.deepcopy(value) for key, value in before.items() if key not in ours}
-    new = {**group, **saved, **kept}
+    new = {**group, **saved, **kept, **(scale_after_load(group, before) if group["projected"] else {})}
     new["betas"] = tuple(new["betas"])
     check_unchanged(new)
     return new

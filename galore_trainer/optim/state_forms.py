@@ -26,7 +26,7 @@ from galore_trainer.optim.bucket import MOMENTS, Bucket
 from galore_trainer.optim.guards import no_skips
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight
 from galore_trainer.optim.param_groups import WAY_OUT
-from galore_trainer.targets.matrices import has_residual, support_shape
+from galore_trainer.targets.matrices import has_sparse, support_shape
 
 COUNTERS = ("calls", "refreshes", "due", "born", "phase")
 AGE_KEYS = (AGE, RESIDUAL_AGE)
@@ -84,12 +84,14 @@ def prepare_state(w: LocalWeight, config: GaLoreConfig, phase: int) -> None:
     """
     state = w.state
     if state:
+        residual.start_norms(state, w.matrices, config)
         if not w.shard.is_whole and MOMENTS[0][0] in state:
             pieces_of_rows(state, w.matrices, w.rows(), w.name)
         return
     device = w.weight.device
     state.update(calls=0, refreshes=0, due=0, born=0, phase=phase, skipped=no_skips(device))
     state[AGE] = torch.zeros((), dtype=torch.float32, device=device)
+    residual.start_norms(state, w.matrices, config)
     for piece in w.matrix_pieces():
         bucket = Bucket([piece])
         bucket.put_basis(bucket.zeros(piece.matrix.basis_shape))
@@ -157,7 +159,7 @@ def saved_form(
     for key in AGE_KEYS:
         if key in saved:
             age = saved.pop(key)
-            aged = [m for m in matrices if key == AGE or has_residual(m, config)]
+            aged = [m for m in matrices if key == AGE or has_sparse(m, config)]
             # tensors of their own: what a tool reads in place of one must not change another
             saved.update({matrix.prefix + key: age.clone() if matrix.prefix else age for matrix in aged})
     if local_rows is None or MOMENTS[0][0] in saved:
@@ -188,7 +190,7 @@ def saved_dtensor(state: State, p: Any, matrices: Sequence[LogicalMatrix], confi
     for equal on all processes. So what is not there yet is written as zeros, with a number that says so.
     """
     packed = dict(state)
-    with_residual = [m for m in matrices if has_residual(m, config)]
+    with_residual = [m for m in matrices if has_sparse(m, config)]
     if with_residual:
         # from what is the same on every process, whatever rows it holds: of a plain number one process's copy is kept
         has_support = any(key.endswith(RESIDUAL_AGE) for key in state)

@@ -1,13 +1,15 @@
 """One step of projected weights between two refreshes, on one page: project, take into moments, lift, apply.
 
-Letters as in ``core/galore.py``. Torch and Triton are two objects with the same four verbs (``ops_torch.py``,
-``ops_triton.py``): ``project``, ``lost``, ``adam_`` and ``apply_``. ``GaLoreAdamW.move`` calls ``update`` once for
-weights that keep their bases, once for weights with new bases, and ``count`` at the end.
+Letters as in ``core/galore.py``. Torch and Triton are two objects with the same five verbs (``ops_torch.py``,
+``ops_triton.py``): ``project``, ``lost``, ``adam_``, ``line_factors`` and ``apply_``. ``GaLoreAdamW.move`` calls
+``update`` once for weights that keep their bases, once for weights with new bases, and ``count`` at the end.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +31,32 @@ from galore_trainer.optim.ops_torch import Incoming, TorchOps
 from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, count_on_gpu
 
 
-def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: GaLoreConfig) -> list[Tensor]:
-    """One step of some buckets, with the bases that they have.
+class Taken(NamedTuple):
+    """What the gradients of a bucket have become: all that is needed to move its weights.
+
+    Attributes:
+        bucket: equal pieces.
+        ok: [pieces], 1.0 where the gradient is usable.
+        N: normalised updates.
+        scaled: the scaled residual, if there is one.
+        D, N_S: what was lost at the sparse residual's support, and its update, if there is one.
+    """
+
+    bucket: Bucket
+    ok: Tensor
+    N: Tensor
+    scaled: residual.Scaled | None
+    D: Tensor | None
+    N_S: Tensor | None
+
+
+def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: GaLoreConfig) -> list[Taken]:
+    """First half of a step: gradients enter the moments, in the bases that there are.
 
     Args:
         buckets: one, or several where torch computes: on a CPU one call takes all gradients into the moments.
-        ops: moves them.
+        ops: compute.
         config: of the optimizer.
-
-    Returns:
-        For each bucket whether its gradients were usable, [pieces].
     """
     projected: list[Incoming] = []
     lost: list[Tensor | None] = []
@@ -48,13 +66,23 @@ def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: G
         # D = G - lift(R) by ``ops.lost``, while a CPU's cache holds G; puts ok to 0.0 where D is not usable.
         lost.append(residual.lost_entries(bucket, ops, R, ok, config))
         projected.append(Incoming(bucket, R, ok))
-    sparse = residual.take_in(projected, lost, ops)
+    sparse = residual.take_in(projected, lost, ops, config)
     # M <- b1 M + (1 - b1) R, V <- b2 V + (1 - b2) R R, N = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
     updates = ops.adam_(projected, MOMENTS, AGE)
-    # W <- W - lr wd W - lr scale (lift(N) + residual_scale N_S at S)
-    for (bucket, _, ok), N, at_support in zip(projected, updates, sparse, strict=True):
-        ops.apply_(bucket, N, ok, at_support)
-    return [ok for _, _, ok in projected]
+    return [
+        # phi_j = residual_scale ||N_j|| / ||R_j|| for each line
+        Taken(bucket, ok, N, residual.scale_lost(bucket, ops, R, N, ok, config), D, N_S)
+        for (bucket, R, ok), N, D, N_S in zip(projected, updates, lost, sparse, strict=True)
+    ]
+
+
+def apply(taken: Taken, ops: TorchOps | TritonOps) -> None:
+    """Second half of a step: W <- W - lr wd W - lr scale (lift(N) + phi D + residual_scale N_S at S)."""
+    bucket, ok, N, scaled, D, N_S = taken
+    if scaled is not None and D is not None and N_S is not None:
+        N_S = residual.in_place_of_scaled(bucket, scaled, N_S, D, ok)
+    dense = None if scaled is None else (scaled.R, scaled.phi)
+    ops.apply_(bucket, N, ok, dense, None if N_S is None else (residual.INDEX, N_S))
 
 
 def update(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None = None) -> list[Moved]:
@@ -65,34 +93,65 @@ def update(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, aske
         config, seed: of the optimizer.
         asked: gradient entries joined at a time, in place of what suits the device.
     """
-    if not weights:
-        return []
     moved: list[Moved] = []
+    for ranks, alike in residual.by_limit(weights, config).items():
+        waiting: list[tuple[list[LocalWeight], TorchOps | TritonOps, Taken]] = []
+        for chunk, ops, taken in _first_halves(alike, config, seed, asked):
+            moved += _moved(taken)
+            if ranks is not None:  # how far the scaled residual may go depends on the other processes
+                waiting += ((chunk, ops, some) for some in taken)
+                for some in taken:
+                    some.bucket.let_go()
+                continue
+            residual.limit_growth([(some.bucket, some.scaled) for some in taken], config)
+            for some in taken:
+                apply(some, ops)
+        if ranks is not None:
+            residual.limit_growth([(some.bucket, some.scaled) for *_, some in waiting], config, ranks, alike)
+            _second_halves(waiting)
+    return moved + moved_together(w for w in weights if w.ok is not None)
+
+
+def _first_halves(
+    weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None
+) -> Iterator[tuple[list[LocalWeight], TorchOps | TritonOps, list[Taken]]]:
+    """Open weights and do the first half of their step, some at a time; the next ones close them."""
     most = bucket_elements(weights[0].weight.device, asked)
     for chunk in runs(weights, lambda w: w.copied, most):  # so many entries are copied at a time
-        if config.residual_percent > 0.0:
+        if config.sparse_percent > 0.0:
             for w in chunk:
                 w.age_keys = residual.start_ages(w, config)
         pieces = (piece for w in chunk for piece in w.open())  # as they are needed: the device works meanwhile
         rest: list[Piece] = []
-        triton = TritonOps(config, seed)
+        triton, by_torch = TritonOps(config, seed), TorchOps(config, seed)
         for bucket in buckets_for_triton(pieces, config, rest, asked):
             with torch.cuda.device_of(bucket.pieces[0].weight):  # kernels are launched on the current device
-                moved += _moved([bucket], step_buckets([bucket], triton, config))
-        together = runs(make_buckets(rest, most), lambda b: len(b.pieces) * entries(b.matrix), STACK_ELEMENTS)
-        for buckets in together:
-            moved += _moved(buckets, step_buckets(buckets, TorchOps(config, seed), config))
+                yield chunk, triton, step_buckets([bucket], triton, config)
+        for buckets in runs(make_buckets(rest, most), lambda b: len(b.pieces) * entries(b.matrix), STACK_ELEMENTS):
+            yield chunk, by_torch, step_buckets(buckets, by_torch, config)
         for w in chunk:
             w.close()
-    return moved + moved_together(w for w in weights if w.ok is not None)
 
 
-def _moved(buckets: Iterable[Bucket], flags: Iterable[Tensor]) -> Iterator[Moved]:
+def _second_halves(waiting: Iterable[tuple[list[LocalWeight], TorchOps | TritonOps, Taken]]) -> None:
+    """Open weights again, and do the second half of their step."""
+    for _, halves in itertools.groupby(waiting, key=lambda half: id(half[0])):
+        opened: dict[tuple[int, str], Piece] = {}
+        for chunk, ops, taken in halves:
+            opened = opened or {(id(w), piece.prefix): piece for w in chunk for piece in w.open()}
+            taken.bucket.pieces = [opened[id(piece.owner), piece.prefix] for piece in taken.bucket.pieces]
+            with torch.cuda.device_of(taken.N):
+                apply(taken, ops)
+        for w in chunk:
+            w.close()
+
+
+def _moved(taken: Iterable[Taken]) -> Iterator[Moved]:
     """Weights whose flag their projection decided; the others got theirs in ``exchange``."""
-    for bucket, ok in zip(buckets, flags, strict=True):
-        weights = [piece.owner for piece in bucket.pieces]
+    for some in taken:
+        weights = [piece.owner for piece in some.bucket.pieces]
         if weights[0].ok is None:
-            yield Moved(weights, ok, weights[0].age_keys)
+            yield Moved(weights, some.ok, weights[0].age_keys)
 
 
 def count(moved: Sequence[Moved], config: GaLoreConfig) -> None:

@@ -31,7 +31,8 @@ from galore_trainer.targets.computed import COMPUTED, check_not_lazy, computed_w
 from galore_trainer.targets.geometry import heads_of
 from galore_trainer.targets.matrices import (
     HeadsDoNotFit,
-    has_residual,
+    has_scaled,
+    has_sparse,
     project_heads,
     project_whole,
     support_shape,
@@ -41,6 +42,7 @@ from galore_trainer.targets.names import logical_name, module_of, role_of, shoul
 
 logger = logging.getLogger(__name__)
 POSITION_BYTES = 4  # int32
+NORM_BYTES = 4  # float32: what limits the growth of the scaled residual
 RANK_NOTE = "rank"
 """First word of the note of a weight that is smaller than its rank."""
 
@@ -86,7 +88,9 @@ class Weight:
         for matrix in self.matrices:
             size["basis"] += stored_basis_bytes(matrix.basis_shape, config.basis_bits, dtype)
             size["moments"] += 2 * stored_bytes(matrix.moment_shape, config.state_bits, dtype)
-            if has_residual(matrix, config):
+            if has_scaled(matrix, config):
+                size["residual"] += NORM_BYTES
+            if has_sparse(matrix, config):
                 shape = support_shape(matrix, config)
                 moments = 2 * stored_bytes(shape, config.state_bits, dtype)
                 size["residual"] += POSITION_BYTES * math.prod(shape) + moments
@@ -222,7 +226,7 @@ def parameter_groups(
     # once for each module: a parametrized weight has several parameters
     modules = dict.fromkeys((re.split(r"\.parametrizations\.|\.\w+$", w.name)[0], w.note) for w in noted)
     _warn_by_reason("targeted, but not projected", modules)
-    groups, settings = [], config.to_dict()
+    groups = []
     for kind in ("projected", "plain"):
         for decay in (True, False):
             members = [w for w in weights if w.kind == kind and (w.name not in no_decay) == decay]
@@ -237,7 +241,7 @@ def parameter_groups(
             }
             if kind == "projected":
                 group["matrices"] = [list(w.matrices) for w in members]
-                group["galore"] = {key: settings[key] for key in GaLoreConfig.trajectory_fields()}
+                group["galore"] = config.trajectory()
             groups.append(group)
     return groups
 

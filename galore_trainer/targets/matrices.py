@@ -283,13 +283,18 @@ def _group_size(name: str, count: int, num_heads: int, config: GaLoreConfig) -> 
 def support_shape(matrix: LogicalMatrix, config: GaLoreConfig) -> tuple[int, int, int]:
     """Shape of the residual's support in one matrix: [blocks, lines, entries in a line]; lines are rows, or one."""
     balanced = config.residual_selection == "row"
-    size = support_size(matrix.block_rows, matrix.columns, config.residual_percent, balanced)
+    size = support_size(matrix.block_rows, matrix.columns, config.sparse_percent, balanced)
     return matrix.blocks, *size
 
 
-def has_residual(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
-    """Whether a matrix gets a residual: it is switched on, and the rank is below full rank."""
-    return config.residual_percent > 0.0 and matrix.loses
+def has_sparse(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
+    """Whether a matrix gets a sparse residual: it is switched on, and the rank is below full rank."""
+    return config.sparse_percent > 0.0 and matrix.loses
+
+
+def has_scaled(matrix: LogicalMatrix, config: GaLoreConfig) -> bool:
+    """Whether a matrix gets the dense scaled residual, as above."""
+    return config.scales_residual and matrix.loses
 
 
 def check_shardable(matrix: LogicalMatrix, name: str) -> None:

@@ -138,7 +138,7 @@ def test_every_command_takes_an_option_once(capsys: pytest.CaptureFixture[str]) 
     from galore_trainer.cli.app import app
 
     found = commands(typer.main.get_command(app))  # type: ignore[arg-type]
-    assert len(found) == 17
+    assert len(found) == 18
     for names, command in found.items():
         for option in (p for p in command.params if p.param_type_name == "option"):  # type: ignore[attr-defined]
             name = option.opts[-1]

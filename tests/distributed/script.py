@@ -123,7 +123,9 @@ def make_trainer(backend: str, model_dir: str, output: str, options: dict[str, A
         logging_steps=1,
         **backend_arguments(backend),
     )
-    usual = {"rank": 4, "update_proj_gap": 2, "residual_percent": 1.2, "residual_warmup_steps": 2, "proj_type": "right"}
+    usual = {"rank": 4, "update_proj_gap": 2, "residual": "both", "residual_warmup_steps": 2, "proj_type": "right"}
+    if options.get("layerwise"):
+        usual["residual"] = "sparse"
     config = GaLoreConfig(**{**usual, **options})
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     if by_attach:

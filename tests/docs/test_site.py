@@ -14,6 +14,8 @@ import fit
 from blocks import read_block
 from documents import PAGES, ROOT
 
+NO_TEXT = re.compile(r"<(pre|script|style)\b.*?</\1>", re.S)
+
 
 @pytest.mark.parametrize("name", figures.PLOTS)
 def test_a_plot_shows_the_figures_of_results(name: str) -> None:
@@ -54,3 +56,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "results" / "memory" / "index.html").is_file()
+    # a table or list without an empty line before it stays text
+    pages = {page.name: page.read_text(encoding="utf-8") for page in (tmp_path / "site").glob("*.html")}
+    assert [name for name, text in pages.items() if re.search(r"^(\| |- )", NO_TEXT.sub("", text), re.M)] == []

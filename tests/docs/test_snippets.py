@@ -16,7 +16,7 @@ from documents import PAGES, ROOT, Block, blocks, commands, galore_ft, understoo
 
 TINY = ["gradient_accumulation_steps=1", "max_steps=2", "save_steps=1", "use_cpu=true", "bf16=false"]
 TINY += ["max_length=128", "data.eval_samples=2", "eval.max_new_tokens=2", "report_to=none"]
-ELSEWHERE = {"git", "pip", "python3", "accelerate", "torchrun", "srun", "export"}
+ELSEWHERE = {"git", "pip", "python3", "accelerate", "torchrun", "srun", "export", "axolotl", "swift"}
 """Programs that only parsed blocks call, and the clone of README's first block."""
 
 
@@ -171,6 +171,7 @@ def made_tiny(code: str) -> str:
 @pytest.mark.parametrize("page", names(PAGES, "yaml"))
 def test_yaml(page: Path, folder: Path) -> None:
     from galore_trainer.run.settings.run_config import load_run_config
+    from galore_trainer.run.settings.yaml_io import read_mapping
 
     for block in blocks(page, "yaml"):
         path = folder / "block.yaml"
@@ -179,6 +180,8 @@ def test_yaml(page: Path, folder: Path) -> None:
             from accelerate.commands.config.config_args import load_config_from_file
 
             assert load_config_from_file(str(path)).num_machines == 2
+        elif block.not_run:
+            read_mapping(block.code, page.name)
         else:
             load_run_config(str(path))
 

@@ -12,7 +12,7 @@ from torch import nn
 from galore_trainer import GaLoreConfig, OptionError, attach, build_optimizer
 from tiny_training import rows
 
-CONFIG = GaLoreConfig(rank=4, update_proj_gap=2, first_basis="sketch", stagger_refresh=True)
+CONFIG = GaLoreConfig(rank=4, update_proj_gap=2, residual="sparse", first_basis="sketch", stagger_refresh=True)
 LAYERWISE = GaLoreConfig(rank=4, update_proj_gap=2, first_basis="sketch", stagger_refresh=True, layerwise=True)
 
 

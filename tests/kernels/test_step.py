@@ -116,6 +116,8 @@ CASES: dict[str, dict[str, Any]] = {
     "layer-wise": {"layerwise": True},
     "global residual": {"residual_selection": "global"},
     "state in 16 bits": {"state_bits": 16, "basis_bits": 8},
+    "scaled": {"residual": "scaled", "residual_scale": 0.5},
+    "both": {"residual": "both", "residual_scale": 0.5},
 }
 
 
@@ -136,12 +138,13 @@ def test_float32_weights_move_as_by_torch(case: str, device: torch.device, monke
             torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
 
 
-def test_bfloat16_weights_move_as_by_torch(device: torch.device) -> None:
+@pytest.mark.parametrize("residual", ["sparse", "both"])
+def test_bfloat16_weights_move_as_by_torch(residual: str, device: torch.device) -> None:
     """To nearest: N and P are rounded to bfloat16 before they are multiplied, which moves W by 2^-9 of a step more or
     less, so that a hundredth of all roundings falls to the neighbour; a step is about two units of W here.
     """
-    mine, _ = train("triton", device, torch.bfloat16)
-    other, _ = train("torch", device, torch.bfloat16)
+    mine, _ = train("triton", device, torch.bfloat16, residual=residual)
+    other, _ = train("torch", device, torch.bfloat16, residual=residual)
     start = weights(device, torch.bfloat16)
     for a, b, c in zip(mine, other, start, strict=True):
         unit = 2.0 ** (torch.maximum(a.abs(), b.abs()).float().log2().floor().clamp(min=-4) - 7)

@@ -19,7 +19,7 @@ from galore_trainer.targets.groups import parameter_groups, plan_weights
 def make(**own) -> tuple[list[nn.Parameter], GaLoreAdamW]:
     params = [nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(i))) for i in range(3)]
     groups = [{"params": params[:2], "names": ["a", "b"], "rank": 4, **own}, {"params": params[2:], "names": ["c"]}]
-    config = GaLoreConfig(update_proj_gap=3, residual_warmup_steps=2)
+    config = GaLoreConfig(update_proj_gap=3, residual="sparse", residual_warmup_steps=2)
     return params, GaLoreAdamW(groups, config, lr=1e-2, weight_decay=0.1)
 
 

@@ -22,7 +22,13 @@ STEPS, BATCH, LR = 10, 8, 1e-2
 # Weights move by about 0.09. Sums of micro-batches are float32 in another order, go through Adam, a division, and up to
 # four bases; with one micro-batch the runs were equal bit for bit where this was written.
 CLOSE = 1e-5
-METHOD: dict[str, Any] = {"rank": 4, "update_proj_gap": 4, "scale": 1.0, "residual_warmup_steps": 2}
+METHOD: dict[str, Any] = {
+    "rank": 4,
+    "update_proj_gap": 4,
+    "scale": 1.0,
+    "residual": "sparse",  # layer-wise mode has no other
+    "residual_warmup_steps": 2,
+}
 
 
 def make_model(**changes: Any) -> LlamaForCausalLM:

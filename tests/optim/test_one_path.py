@@ -65,7 +65,9 @@ def test_rows_that_stay_are_not_copied_for_a_refresh(monkeypatch: pytest.MonkeyP
 def fused_after(steps: int, settings: dict[str, Any] | None = None) -> Any:
     """An optimizer of whole weights, the query, key and value of each layer in one."""
     torch.manual_seed(0)
-    config = GaLoreConfig(**{"rank": 2, "update_proj_gap": 2, "residual_warmup_steps": 1, **(settings or {})})
+    config = GaLoreConfig(
+        **{"rank": 2, "update_proj_gap": 2, "residual": "sparse", "residual_warmup_steps": 1, **(settings or {})}
+    )
     optimizer = build(AutoModelForCausalLM.from_config(PHI3), config)
     for step in range(steps):
         grads = some_gradients(optimizer, step)

@@ -245,6 +245,7 @@ def test_steps_with_zero_lr_and_zero_gradient_on_empty_state_change_nothing() ->
                 group["lr"] = 0.0
             optimizer.step()
             keys = {"basis", "exp_avg", "exp_avg_sq", "step", "calls", "refreshes", "due", "born", "phase", "skipped"}
+            keys.add("residual_norm")
             assert set(optimizer.state[projected]) == keys
             assert torch.equal(projected, weight((24, 16)))
             assert not any(v.any() for v in optimizer.state[projected].values() if torch.is_tensor(v))

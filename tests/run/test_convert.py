@@ -19,18 +19,18 @@ from galore_trainer.run.settings.yaml_io import dump
 PEERS = Path(__file__).parents[1] / "fixtures" / "peers"
 # file -> whose it is; keys that are mapped, that change their meaning, that have no counterpart
 COUNTS = {
-    "axolotl_chat": ("axolotl", 31, 10, 5),
-    "axolotl_galore": ("axolotl", 28, 8, 7),
+    "axolotl_chat": ("axolotl", 32, 10, 4),
+    "axolotl_galore": ("axolotl", 29, 8, 6),
     "axolotl_lora": ("axolotl", 22, 7, 3),
-    "llama_factory_full": ("LLaMA-Factory", 21, 6, 4),
+    "llama_factory_full": ("LLaMA-Factory", 23, 6, 2),
     "llama_factory_galore": ("LLaMA-Factory", 20, 9, 3),
     "llama_factory_lora": ("LLaMA-Factory", 21, 4, 4),
     "transformers_galore": ("transformers", 10, 3, 0),
     "transformers_layerwise": ("transformers", 18, 4, 2),
     "transformers_script": ("transformers", 13, 4, 5),
     "trl_lora": ("TRL", 19, 4, 2),
-    "trl_mixture": ("TRL", 33, 5, 6),
-    "trl_sft": ("TRL", 19, 4, 2),
+    "trl_mixture": ("TRL", 35, 5, 4),
+    "trl_sft": ("TRL", 20, 4, 1),
 }
 
 

@@ -69,7 +69,7 @@ def test_weights_gradients_and_state_are_those_of_the_formulas(folder: Path) -> 
         2 + 2 * LAYERS + 1
     )
     assert rows[LAYERWISE].gradients < rows["galore_plus"].gradients
-    assert rows[LAYERWISE].state == rows["galore_plus"].state
+    assert rows[LAYERWISE].state["residual"] > rows["galore_plus"].state["residual"]  # sparse in place of scaled
     assert all(row.peak is not None for row in rows.values())
 
 

@@ -284,10 +284,13 @@ SETTINGS = {"max_steps": 4, "save_steps": 2, "adam_epsilon": 1e-5}
 @pytest.mark.alone
 def test_ddp_trains_the_model_of_one_process(short_run: Run, galore_ft: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(short_run("two", **SETTINGS).to_yaml())
+    samples = {"max_new_tokens": 4, "before": False, "samples": 2}
+    path.write_text(short_run("two", **SETTINGS, eval=samples).to_yaml())
     told = galore_ft("train", str(path), PROCESSES, "2", forked=False)
     assert f"accelerate launch --config_file {launch._find('ddp')} --num_processes 2" in told
     assert told.count("step 4/4") == 1
+    rows = map(json.loads, (tmp_path / "two" / "log.jsonl").read_text().splitlines())
+    assert [(row["step"], len(row["samples"])) for row in rows if "samples" in row] == [(0, 2), (2, 2), (4, 2)]
     assert_equals_one_process(tmp_path / "two", short_run("one", **SETTINGS, per_device_train_batch_size=4))
 
 

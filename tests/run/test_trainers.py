@@ -145,7 +145,7 @@ def test_several_gpus_without_a_launcher_are_not_shared_in_silence(short_run: Ru
 
 def test_layerwise_mode_equals_the_ordinary_run_under_both_trainers(short_run: Run) -> None:
     """Accumulation without clipping, whose norm is estimated: the same losses as with whole gradients."""
-    method = {"rank": 4, "update_proj_gap": 2}
+    method = {"rank": 4, "update_proj_gap": 2, "residual": "sparse"}
     more = {"gradient_accumulation_steps": 2, "save_strategy": "no", "max_grad_norm": 0.0}
     ordinary = short_run("whole", **more, galore={**method, "stagger_refresh": True, "first_basis": "sketch"})
     train(ordinary)

@@ -48,6 +48,8 @@ def bench_e2e(bench: Bench) -> dict[str, Any]:
         methods[title] = training_step(model, optimizer, batches)
     galore = galore_plus(bench, model, subspace_iterations=1)
     methods["GaLore+"] = training_step(model, galore, batches)
+    scaled = galore_plus(bench, model, residual="scaled", subspace_iterations=1)
+    methods["GaLore+, scaled residual"] = training_step(model, scaled, batches)
     residual = galore_plus(bench, model, residual_percent=bench.residual_percent, residual_warmup_steps=0)
     methods["GaLore+, residual"] = training_step(model, residual, batches)
     layerwise_model = make_model(bench, bench.model_layers)

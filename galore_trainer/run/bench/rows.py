@@ -21,11 +21,11 @@ def _step(parts: Parts, name: str, other: str | None) -> dict[str, float]:
     return ratio(timings[name], timings[other] if other else parts["step"]["floor"])
 
 
-def _e2e(parts: Parts, other: str, gap: int, *, svd: bool = False) -> dict[str, float]:
-    """GaLore+ with its share of a refresh, over another method with its share of SVDs."""
+def _e2e(parts: Parts, other: str, gap: int, *, svd: bool = False, ours: str = "GaLore+") -> dict[str, float]:
+    """``ours`` with its share of a refresh, over another method with its share of SVDs."""
     e2e = parts["e2e"]
     return ratio(
-        e2e["timings"]["GaLore+"],
+        e2e["timings"][ours],
         e2e["timings"][other],
         plus=spread(e2e["refresh"], gap),
         other_plus=e2e["svd"] / gap if svd else 0.0,
@@ -71,12 +71,24 @@ def _layerwise(parts: Parts, gap: int) -> dict[str, float]:
 ROWS: list[tuple[str, str, float, Callable[[Parts, int], dict[str, float]]]] = [
     ("step", "step: GaLore+ / bandwidth floor", 1.35, lambda f, _: _step(f, "GaLore+", None)),
     ("step", "step: GaLore+ / AdamW fused", 0.50, lambda f, _: _step(f, "GaLore+", "AdamW fused")),
+    (
+        "step",
+        "step: GaLore+, scaled residual / AdamW fused",
+        0.60,
+        lambda f, _: _step(f, "GaLore+, scaled residual", "AdamW fused"),
+    ),
     ("step", "step: GaLore+, residual / AdamW fused", 0.85, lambda f, _: _step(f, "GaLore+, residual", "AdamW fused")),
     ("refresh", "refresh: GaLore+ / galore-torch", 1 / 500, lambda f, _: _refresh(f)),
     ("e2e", "refresh a step / forward and backward", 0.01, _refresh_share),
     ("e2e", "step with staggered refresh: 99th percentile / median", 1.10, lambda f, _: _tail(f)),
     ("e2e", "training: GaLore+ / galore-torch", 1 / 3.6, lambda f, gap: _e2e(f, "galore-torch", gap, svd=True)),
     ("e2e", "training: GaLore+ / AdamW fused", 1.00, lambda f, gap: _e2e(f, "AdamW fused", gap)),
+    (
+        "e2e",
+        "training: GaLore+, scaled residual / AdamW fused",
+        1.00,
+        lambda f, gap: _e2e(f, "AdamW fused", gap, ours="GaLore+, scaled residual"),
+    ),
     ("e2e", "training: GaLore+ / LoRA", 0.75, lambda f, gap: _e2e(f, "LoRA", gap)),
     ("e2e", "training: GaLore+ / DoRA", 0.42, lambda f, gap: _e2e(f, "DoRA", gap)),
     ("e2e", "training: GaLore+ layer-wise / GaLore+", 1.05, _layerwise),

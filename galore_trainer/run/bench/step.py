@@ -18,6 +18,7 @@ from galore_trainer.run.bench.weights import (
     with_adapters,
 )
 
+PROFILED = ("GaLore+", "GaLore+, scaled residual", "GaLore+, residual")
 TITLES = {"adamw": "AdamW fused", "adamw_8bit": "AdamW 8-bit", "galore_torch": "galore-torch"}
 
 
@@ -43,6 +44,7 @@ def bench_step(bench: Bench) -> dict[str, Any]:
     sparse = {"residual_percent": bench.residual_percent, "residual_warmup_steps": 0}
     methods |= {
         "GaLore+": galore.step,
+        "GaLore+, scaled residual": galore_plus(bench, model, residual="scaled").step,
         "GaLore+, residual": galore_plus(bench, model, **sparse).step,
         "GaLore+, without kernels": galore_plus(bench, model, kernels="torch").step,
         "GaLore+, residual, without kernels": galore_plus(bench, model, kernels="torch", **sparse).step,
@@ -52,7 +54,7 @@ def bench_step(bench: Bench) -> dict[str, Any]:
             methods[title] = _adapters(bench, dora=method == "dora")
     timings = take_turns(methods, bench.rounds, bench.torch_device)
     bandwidth = copy_bandwidth(bench.torch_device)
-    profiles = {name: _profile(methods[name]) for name in ("GaLore+", "GaLore+, residual")} if bench.profile else {}
+    profiles = {name: _profile(methods[name]) for name in PROFILED} if bench.profile else {}
     return {
         "profiles": profiles,
         "timings": timings,

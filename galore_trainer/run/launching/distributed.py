@@ -17,7 +17,7 @@ from galore_trainer.run.settings.methods import SHARDED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-    from galore_trainer.run.models.model import Dtype
+    from galore_trainer.run.settings.run_config import RunConfig
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -94,7 +94,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def scored_model(
-    model: PreTrainedModel, arguments: TrainingArguments, source: str, dtype: Dtype
+    model: PreTrainedModel, arguments: TrainingArguments, source: str, config: RunConfig
 ) -> Iterator[PreTrainedModel]:
     """The model that this process scores: the trained one where it is whole, else one loaded from a file.
 
@@ -102,7 +102,7 @@ def scored_model(
         model: that is trained.
         arguments: of the Trainer.
         source: what to load where weights are sharded, as for ``load_model``.
-        dtype: of its weights.
+        config: of the run, which says how to load it.
     """
     if not shards_weights(arguments):
         yield model
@@ -110,7 +110,7 @@ def scored_model(
     from galore_trainer.run.models.model import load_model
 
     with _without_zero3(arguments):
-        whole, _ = load_model(source, dtype=dtype)
+        whole, _ = load_model(source, **config.loading)
         yield whole.to(arguments.device)  # type: ignore[arg-type]
 
 

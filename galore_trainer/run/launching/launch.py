@@ -14,6 +14,7 @@ from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.run.device import device_type
+from galore_trainer.run.settings.arguments import check_samples
 from galore_trainer.run.settings.methods import check_backend, require_package
 from galore_trainer.run.settings.run_config import RunConfig, packaged_configs, read_packaged
 from galore_trainer.run.settings.yaml_io import read_mapping
@@ -94,6 +95,8 @@ def plan_launch(config: RunConfig, *, num_processes: int | None, launch_config: 
     if backend == "deepspeed":
         require_package(CONFIG, name, "deepspeed", "deepspeed")
     check_backend(config.method, backend)
+    stage = (settings.deepspeed_config or {}).get("zero_stage")
+    check_samples(config, sharded=backend == "fsdp" or stage == 3)
 
     on_cpu = device_type(use_cpu=bool(config.training.get("use_cpu"))) == "cpu"
     if on_cpu and backend == "fsdp":

@@ -55,15 +55,17 @@ def learning_rates(config: RunConfig, lr: float) -> str:
     """The rates that weights move with: lr x scale for projected ones, lr x plain_lr_ratio for the others."""
     block = METHODS[config.method].block
     if block != "galore":
-        if (scale := config.embedding_lr_scale) != 1.0:
-            return f"linear layers {lr:g}, others {lr:g} x {scale:g} = {lr * scale:g}"
+        if (others := config.embedding_lr_scale) != 1.0:
+            return f"linear layers {lr:g}, others {lr:g} x {others:g} = {lr * others:g}"
         return f"{lr:g}, {'adapters alone' if block == 'lora' else 'all weights'}"
     galore = config.galore
-    factor = galore.scale ** METHODS[config.method].scale_power
-    return (
-        f"projected weights {lr:g} x {factor:g} = {lr * factor:g}, "
-        f"others {lr:g} x {galore.plain_lr_ratio:g} = {lr * galore.plain_lr_ratio:g}"
-    )
+    scale = galore.scale
+    if isinstance(scale, str):
+        product = f"{lr:g} x sqrt(n / rank) of each"
+    else:
+        factor = scale ** METHODS[config.method].scale_power
+        product = f"{lr:g} x {factor:g} = {lr * factor:g}"
+    return f"projected weights {product}, others {lr:g} x {galore.plain_lr_ratio:g} = {lr * galore.plain_lr_ratio:g}"
 
 
 def count_steps(arguments: TrainingArguments, examples: int, world: int = 1) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.launching.checkpoints import checkpoints
 from galore_trainer.run.launching.plan import count_steps
 from galore_trainer.run.launching.start import check_folder
-from galore_trainer.run.settings.arguments import check_method, run_arguments
+from galore_trainer.run.settings.arguments import check_method, check_samples, run_arguments
 from galore_trainer.run.settings.methods import METHODS, resolve
 from galore_trainer.run.settings.run_config import RunConfig
 
@@ -40,6 +40,7 @@ def check_all(config: RunConfig, processes: int | None = None) -> None:
     check_output(config)
     check_trackers(arguments)
     data = load_data(config.data)
+    check_samples(config, data.eval)
     if (model := _model(config, arguments)) is not None:
         check_room(config, arguments, model, len(data.train), processes or arguments.world_size)
 
@@ -159,7 +160,7 @@ def _model(config: RunConfig, arguments: TrainingArguments) -> Any:
     if config.model_name_or_path == EMBEDDED and not is_converted():  # converting would take half a minute
         find_embedded_gguf()
         return None
-    load_tokenizer(config.model_name_or_path)
+    load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     model = empty_model(config)
     with torch.device("meta"):
         return resolve(METHODS[config.method].prepare)(model, config, arguments).model

@@ -12,6 +12,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError, one_line
 from galore_trainer.run.memory.per_process import Layout, Sizes, as_kept, share_out, sizes_of
 from galore_trainer.run.memory.simulate import StepMemory, simulate_step
+from galore_trainer.run.models.model import refused_setting, resolve_model
 from galore_trainer.run.settings.methods import METHODS, check_backend
 from galore_trainer.run.settings.run_config import RunConfig
 from galore_trainer.tables import TextTable
@@ -204,13 +205,19 @@ def inspect(config: RunConfig) -> TextTable:
         OptionError: what training would refuse, in the same words.
     """
     from galore_trainer.hf.table import plan_table
+    from galore_trainer.optim.param_groups import scale_of
     from galore_trainer.targets.groups import plan_weights
 
     model = empty_model(config)
     galore = config.galore
-    factor = galore.scale ** METHODS[config.method].scale_power
-    rates = {"projected": f"lr x {factor:g}", "plain": f"lr x {galore.plain_lr_ratio:g}", "frozen": "-"}
-    return plan_table([(weight, rates[weight.kind]) for weight in plan_weights(model, galore)], galore)
+    power = METHODS[config.method].scale_power
+    rates = {"plain": f"lr x {galore.plain_lr_ratio:g}", "frozen": "-"}
+
+    def rate(weight: Any) -> str:
+        scales = [scale_of({}, galore, matrix) ** power for matrix in weight.matrices]
+        return rates.get(weight.kind) or "lr x " + " / ".join(dict.fromkeys(f"{scale:.3g}" for scale in scales))
+
+    return plan_table([(weight, rate(weight)) for weight in plan_weights(model, galore)], galore)
 
 
 def empty_model(config: RunConfig) -> Any:
@@ -228,11 +235,10 @@ def empty_model(config: RunConfig) -> Any:
 def _model_config(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
-    from galore_trainer.run.models.model import resolve_model
-
     source = resolve_model(config.model_name_or_path)
+    options = source.options(trust_remote_code=config.trust_remote_code)
     with _explained(config):
-        model_config = AutoConfig.from_pretrained(source.path, **source.options)
+        model_config = AutoConfig.from_pretrained(source.path, **options)
         _check_sizes(config, model_config.get_text_config(decoder=True))
     return model_config
 
@@ -243,8 +249,13 @@ def _build(text: Any, config: RunConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(text, "dtype", None) or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    # Attentions other than eager and sdpa need a GPU and their package; they take about the memory of sdpa.
+    counted = config.attn_implementation if config.attn_implementation in (None, "eager") else "sdpa"
+    attention = {"attn_implementation": counted} if counted else {}
     with _quiet(), _explained(config):
-        model = AutoModelForCausalLM.from_config(text, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            text, dtype=dtype, trust_remote_code=config.trust_remote_code, **attention
+        )
         if (total := sum(p.numel() for p in model.parameters())) > MOST_WEIGHTS:
             raise _refuse(config, f"It says {total:.2g} weights; at most {MOST_WEIGHTS:.0e} are counted.")
     return model
@@ -274,6 +285,8 @@ def _explained(config: RunConfig) -> Iterator[None]:
     except OptionError:
         raise
     except Exception as error:
+        if refusal := refused_setting(error, config.model_name_or_path, config.attn_implementation):
+            raise refusal from error
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise _refuse(config, kind + one_line(error)) from error
 

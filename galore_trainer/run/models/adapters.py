@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galore_trainer.errors import OptionError
+from galore_trainer.errors import OptionError, one_line
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import PreTrainedTokenizerBase, Trainer
 
     from galore_trainer.run.settings.run_config import LoraSettings
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def add_adapters(model: Any, settings: LoraSettings, *, seed: int, dora: bool) -> Any:
@@ -74,3 +77,38 @@ def merge_adapters(trainer: Trainer, folder: Path, *, base_model: str) -> None:
         adapted.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # peft's template; the model's own card is beside it
     trainer.model = trainer.model_wrapped = adapted.merge_and_unload()
+
+
+def load_adapted(folder: Path, base: str | None, **loading: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a model and merge an adapter into it.
+
+    Args:
+        folder: of the adapter.
+        base: the model that it was trained on; None takes the one that the adapter names.
+        loading: as for ``load_model``.
+
+    Returns:
+        The merged model, on the CPU, and its tokenizer.
+
+    Raises:
+        OptionError: no base, or no weights of an adapter that fit it.
+    """
+    from peft import PeftModel
+
+    from galore_trainer.run.models.model import OPTION, load_model
+
+    wanted = "an adapter that peft can put into its model"
+    try:
+        base = base or json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not base:
+        raise OptionError(OPTION, str(folder), wanted, f"Its {ADAPTER_CONFIG} names no base_model_name_or_path.")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise OptionError(OPTION, str(folder), wanted, f"It has no {ADAPTER_WEIGHTS}.")
+    model, tokenizer = load_model(base, **loading)
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(folder))
+        return adapted.merge_and_unload(), tokenizer
+    except Exception as error:  # peft raises many kinds of errors for what does not fit
+        raise OptionError(OPTION, str(folder), wanted, f"peft says: {one_line(error)}") from error

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from galore_trainer.errors import OptionError
+from galore_trainer.errors import OptionError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from galore_trainer.run.settings.run_config import Attention
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +37,28 @@ class Source(NamedTuple):
     path: str  # a folder or a hub id
     local_files_only: bool  # True for folders, and for a hub id that only the local cache can serve now
 
-    @property
-    def options(self) -> dict[str, bool]:
-        """Keyword arguments of ``from_pretrained``; a model's own Python files are never run, nor asked about."""
-        return {"local_files_only": self.local_files_only, "trust_remote_code": False}
+    def options(self, *, trust_remote_code: bool) -> dict[str, bool]:
+        """Keyword arguments of ``from_pretrained``; False runs no code of the model's files, nor asks about it."""
+        return {"local_files_only": self.local_files_only, "trust_remote_code": trust_remote_code}
 
 
-def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str,
+    *,
+    dtype: Dtype = "float32",
+    attn_implementation: Attention | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, on the CPU.
 
     Args:
         name: ``embedded:smollm2-135m``, a folder (ours or any that ``from_pretrained`` reads) or a hub id.
         dtype: of the weights; ``auto`` keeps what the files hold.
+        attn_implementation: what computes the attention; None leaves it to the model.
+        trust_remote_code: run Python code that comes with the model's files.
 
     Raises:
-        OptionError: naming ``model_name_or_path`` and what to do.
+        OptionError: naming the setting and what to do.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -61,10 +70,12 @@ def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel,
     source = resolve_model(name)
     if (folder := Path(source.path)).is_dir():
         check_weights(folder, OPTION)
+    options = source.options(trust_remote_code=trust_remote_code)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
-    with _explained(name, source, "a complete causal language model"):
+    with _explained(name, source, "a complete causal language model", attn_implementation):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=weights, output_loading_info=True, **source.options
+            source.path, dtype=weights, output_loading_info=True, **attention, **options
         )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers initialises missing weights at random
@@ -72,7 +83,7 @@ def load_model(name: str, *, dtype: Dtype = "float32") -> tuple[PreTrainedModel,
         raise OptionError(OPTION, name, "a model with all of its weights", f"Its files lack {some}.")
     if name == EMBEDDED:
         model.config._name_or_path = EMBEDDED_HUB_ID
-    return model, _load_tokenizer(name, source)
+    return model, _load_tokenizer(name, source, options)
 
 
 def leave_files(model: PreTrainedModel) -> None:
@@ -84,23 +95,24 @@ def leave_files(model: PreTrainedModel) -> None:
         p.data = p.data.clone()
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; one without a padding token pads with its end token.
 
     Args:
-        name: as in ``load_model``.
+        name, trust_remote_code: as in ``load_model``.
 
     Raises:
         OptionError: no tokenizer there, or one without an end token, which no model could be taught to stop with.
     """
-    return _load_tokenizer(name, resolve_model(name))
+    source = resolve_model(name)
+    return _load_tokenizer(name, source, source.options(trust_remote_code=trust_remote_code))
 
 
-def _load_tokenizer(name: str, source: Source) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, source: Source, options: dict[str, bool]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _explained(name, source, "a model with its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
     if tokenizer.eos_token_id is None:
         raise OptionError(OPTION, name, "a tokenizer with an end token", "Set eos_token in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None:
@@ -109,14 +121,34 @@ def _load_tokenizer(name: str, source: Source) -> PreTrainedTokenizerBase:
 
 
 @contextlib.contextmanager
-def _explained(name: str, source: Source, wanted: str) -> Iterator[None]:
+def _explained(name: str, source: Source, wanted: str, attention: str | None = None) -> Iterator[None]:
     """Turn a failure of ``from_pretrained`` into an ``OptionError``; each file format brings its own exceptions."""
     try:
         yield
     except Exception as error:
+        if refusal := refused_setting(error, name, attention):
+            raise refusal from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         remedy = f"Delete {source.path}, it is made again." if name == EMBEDDED else "Check the files or the id."
         raise OptionError(OPTION, name, wanted, f"{reason}. {remedy}") from error
+
+
+def refused_setting(error: Exception, name: str, attention: str | None = None) -> OptionError | None:
+    """The setting that made transformers refuse a model, where it is not the model's name; None elsewhere.
+
+    Args:
+        error: of transformers.
+        name: of the model, as the user gave it.
+        attention: the ``attn_implementation`` that was asked for.
+    """
+    if "trust_remote_code" in str(error):  # transformers names it where it needs it and was not given it
+        wanted = f"true for {name}, whose files bring Python code that would be run here with all of your rights"
+        way_out = "Read that code first. If you trust it, add trust_remote_code=true; else choose another model."
+        return OptionError("trust_remote_code", False, wanted, way_out)
+    if attention is not None and "attention" in str(error).lower():
+        way_out = f"It says: {one_line(error)} Leave it out, or use attn_implementation=eager."
+        return OptionError("attn_implementation", attention, f"an attention that {name} can compute", way_out)
+    return None
 
 
 def resolve_model(name: str) -> Source:

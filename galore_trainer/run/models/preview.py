@@ -29,7 +29,7 @@ def preview(config: RunConfig, count: int = 2) -> str:
     from galore_trainer.run.models.prompts import encode
 
     data = load_data(config.data)
-    tokenizer = load_tokenizer(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
     step = max(1, -(-len(data.train) // MOST_MEASURED))
     measured = [encode(tokenizer, example, config.max_length) for example in data.train[::step]]
     parts = [f"{data.task} from {config.data.source}: {len(data.train)} to train on, {len(data.eval)} held out"]

@@ -28,16 +28,26 @@ NEUTRAL = {
     "save_steps",
     "save_strategy",
     "save_total_limit",
+    "eval.samples",
+    "eval.samples_steps",
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run: its ``result.json`` and the rows of its ``log.jsonl``, one a step."""
+    """A finished run.
+
+    Attributes:
+        folder: of the run.
+        result: its ``result.json``.
+        log: rows of its ``log.jsonl``, one a step.
+        samples: what the model answered during training: rows with ``id``, ``prompt``, ``prediction``, by step.
+    """
 
     folder: Path
     result: Result
     log: tuple[Mapping[str, Any], ...]
+    samples: Mapping[int, Sequence[Mapping[str, str]]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,9 +299,13 @@ def _key(value: Any) -> str:
 def _run(folder: Path, result: dict[str, Any]) -> Run:
     check_result(folder / RESULT, result)
     rows: dict[tuple[int, bool], Mapping[str, Any]] = {}
-    for row in read_log(folder / LOG):
-        rows[row["step"], "loss" in row] = row  # a resumed run repeats the steps after its checkpoint
-    return Run(folder=folder, result=result, log=tuple(rows.values()))
+    samples: dict[int, Sequence[Mapping[str, str]]] = {}
+    for row in read_log(folder / LOG):  # a resumed run repeats the steps after its checkpoint
+        if "samples" in row:
+            samples[row["step"]] = row["samples"]
+        else:
+            rows[row["step"], "loss" in row] = row
+    return Run(folder=folder, result=result, log=tuple(rows.values()), samples=samples)
 
 
 def _task(named: Mapping[str, Iterable[Run]]) -> str:

@@ -96,6 +96,7 @@ def compose(data: ReportData, plots: dict[str, Plot], commands: Sequence[str] = 
             yield Bullets(notes)
         if group == "quality" and "loss" in plots:
             yield plots["loss"]
+            yield from _samples(data)
     yield Heading("Settings")
     if differences := _differences(data):
         yield differences
@@ -112,6 +113,20 @@ def without_places(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------ the parts
+
+
+def _samples(data: ReportData) -> Iterator[Block]:
+    """What the first run of each cell answered during training, prompt by prompt and step by step."""
+    for group in data.groups:
+        run = next((run for run in group.runs if run.samples), None)
+        if run is None:
+            continue
+        answers: dict[tuple[str, str], list[str]] = {}
+        for step, rows in sorted(run.samples.items()):
+            for row in rows:
+                answers.setdefault((row["id"], row["prompt"]), []).append(f"step {step}: {row['prediction']}")
+        texts = ["\n".join([f"{name}\n{prompt}", *lines]) for (name, prompt), lines in answers.items()]
+        yield Code(without_places("\n\n".join(texts)), f"Samples during training, {group.name}")
 
 
 def _table(data: ReportData, chosen: Sequence[Column], *, interval: bool = False, reasons: bool = False) -> Table:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OPTION = "push_to_hub"
 # Weights, configurations, vocabularies, chat templates, the card. Not training_args.bin, which names local paths.
 UPLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
+CODE = "*.py"  # of a model that brings its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,13 @@ class Destination:
         repo_id: ``owner/name``.
         private: whether a new repository is; None for the owner's default.
         revision: the branch; None for main.
+        code: the model's own Python files are uploaded, too.
     """
 
     repo_id: str
     private: bool | None
     revision: str | None
+    code: bool = False
 
 
 def check_publish(config: RunConfig) -> Destination | None:
@@ -66,7 +69,12 @@ def check_publish(config: RunConfig) -> Destination | None:
     owner = repo_id.partition("/")[0]
     if owner not in (user, *organizations):
         raise OptionError("hub_model_id", repo_id, f"a name of {', '.join([user, *organizations])}, who is logged in")
-    return Destination(repo_id=repo_id, private=settings.get("hub_private_repo"), revision=settings.get("hub_revision"))
+    return Destination(
+        repo_id=repo_id,
+        private=settings.get("hub_private_repo"),
+        revision=settings.get("hub_revision"),
+        code=config.trust_remote_code,
+    )
 
 
 def publish(destination: Destination, folder: Path) -> str:
@@ -88,7 +96,7 @@ def publish(destination: Destination, folder: Path) -> str:
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=list(UPLOADED),
+            allow_patterns=[*UPLOADED, *([CODE] if destination.code else [])],
             revision=revision,
             commit_message="Model trained with galore-trainer",
         )

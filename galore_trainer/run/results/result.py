@@ -94,10 +94,28 @@ def write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: d
     refreshes = range(1, result["steps"] + 1, gap) if projects and result["steps"] / gap <= 50 else ()
     plot_losses(output / "loss.png", trainer.state.log_history, refresh_steps=list(refreshes))
     card = model_card(
-        config, before=result["score_before"], after=result["score_after"], environment=result["environment"]
+        config,
+        before=result["score_before"],
+        after=result["score_after"],
+        environment=result["environment"],
+        launch=_launch(trainer),
     )
     write_file(output / "model" / "README.md", card)
     write_json(output / RESULT, result)
+
+
+def _launch(trainer: Trainer) -> list[str]:
+    """The words of ``galore-ft train`` that start as many processes under this backend; none for one process."""
+    from galore_trainer.hf.backend import training_backend
+
+    if trainer.args.world_size == 1:
+        return []
+    plugin: Any = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    backend = {"fsdp": "fsdp2", "deepspeed": f"zero{plugin.zero_stage if plugin else ''}"}.get(
+        training_backend(trainer.args)
+    )
+    words = ["--num-processes", str(trainer.args.world_size)]
+    return [*words, "--launch-config", backend] if backend else words
 
 
 def summary(result: dict[str, Any], output: Path) -> str:

@@ -134,10 +134,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         raise OptionError(str(path), str(error), wanted, "Remove the file for a report without curves.") from None
     for number, line in enumerate(lines if lines != [""] else (), start=1):
         row = _parse(line)
-        if not isinstance(row, dict) or not _fits(row.get("step"), COUNT):
+        if not isinstance(row, dict) or not _fits(row.get("step"), COUNT) or not _are_samples(row.get("samples", [])):
             raise OptionError(f"{path}, line {number}", _short(line), wanted, "Remove that line.")
         rows.append(row)
     return rows
+
+
+def _are_samples(value: Any) -> bool:
+    """Whether these are texts as ``eval.samples`` writes them."""
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("id", "prompt", "prediction"))
+        for row in value
+    )
 
 
 def _parse(line: str) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,17 +12,16 @@ from galore_trainer.errors import OptionError
 from galore_trainer.metrics.nlg import PER_EXAMPLE
 from galore_trainer.run.device import device_type, uses_bf16
 from galore_trainer.run.files import check_writable, write_file
-from galore_trainer.run.models.prompts import IGNORED, encode_all, make_collator, pad_prompts, render_prompt, token_ids
+from galore_trainer.run.models.generation import Progress, generate, inference
+from galore_trainer.run.models.prompts import IGNORED, encode_all, make_collator, render_prompt
 from galore_trainer.run.scoring.scores import headline
+from galore_trainer.run.settings.arguments import check_attention
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from galore_trainer.recipes.base import Example
     from galore_trainer.run.settings.run_config import RunConfig
-
-Progress = Callable[[int, int], None]  # (done, total), after every batch
 
 LOSS_DIGITS = 6
 LOSS_BATCH_SIZE = 8  # as TrainingArguments.per_device_eval_batch_size; logits over a large vocabulary take the memory
@@ -57,8 +55,10 @@ def evaluate(
     if predictions_path is not None:
         check_writable("--predictions", predictions_path)
     data = load_data(config.data)
-    model, tokenizer = load_model(model_or_run, dtype=config.dtype)
-    model.to(device_type(use_cpu=bool(config.training.get("use_cpu"))))  # type: ignore[arg-type]
+    device = device_type(use_cpu=bool(config.training.get("use_cpu")))
+    check_attention(config, device, sixteen_bits=uses_bf16(config.training.get("bf16"), device))
+    model, tokenizer = load_model(model_or_run, **config.loading)
+    model.to(device)  # type: ignore[arg-type]
     return evaluate_examples(
         model, tokenizer, data.task, data.eval, config, predictions_path=predictions_path, progress=progress
     )
@@ -152,46 +152,6 @@ def _verdict(row: dict[str, Any], extract: str) -> dict[str, Any]:
     return {key: row[key] for key in ("references", *PER_EXAMPLE) if key in row}
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    bf16: bool = False,
-    progress: Progress | None = None,
-) -> list[str]:
-    """Continue each prompt greedily, up to an end token or ``max_new_tokens``.
-
-    The model's own sampling settings are set aside; its mode, its settings and the tokenizer are left as they were.
-
-    Args:
-        prompts: as ``render_prompt`` writes them.
-        batch_size: prompts at a time; the longest go first, so that a batch too large for the memory fails at once.
-        bf16: compute in bfloat16 (autocast) whatever the weights are.
-        progress: called with (done, total) after every batch.
-
-    Returns:
-        The new text alone, in the order of ``prompts``, without special tokens and surrounding blanks.
-    """
-    ids = [token_ids(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    stops = _stop_ids(model, tokenizer)
-    texts = [""] * len(ids)
-    with _inference(model, bf16), _greedy(model, max_new_tokens, stops, tokenizer.pad_token_id):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = pad_prompts(tokenizer, [ids[i] for i in chosen]).to(model.device)
-            output: torch.Tensor = model.generate(**batch)  # type: ignore[operator]
-            for i, row in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                length = next((k for k, token in enumerate(row) if token in stops), len(row))
-                texts[i] = str(tokenizer.decode(row[:length], skip_special_tokens=True)).strip()
-            if progress is not None:
-                progress(start + len(chosen), len(order))
-    return texts
-
-
 def eval_loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -235,7 +195,7 @@ def target_losses(
     collate = make_collator(tokenizer)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     losses = [TargetLoss(0.0, 0)] * len(rows)
-    with _inference(model, bf16):
+    with inference(model, bf16):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = {name: ids.to(model.device) for name, ids in collate([rows[i] for i in chosen]).items()}
@@ -248,45 +208,3 @@ def target_losses(
             for i, total, tokens in zip(chosen, totals, (labels != IGNORED).sum(1).tolist(), strict=True):
                 losses[i] = TargetLoss(total, tokens)
     return losses
-
-
-@contextlib.contextmanager
-def _inference(model: PreTrainedModel, bf16: bool) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    import torch
-
-    modes = [(module, module.training) for module in model.modules()]  # frozen parts may differ from the rest
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _greedy(model: PreTrainedModel, max_new_tokens: int, stops: Sequence[int], pad_id: int) -> Iterator[None]:
-    """Replace the model's generation settings, whose sampling options would be merged into ours, for a while."""
-    from transformers import GenerationConfig
-
-    settings = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stops),
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = settings
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token, and those the model's authors end a turn with."""
-    model_ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = model_ends if isinstance(model_ends, list) else [] if model_ends is None else [model_ends]
-    return [tokenizer.eos_token_id, *(i for i in ends if i != tokenizer.eos_token_id)]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import itertools
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError, one_line
@@ -14,6 +17,7 @@ from galore_trainer.run.settings.methods import METHODS, check_backend, require_
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from galore_trainer.recipes.base import Example
     from galore_trainer.run.settings.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -22,6 +26,11 @@ MANY_STEPS = 1 << 20  # the trial of a schedule must be longer than any warm-up 
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+# Module and package of each attention that is not torch's.
+FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
 RUN_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
@@ -133,13 +142,15 @@ def _check_scheduler(arguments: TrainingArguments) -> None:
 
 
 def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
-    """Refuse a method whose package, device or kind of launch is not there, before anything is loaded.
+    """Refuse a method or an attention whose package, device or kind of launch is not there, before anything is loaded.
 
     Raises:
         OptionError: naming what is missing and the way out.
     """
     from galore_trainer.hf.backend import training_backend
 
+    sixteen_bits = bool(arguments.bf16 or arguments.fp16)
+    check_attention(config, arguments.device.type, sixteen_bits=sixteen_bits)
     spec = METHODS[config.method]
     if spec.package:
         require_package("method", config.method, spec.package, spec.extra)
@@ -147,3 +158,61 @@ def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
         device = f"{config.method} on {arguments.device.type}"
         raise OptionError("method", device, "an NVIDIA GPU for this method", "Here, use --method adamw.")
     check_backend(config.method, training_backend(arguments))
+
+
+def check_attention(config: RunConfig, device: str, *, sixteen_bits: bool) -> None:
+    """Refuse an ``attn_implementation`` that this machine cannot compute.
+
+    Args:
+        config: of the run.
+        device: its kind: ``cuda``, ``cpu``, ...
+        sixteen_bits: whether the model computes in bfloat16 or float16 whatever its weights are.
+
+    Raises:
+        OptionError: naming what is missing and the way out.
+    """
+    attention = config.attn_implementation
+    way_out = "Use attn_implementation=sdpa, which needs no package and no GPU."
+    if attention in FLASH_PACKAGES:
+        module, package = FLASH_PACKAGES[attention]
+        # transformers takes the same kernels from the hub where the package kernels is installed
+        if all(importlib.util.find_spec(name) is None for name in (module, "kernels")):
+            wanted = f"the package {package} installed"
+            raise OptionError(
+                "attn_implementation", attention, wanted, f"Install it on a machine with a GPU. {way_out}"
+            )
+    if attention in (*FLASH_PACKAGES, "flex_attention") and device == "cpu":
+        raise OptionError("attn_implementation", attention, "a GPU for this attention", way_out)
+    if attention in FLASH_PACKAGES and config.dtype == "float32" and not sixteen_bits:
+        wanted = "computing in 16 bits, the only precision of this attention"
+        raise OptionError("attn_implementation", attention, wanted, f"Add bf16=true or dtype=bfloat16. {way_out}")
+
+
+def check_samples(config: RunConfig, held_out: Sequence[Example] | None = None, *, sharded: bool = False) -> None:
+    """Refuse ``eval.samples`` where no process has a whole model, or where there are fewer prompts.
+
+    Args:
+        config: of the run.
+        held_out: the examples to evaluate on, once they are loaded.
+        sharded: whether each process keeps a part of the weights.
+
+    Raises:
+        OptionError: with the way out.
+    """
+    option, samples = "eval.samples", config.eval.samples
+    if samples and sharded:
+        way_out = "Use --launch-config ddp, zero1 or zero2, or leave it out: the scores before and after remain."
+        raise OptionError(option, samples, "whole weights on each process, which FSDP2 and ZeRO-3 cut", way_out)
+    if held_out is not None and len(sampled(config, held_out)) < samples:
+        most = f"at most {sum(map(has_prompt, held_out))}, the held-out examples with a prompt"
+        raise OptionError(option, samples, most, "Hold out more with data.eval_samples, or ask for fewer.")
+
+
+def sampled(config: RunConfig, held_out: Iterable[Example]) -> list[Example]:
+    """The examples of ``eval.samples``: the first that are held out."""
+    return list(itertools.islice(filter(has_prompt, held_out), config.eval.samples))
+
+
+def has_prompt(example: Example) -> bool:
+    """Whether there is something to answer; a raw text asks nothing."""
+    return bool(example.messages)

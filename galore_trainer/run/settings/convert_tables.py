@@ -54,6 +54,7 @@ GALORE_LAYERWISE = {
     "galore.momentum_transfer": "keep",
     "galore.residual_percent": 0.0,
 }
+EAGER, FLASH = (sets({"attn_implementation": name}) for name in ("eager", "flash_attention_2"))
 EIGHT_BITS = {"galore.state_bits": 8, "galore.plain_state_bits": 8}
 PAGED = "bitsandbytes' 8-bit AdamW without pages."
 PACKED = when(sets({"packing": True, "trainer": "trl"}, TRL_TRAINER))
@@ -106,7 +107,8 @@ TRAINING: dict[str, Rule] = {
     "preprocessing_num_workers": as_here(CACHE),
     "overwrite_cache": as_here(CACHE),
     "cache_dir": none("Set the environment variable HF_HOME."),
-    "trust_remote_code": when(none("Code of the model's repository is not run.")),
+    "trust_remote_code": to("trust_remote_code"),
+    "attn_implementation": to("attn_implementation"),
     "load_in_4bit": when(none(QUANTIZED)),
     "load_in_8bit": when(none(QUANTIZED)),
 }  # fmt: skip
@@ -158,7 +160,7 @@ LLAMA_FACTORY = Tool(
         "enable_liger_kernel": to("use_liger_kernel"),
         "disable_gradient_checkpointing": to("gradient_checkpointing", value=inverted),
         "plot_loss": when(by_hand("galore-ft report RUN draws the loss.")),
-        "flash_attn": case({"auto": as_here(), "disabled": as_here()}, none(ATTENTION)),
+        "flash_attn": case({"auto": as_here(), "disabled": EAGER, "fa2": FLASH}, to("attn_implementation")),
         "quantization_bit": none(QUANTIZED),
         "quantization_method": none(QUANTIZED),
         "use_unsloth": when(none("Full-parameter training goes without unsloth.")),
@@ -246,9 +248,9 @@ AXOLOTL = Tool(
         "bfloat16": when(sets({"dtype": "bfloat16"})),
         "float32": when(sets({"dtype": "float32"})),
         "xformers_attention": when(none(ATTENTION)),
-        "flash_attention": when(none(ATTENTION)),
-        "sdp_attention": when(none(ATTENTION)),
-        "flex_attention": when(none(ATTENTION)),
+        "flash_attention": when(FLASH),
+        "sdp_attention": when(sets({"attn_implementation": "sdpa"})),
+        "flex_attention": when(sets({"attn_implementation": "flex_attention"})),
         "eager_attention": when(none(ATTENTION)),
         "evals_per_epoch": case({0: as_here()}, Rule(
             kind="changed", note="A share of all steps.", key="eval_steps", value=share_of_steps,
@@ -339,9 +341,8 @@ TRL = Tool(
         "chat_template_path": none(OWN_TEMPLATE),
         "eos_token": none("Save the tokenizer with that token beside the model."),
         "pad_token": none("Save the tokenizer with that token beside the model."),
-        "attn_implementation": none(ATTENTION),
-        "use_flash_attention_2": when(none(ATTENTION)),
-        "model_init_kwargs": none("Write dtype for the weights' type."),
+        "use_flash_attention_2": when(FLASH),
+        "model_init_kwargs": none("Write dtype, attn_implementation and trust_remote_code."),
         "beta": none(PREFERENCES),
     },
 )  # fmt: skip

@@ -18,6 +18,9 @@ from galore_trainer.run.settings.yaml_io import parse_value
 
 FROM_PYTHON = "TRL's trainer takes GaLore+ from Python, too: SFTTrainer(..., **galore_plugin(config, args))."
 
+ALIASES = {"torch_dtype": "dtype"}
+"""Names that users of transformers know, and the key that each stands for."""
+
 # Fields that trl.SFTConfig adds and 'trainer: trl' passes on: those that do not change how examples are encoded.
 TRL_HINTS: dict[str, Any] = {
     "packing": bool,
@@ -80,8 +83,7 @@ ONLY_TRL = {
     "dataset_num_proc": "Remove it: examples are tokenized as they are needed.",
     "max_seq_length": "Write 'max_length: {value}'.",
     "truncation_mode": "Remove it: longer examples are left out whole; 'galore-ft data preview' counts them.",
-    "model_init_kwargs": "Write 'dtype: bfloat16' for the weights' type. " + FROM_PYTHON,
-    "trust_remote_code": FROM_PYTHON,
+    "model_init_kwargs": "Write dtype, attn_implementation and trust_remote_code at the top. " + FROM_PYTHON,
     "chat_template_path": "Save the tokenizer with that template beside the model.",
     "eos_token": "Save the tokenizer with that token beside the model.",
     "pad_token": "Save the tokenizer with that token beside the model.",
@@ -167,7 +169,7 @@ def refuse_all(refusals: Sequence[OptionError], way_out: str) -> OptionError:
 
 def top_level(known: Iterable[str]) -> str:
     """What stands at the top of a configuration, in words."""
-    names = ", ".join(name for name in known if "." not in name and name not in training_hints())
+    names = ", ".join(name for name in known if "." not in name and name not in (*ALIASES, *training_hints()))
     return f"The top level takes {names}, the blocks, and every field of transformers.TrainingArguments."
 
 

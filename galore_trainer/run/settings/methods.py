@@ -23,6 +23,7 @@ GALORE: dict[str, Any] = {
     "galore.head_sharing": "joint",
     "galore.svd": "exact",
     "galore.momentum_transfer": "keep",
+    "galore.residual": "none",
     "galore.residual_percent": 0.0,
     "galore.stagger_refresh": False,
     "galore.first_basis": "gradient",

@@ -15,13 +15,22 @@ from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, check_
 from galore_trainer.errors import OptionError
 from galore_trainer.recipes.base import DataConfig
 from galore_trainer.run.settings.convert_tables import FOREIGN, recognise
-from galore_trainer.run.settings.keys import TRL_HINTS, coerce, refuse_all, refuse_key, top_level, training_hints
+from galore_trainer.run.settings.keys import (
+    ALIASES,
+    TRL_HINTS,
+    coerce,
+    refuse_all,
+    refuse_key,
+    top_level,
+    training_hints,
+)
 from galore_trainer.run.settings.methods import METHOD_DEFAULTS, METHODS, Method, methods_reading
 from galore_trainer.run.settings.ranges import check_best_metric, check_range
 from galore_trainer.run.settings.sources import Setting, Source, collect, command_line_settings, file_settings
 from galore_trainer.run.settings.yaml_io import Document, dump, read_mapping
 
 Extract = Literal["flexible", "strict", "last_number"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 """The file in a run's folder that holds its resolved configuration."""
@@ -45,10 +54,25 @@ class EvalConfig:
     )
     before: bool = knob(True, "Score the model before training too.")
     generate: bool = knob(True, "Write answers and score them; off, the loss on the held-out targets is all.")
+    samples: int = knob(
+        0,
+        "Held-out prompts that the model answers during training, greedily, for the terminal, log.jsonl, TensorBoard "
+        "and W&B; training itself is unchanged.",
+        minimum=0,
+    )
+    samples_steps: int | None = knob(
+        None,
+        "Steps between two such samples, beside the first and the last step; unset means at each evaluation of the "
+        "Trainer, or, under eval_strategy: no, at each checkpoint.",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
         check_fields("eval.", self)
+        if self.samples_steps is not None and not self.samples:
+            wanted = "a number of samples beside it"
+            raise OptionError("eval.samples_steps", self.samples_steps, wanted, "Add eval.samples=2, or remove it.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +126,13 @@ class RunConfig:
         "embedded:smollm2-135m", "Model to fine-tune: embedded:smollm2-135m, a local folder, or a hub id."
     )
     dtype: Literal["float32", "bfloat16", "auto"] = knob(
-        "float32", "Type of the weights; auto keeps what the model's files hold."
+        "float32", "Type of the weights; auto keeps what the model's files hold. Also called torch_dtype."
+    )
+    attn_implementation: Attention | None = knob(
+        None, "What computes the attention, as in transformers; unset leaves it to the model."
+    )
+    trust_remote_code: bool = knob(
+        False, "Run Python code that comes with the model's files, for models that transformers does not have."
     )
     method: Method = knob(
         "galore_plus",
@@ -162,6 +192,11 @@ class RunConfig:
             check_range(key, training[key])
         check_best_metric(training.get("metric_for_best_model"), self.trainer)
         object.__setattr__(self, "training", training)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The keyword arguments of ``load_model``."""
+        return {name: getattr(self, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested as in YAML: own keys and training arguments at the top, then the blocks; ``from_dict`` undoes it."""
@@ -255,7 +290,8 @@ def own_keys() -> dict[str, Any]:
     """The dotted keys that this project declares, with their types."""
     hints = get_type_hints(RunConfig)
     blocks = {f"{name}.{key}": hint for name, cls in BLOCKS.items() for key, hint in get_type_hints(cls).items()}
-    return {**{key: hints[key] for key in OWN}, **blocks}
+    aliases = {alias: hints[key] for alias, key in ALIASES.items()}
+    return {**{key: hints[key] for key in OWN}, **aliases, **blocks}
 
 
 @functools.cache

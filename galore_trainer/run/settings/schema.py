@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from galore_trainer.run.settings.keys import TRL_HINTS, training_hints
+from galore_trainer.run.settings.keys import ALIASES, TRL_HINTS, training_hints
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.ranges import RANGES
 from galore_trainer.run.settings.run_config import BLOCKS, OWN, RunConfig
@@ -32,7 +32,9 @@ LOWER_BOUNDS: tuple[tuple[float, dict[str, Any]], ...] = (
 
 def json_schema() -> dict[str, Any]:
     """The schema of a configuration: types, choices, minima, defaults and descriptions of every key."""
-    top = {**_fields(RunConfig, OWN), **_trainer_fields()}
+    own = _fields(RunConfig, OWN)
+    aliases = {alias: {**own[key], "description": f"Another name of {key}."} for alias, key in ALIASES.items()}
+    top = {**own, **aliases, **_trainer_fields()}
     blocks = {name: _object(_fields(cls)) for name, cls in BLOCKS.items()}
     everything = _with_blocks({key: value for key, value in top.items() if key != "method"}, blocks)
     methods = {name: {"$ref": "#/$defs/settings"} for name in METHODS}

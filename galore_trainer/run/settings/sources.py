@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from galore_trainer.errors import OptionError
-from galore_trainer.run.settings.keys import coerce
+from galore_trainer.run.settings.keys import ALIASES, coerce
 from galore_trainer.run.settings.ranges import check_range
 from galore_trainer.run.settings.yaml_io import Document, parse_value
 
@@ -124,8 +124,13 @@ def collect(settings: Iterable[Setting], hints: Mapping[str, Any], check_method:
         else:
             checked.append((setting, key, target))
     for setting, key, target in [] if source.unknown or source.methodless else checked:
-        target[key] = coerce(setting.key, setting.value, hints[key], written=setting.written, place=setting.place)
-        check_range(key, target[key], option=setting.key, place=setting.place)
+        value = coerce(setting.key, setting.value, hints[key], written=setting.written, place=setting.place)
+        check_range(key, value, option=setting.key, place=setting.place)
+        name = ALIASES.get(key, key)
+        if target.setdefault(name, value) != value:
+            alias = next(alias for alias, meant in ALIASES.items() if meant == name)
+            both = f"{value!r}, and {target[name]!r} for the other name"
+            raise OptionError(f"{name} and {alias}", both, "one value", "They are one setting: remove one of the two.")
     return source
 
 

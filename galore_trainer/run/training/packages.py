@@ -68,21 +68,17 @@ def package_groups(
         OptionError: as ``plan_weights``; a projected weight that is no matrix, such as a stack of experts.
     """
     from galore_trainer.hf.build import galore_groups
+    from galore_trainer.optim.param_groups import scale_of
 
     package = PACKAGES[method]
-    shared = {
-        "update_proj_gap": config.update_proj_gap,
-        package.scale: config.scale,
-        "proj_type": config.proj_type,
-        **package.fixed,
-    }
+    shared = {"update_proj_gap": config.update_proj_gap, "proj_type": config.proj_type, **package.fixed}
     groups = []
     for group in galore_groups(model, config, lr=lr, weight_decay=weight_decay):
         common = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
         if not group["projected"]:
             groups.append({**common, "params": group["params"]})
             continue
-        by_rank = defaultdict(list)
+        alike = defaultdict(list)
         for name, p, matrices in zip(group["names"], group["params"], group["matrices"], strict=True):
             if p.dim() != 2:
                 raise OptionError(
@@ -91,8 +87,11 @@ def package_groups(
                     "matrices to project",
                     "Leave it out by galore.target_modules, or use --method galore.",
                 )
-            by_rank[matrices[0].rank].append(p)
-        groups += [{**common, **shared, "rank": rank, "params": params} for rank, params in by_rank.items()]
+            alike[matrices[0].rank, scale_of(group, config, matrices[0])].append(p)
+        groups += [
+            {**common, **shared, "rank": rank, package.scale: scale, "params": params}
+            for (rank, scale), params in alike.items()
+        ]
     return groups
 
 

@@ -132,7 +132,14 @@ class ProgressCallback(TrainerCallback):
             self._latest = shown
             self._bar.update(self._bar.task_ids[0], figures=self._figures(state))
         else:
-            self._bar.console.print(f"step {state.global_step}  {figures}", highlight=False, markup=False)
+            self.tell(f"step {state.global_step}  {figures}")
+
+    def tell(self, text: str) -> None:
+        """Print a text of its own lines, above the bar where there is one."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.console.print(text, highlight=False, markup=False)
 
     def _figures(self, state: Any) -> str:
         """As many of the newest figures as there is room for."""

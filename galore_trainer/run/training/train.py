@@ -26,7 +26,7 @@ from galore_trainer.run.launching.start import choose_start, own_folder
 from galore_trainer.run.results.publish import Destination, check_publish, publish
 from galore_trainer.run.results.result import LOG, RESULT, make_result, seconds, summary, write_artifacts
 from galore_trainer.run.scoring.scores import in_words
-from galore_trainer.run.settings.arguments import check_method, run_arguments
+from galore_trainer.run.settings.arguments import check_method, check_samples, run_arguments, sampled
 from galore_trainer.run.settings.methods import ADAPTER, METHODS, resolve
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
 from galore_trainer.run.training.failures import explained
@@ -96,7 +96,7 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
 
     def score(weights: str, doing: str, when: str = "") -> dict[str, Any]:
         """Score the model on held-out examples; ``weights`` are the files that it can be read from again."""
-        with scored_model(model, arguments, weights, config.dtype) as scored, say.counting(doing) as progress:
+        with scored_model(model, arguments, weights, config) as scored, say.counting(doing) as progress:
             return evaluate_examples(
                 scored,
                 tokenizer,
@@ -190,6 +190,7 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     output = Path(config.output_dir).expanduser()
     checkpoint = choose_start(config, resume, overwrite, say)
     check_sharding(arguments, checkpoint)
+    check_samples(config, sharded=shards_weights(arguments))
     destination = check_publish(config) if say.main else None
     PartialState().wait_for_everyone()
 
@@ -199,10 +200,11 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     from galore_trainer.run.training.finite import not_finite
 
     data = load_data(config.data)
+    check_samples(config, data.eval)
     say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.source})")
     for note in data.notes:
         say(f"  - {note}")
-    model, tokenizer = load_model(config.model_name_or_path, dtype=config.dtype)
+    model, tokenizer = load_model(config.model_name_or_path, **config.loading)
     if bad := not_finite(model):
         wanted = "a model of finite weights"
         raise OptionError("model_name_or_path", config.model_name_or_path, wanted, f"Not finite: {some_of(bad)}.")
@@ -250,6 +252,7 @@ def _make_trainer(
     )
     from galore_trainer.run.training.finite import FiniteCallback
     from galore_trainer.run.training.progress import ProgressCallback, on_terminal
+    from galore_trainer.run.training.samples import SampleCallback
     from galore_trainer.run.training.trainers import build_trainer
 
     rows, dropped = encode_all(tokenizer, data.train, config.max_length)
@@ -258,21 +261,24 @@ def _make_trainer(
     if not rows:
         raise OptionError("data.source", config.data.source, "at least one example to train on")
     held_out = encode_all(tokenizer, data.eval, config.max_length).rows if data.eval else None
-    model, plugin = resolve(METHODS[config.method].prepare)(model, config, arguments)
+    prepared, plugin = resolve(METHODS[config.method].prepare)(model, config, arguments)
     if say.main and not shards_weights(arguments):
-        check_room(config, arguments, model, len(rows), arguments.world_size)
+        check_room(config, arguments, prepared, len(rows), arguments.world_size)
     timing, interrupt, finite = TimingCallback(arguments.device), InterruptCallback(), FiniteCallback()
     limit, arguments.save_total_limit = (
         arguments.save_total_limit,
         None,
     )  # SealCallback rotates checkpoints, not the Trainer
-    trainer = build_trainer(config, arguments, model, tokenizer, rows, held_out, **plugin)
+    trainer = build_trainer(config, arguments, prepared, tokenizer, rows, held_out, **plugin)
     for callback_class in (PrinterCallback, TheirProgress):
         trainer.remove_callback(callback_class)
     finite.watch(trainer)
     progress = ProgressCallback(trainer.train_dataset, live=on_terminal() and not config.training.get("disable_tqdm"))
     log = LogCallback(output / LOG)
-    for callback in (timing, log, progress, finite, SealCallback(limit, finite), interrupt, EndCallback()):
+    callbacks: list[Any] = [timing, log, progress, finite, SealCallback(limit, finite), interrupt, EndCallback()]
+    if shown := sampled(config, data.eval):  # after finite, which looks at the weights first
+        callbacks.insert(4, SampleCallback(model, tokenizer, shown, config, output / LOG, progress, trainer))
+    for callback in callbacks:
         trainer.add_callback(callback)
     return trainer, timing, interrupt, progress
 
