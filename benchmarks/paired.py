@@ -31,7 +31,7 @@ from galore_trainer.tables import TextTable
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1; above them the normal quantile is near enough
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 NORMAL = 1.960
-RATE = re.compile(r", learning_rate \S+$")  # what a study appends to the names of such cells
+RATE = re.compile(r"(^|, )learning_rate \S+$")  # what a study appends to the names of such cells
 
 Losses = list[tuple[float, int]]  # of each example: nats per token, and tokens
 
