@@ -15,5 +15,6 @@ def defined_names(path: Path) -> set[str]:
             names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            targets = [inner for t in targets for inner in (t.elts if isinstance(t, ast.Tuple) else [t])]
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names

@@ -111,14 +111,17 @@ def _key_settings(config: RunConfig) -> str:
     galore, lora = config.galore, config.lora
     block = METHODS[config.method].block
     if block == "lora":
-        return f"rank {lora.rank}, alpha {lora.alpha}"
+        return f"rank {lora.rank}, alpha {lora.alpha}{', rank-stabilised' if lora.use_rslora else ''}"
     if block != "galore":
         return ""
-    words = [f"rank {galore.rank}", f"scale {galore.scale}", f"a new basis every {galore.update_proj_gap} steps"]
-    share = f" ({galore.sparse_percent:g} % of entries)" if galore.sparse_percent else ""
-    form = galore.resolved_residual
-    residual = "no residual" if form == "none" else f"residual {form}{share}"
-    return ", ".join([*words, residual])
+    scale = galore.scale if isinstance(galore.scale, str) else f"{galore.scale:g}"
+    residual = {
+        "none": "no residual",
+        "scaled": "scaled residual",
+        "sparse": f"residual of {galore.sparse_percent:g} %",
+        "both": f"scaled residual, and moments of {galore.sparse_percent:g} %",
+    }[galore.resolved_residual]
+    return f"rank {galore.rank}, scale {scale}, a new basis every {galore.update_proj_gap} steps, {residual}"
 
 
 def _results(config: RunConfig, after: Mapping[str, Any]) -> list[EvalResult]:

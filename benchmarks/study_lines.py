@@ -1,0 +1,98 @@
+"""A study as one file of JSON lines: to commit it, to go on with it on another machine, to report on it.
+
+    python benchmarks/study_lines.py unpack results/gsm8k_rates/study.jsonl runs/ablate-gsm8k_rates
+    galore-ft ablate gsm8k_rates data.source=path/to/train.jsonl --jobs 8 --max-cells 16 --no-timing
+    python benchmarks/study_lines.py pack runs/ablate-gsm8k_rates results/gsm8k_rates/study.jsonl
+
+The first line holds ``study.json`` and the ids of the held-out examples; every other line is a finished run: its
+``result.json`` without the errors of single matrices, and the loss and the tokens of each example. After ``unpack``,
+``galore-ft ablate`` with the same output folder skips these runs, and ``galore-ft report`` makes tables of them. Logs,
+predictions and weights stay behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from galore_trainer.run.files import write_file, write_json
+from galore_trainer.run.results.result import RESULT
+from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
+from galore_trainer.run.study.record import STUDY_FILE, read_result, read_study_file
+
+LOSSES = "losses.jsonl"
+LEFT_OUT = ("by_matrix",)
+
+
+def pack(folder: Path, file: Path) -> int:
+    """Write the finished runs of a study's folder into a file; returns their number."""
+    record = read_study_file(folder / STUDY_FILE)
+    ids: list[str] | None = None
+    lines = []
+    for cell in record["cells"]:
+        for entry in [*cell["runs"], cell["timing"]]:
+            result = read_result(folder / entry["folder"]) if entry else None
+            if result is None:
+                continue
+            if error := result.get("projection_error"):
+                result["projection_error"] = {key: value for key, value in error.items() if key not in LEFT_OUT}
+            examples = read_losses(folder / entry["folder"] / LOSSES)
+            names = [example["id"] for example in examples]
+            if names and ids is not None and names != ids:
+                raise SystemExit(f"{entry['folder']} was scored on other examples than the runs before it")
+            ids = ids or names or None
+            losses = [[example["loss"], example["tokens"]] for example in examples]
+            line = {"cell": cell["name"], "folder": entry["folder"], "timing": entry is cell["timing"]}
+            lines.append({**line, "result": result, "losses": losses})
+    head = {"study": record, "examples": ids or []}
+    write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, *lines)))
+    return len(lines)
+
+
+def unpack(file: Path, folder: Path) -> int:
+    """Write the folder of a study from a file, if there is one, beside what the folder holds; returns the runs."""
+    if not file.is_file():
+        return 0
+    head, lines = read_lines(file)
+    for line in lines:
+        place = folder / line["folder"]
+        if read_result(place) is not None:
+            continue
+        examples = [
+            {"id": name, "loss": loss, "tokens": tokens}
+            for name, (loss, tokens) in zip(head["examples"], line["losses"], strict=False)
+        ]
+        write_file(place / LOSSES, "".join(json.dumps(example) + "\n" for example in examples))
+        write_file(place / RESOLVED_CONFIG, RunConfig.from_dict(line["result"]["config"]).to_yaml())
+        write_json(place / RESULT, line["result"])
+    if not (folder / STUDY_FILE).is_file():
+        write_json(folder / STUDY_FILE, head["study"])
+    return len(lines)
+
+
+def read_lines(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line of a file, and its runs."""
+    head, *lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    return head, lines
+
+
+def read_losses(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``losses.jsonl``; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("way", choices=("pack", "unpack"))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    arguments = parser.parse_args()
+    runs = (pack if arguments.way == "pack" else unpack)(arguments.source, arguments.target)
+    print(f"{runs} runs, {arguments.source} to {arguments.target}")
+
+
+if __name__ == "__main__":
+    main()
