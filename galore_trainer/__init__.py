@@ -48,4 +48,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that the command line starts without torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from galore_trainer.versions import check_versions
+
+    check_versions()
     return getattr(importlib.import_module(_HOMES[name]), name)
