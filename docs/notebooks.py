@@ -16,6 +16,7 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from nbformat.v4 import new_output
 
 FOLDER = Path(__file__).resolve().parent / "notebooks"
 NOT_RUN = "skip-execution"
@@ -55,7 +56,8 @@ def run(path: Path, folder: Path, parameters: str = "") -> Any:
     client = NotebookClient(book, timeout=1200, record_timing=False, resources={"metadata": {"path": str(folder)}})
     client.execute(env={**os.environ, "PATH": found_first, "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"})
     for cell in code(book):
-        cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+        printed = "".join(out.text for out in cell.outputs if out.get("name") == "stdout")  # it comes in many pieces
+        cell.outputs = [new_output("stream", name="stdout", text=printed)] if printed else []
     return book
 
 
