@@ -54,7 +54,12 @@ def run(path: Path, folder: Path, parameters: str = "") -> Any:
     # commands such as galore-ft are those of this environment
     found_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     client = NotebookClient(book, timeout=1200, record_timing=False, resources={"metadata": {"path": str(folder)}})
-    client.execute(env={**os.environ, "PATH": found_first, "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"})
+    quiet = {
+        "PYTHONWARNINGS": "ignore",
+        "NO_COLOR": "1",
+        "DS_ACCELERATOR": "cpu",
+    }  # DeepSpeed would say that it chose it
+    client.execute(env={**os.environ, **quiet, "PATH": found_first})
     for cell in code(book):
         printed = "".join(out.text for out in cell.outputs if out.get("name") == "stdout")  # it comes in many pieces
         cell.outputs = [new_output("stream", name="stdout", text=printed)] if printed else []
