@@ -52,7 +52,7 @@ app.add_typer(state.app, name="state", short_help="Let a checkpoint go on under 
 
 def _print_version(value: bool) -> None:
     if value:
-        from galore_trainer.run.doctor import DISTRIBUTION, version
+        from galore_trainer.versions import DISTRIBUTION, version
 
         typer.echo(f"{DISTRIBUTION} {version(DISTRIBUTION)}")
         raise typer.Exit

@@ -19,6 +19,10 @@ def main(args: Sequence[str] | None = None) -> int:
         from galore_trainer.cli.quiet import hush
 
         hush()
+        if args[:1] != ["doctor"]:  # which reports them
+            from galore_trainer.versions import check_versions
+
+            check_versions()
         from galore_trainer.cli.app import app
 
         code = app(args, prog_name="galore-ft", standalone_mode=False, obj=args)

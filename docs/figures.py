@@ -17,6 +17,7 @@ from typing import Any
 import fit
 from blocks import table, write_block
 from conversions import conversions
+from version_table import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, IMAGES, README = ROOT / "results", ROOT / "docs" / "images", ROOT / "README.md"
@@ -223,20 +224,6 @@ def method_support() -> str:
         for name, spec in METHODS.items()
     ]
     return table([("", *BACKENDS.values(), "resumes", "needs"), *rows])
-
-
-def versions() -> str:
-    """docs/support-matrix.md: the oldest version that is accepted, and those that are tested."""
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    python = re.search(r'requires-python = ">=([\d.]+)"', project)
-    tested = re.findall(r"Python :: (3\.\d+)", project)
-    rows = [("Python", python[1] if python else "", ", ".join(tested))]
-    for name in ("torch", "transformers", "accelerate", "datasets", "trl", "peft", "bitsandbytes", "deepspeed"):
-        oldest = re.search(rf'"{name}>=([\d.]+)"', project)
-        pinned = re.findall(rf"^{name}==(\S+?)(?:;|$)", pins, re.M)
-        rows.append((name, oldest[1] if oldest else "", ", ".join(sorted(set(pinned)))))
-    return table([("package", "oldest accepted", "tested"), *rows])
 
 
 BACKENDS = {"single": "one GPU", "ddp": "DDP", "fsdp": "FSDP2", "deepspeed": "ZeRO-1, 2, 3"}

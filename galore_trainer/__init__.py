@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "GaLoreConfig": "galore_trainer.config",
     "OptionError": "galore_trainer.errors",
@@ -46,6 +44,13 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that the command line starts without torch."""
+    if name == "__version__":
+        from galore_trainer.versions import DISTRIBUTION, version
+
+        return version(DISTRIBUTION)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from galore_trainer.versions import check_versions
+
+    check_versions()
     return getattr(importlib.import_module(_HOMES[name]), name)

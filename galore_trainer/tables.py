@@ -47,21 +47,26 @@ class TextTable:
         if sys.stdout.isatty():
             from rich.console import Console
 
-            console, table = Console(markup=False, emoji=False, highlight=False), self._drawn()
-            least = sum((column.min_width or 0) + GAP for column in table.columns) - GAP
-            if least <= console.width:
-                console.print(table, *self.notes, sep="\n", soft_wrap=True)
+            console = Console(markup=False, emoji=False, highlight=False)
+            if sum(width + GAP for width in self._least_widths()) - GAP <= console.width:
+                console.print(self._drawn(), *self.notes, sep="\n", soft_wrap=True)
                 return
         print(self, flush=True)
+
+    def _least_widths(self) -> list[int]:
+        """Characters that each column needs: a number all of its own, a text enough to be folded."""
+        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        return [w if title in self.numeric else min(w, NARROWEST) for title, w in zip(self.head, widths, strict=True)]
 
     def _drawn(self) -> Table:
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
-        for title, *cells in zip(self.head, *self.rows, strict=True):
-            number, width = title in self.numeric, max(map(len, (title, *cells)))
-            least = width if number else min(width, NARROWEST)
-            table.add_column(title, justify="right" if number else "left", overflow="fold", min_width=least)
+        for title, width in zip(self.head, self._least_widths(), strict=True):
+            if title in self.numeric:  # without a width: rich before 14.3 adds the gap to that of the last column, too
+                table.add_column(title, justify="right", no_wrap=True)
+            else:
+                table.add_column(title, overflow="fold", min_width=width)
         for row in self.rows:
             table.add_row(*row)
         return table

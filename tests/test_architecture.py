@@ -15,6 +15,7 @@ from source import defined_names
 MODULES = modules()
 BENCHMARKS = {f"benchmarks.{path.stem}": path for path in sorted((ROOT / "benchmarks").glob("*.py"))}
 BASE = {"errors", "config"}
+GROUND = {"core", "layouts", "tables", "timing", "versions", *BASE}
 ROOMS: dict[str, set[str]] = {
     "core": set(),
     "kernels": set(),
@@ -24,14 +25,15 @@ ROOMS: dict[str, set[str]] = {
     "tables": set(),
     "config": {"errors"},
     "hub": {"errors"},
+    "versions": {"errors"},
     "metrics": {"errors"},
     "targets": {"core", "layouts", *BASE},
     "optim": {"core", "kernels", "layouts", "targets", "timing", *BASE},
     "hf": {"core", "layouts", "targets", "optim", "tables", *BASE},
     "recipes": {"metrics", "hub", *BASE},
-    "run": {"core", "layouts", "targets", "optim", "hf", "metrics", "recipes", "hub", "tables", "timing", *BASE},
+    "run": {"targets", "optim", "hf", "metrics", "recipes", "hub", *GROUND},
     "integrations": {"optim", "hf", "run", *BASE},
-    "cli": {"run", "recipes", "hub", *BASE},
+    "cli": {"run", "recipes", "hub", "versions", *BASE},
 }
 OF_RUN = {"device", "files"}
 WINGS: dict[str, set[str]] = {

@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+
+import pytest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,17 +87,34 @@ def test_constraints_pin_every_requirement_and_hold_no_place():
             assert requirement.specifier.contains(version), requirement
 
 
-def test_wheel_holds_the_packages_their_data_and_nothing_else(tmp_path: Path):
+def test_wheel_and_source_hold_what_they_should(tmp_path: Path):
     source = tmp_path / "source"  # a build leaves files beside its sources
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in FOLDERS.values():
-        shutil.copytree(folder, source / folder.name, ignore=ignored, dirs_exist_ok=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    subprocess.run(build, cwd=source, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    tracked = tracked_files()
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    check_wheel({name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name})
+    with tarfile.open(sdist) as archive:
+        members = {member.name.partition("/")[2]: member.size for member in archive if member.isfile()}
+    made = {name for name in members if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert members.keys() - made == tracked
+    assert max(members.values()) < 1 << 20, "no data sets, no trained weights"
+
+
+def tracked_files() -> set[str]:
+    """The files that git tracks, as they are now."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode or not (ROOT / ".git").exists():
+        pytest.skip("needs the repository")
+    return {name for name in done.stdout.splitlines() if (ROOT / name).is_file()}
+
+
+def check_wheel(names: set[str]) -> None:
+    """The packages, their data, and nothing else."""
     expected = {
         f"{package.replace('.', '/')}/{path.name}"
         for package, folder in packages_on_disk().items()

@@ -18,6 +18,11 @@ OPTION = "checkpoint"
 TRAINER = "trainer_state.json"
 WHOLE = "a checkpoint with all of its files, whole"
 
+# transformers before 5.18 loads the optimizer of several processes on CPUs onto "cpu:0", where torch knows "cpu" alone.
+torch.serialization.register_package(
+    15, lambda storage: None, lambda storage, place: storage if re.fullmatch(r"cpu:\d+", place) else None
+)
+
 
 @contextlib.contextmanager
 def reading(path: Path, option: str = OPTION, whole: str = WHOLE) -> Iterator[None]:

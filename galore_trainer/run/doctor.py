@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from galore_trainer.errors import OptionError
+from galore_trainer.versions import DISTRIBUTION, fits, install_command, misfits, requirements, version
 
 PACKAGES = (
     "torch",
@@ -24,7 +23,6 @@ PACKAGES = (
     "gguf",
     "galore-torch",
 )
-DISTRIBUTION = "galore-trainer"
 
 
 def examine() -> dict[str, Any]:
@@ -33,19 +31,12 @@ def examine() -> dict[str, Any]:
         "galore-trainer": version(DISTRIBUTION),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
+        "too_old": {name: install_command({name: wanted}) for name, wanted in misfits().items()},
         "machine": machine(),
         "missing_extras": missing_extras(),
         "embedded_model": embedded_model(),
         "hub": hub(),
     }
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution; None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def machine() -> dict[str, Any]:
@@ -68,18 +59,12 @@ def machine() -> dict[str, Any]:
 
 def missing_extras() -> dict[str, str]:
     """The extras that are not whole, each with the command that installs what it lacks."""
-    from packaging.requirements import Requirement
-
-    missing: dict[str, list[str]] = {}
-    for text in importlib.metadata.requires(DISTRIBUTION) or ():
-        extra = re.search(r"""extra\s*==\s*['"]([^'"]+)['"]""", text)
-        if extra is None or extra[1] == "dev":
-            continue
-        needed = Requirement(text)
-        installed = version(needed.name)
-        if installed is None or not needed.specifier.contains(installed, prereleases=True):
-            missing.setdefault(extra[1], []).append(f"'{needed.name}{needed.specifier}'")
-    return {extra: f"pip install {' '.join(names)}" for extra, names in missing.items()}
+    missing = {
+        extra: {name: wanted for name, wanted in packages.items() if not fits(version(name), wanted)}
+        for extra, packages in requirements().items()
+        if extra not in ("", "dev")
+    }
+    return {extra: install_command(packages) for extra, packages in missing.items() if packages}
 
 
 def embedded_model() -> dict[str, Any]:
@@ -120,6 +105,7 @@ def render(report: dict[str, Any]) -> str:
         *(("disk free", f"{free:g} GiB at {path}") for path, free in machine["disk_free_gib"].items()),
         ("embedded model", model["where"] if model["present"] else f"missing. {model['way_out']}"),
         ("hub", f"{net['endpoint']} {'answers' if net['reachable'] else 'cannot be used: ' + str(net['problem'])}"),
+        *((name, f"too old: {command}") for name, command in report["too_old"].items()),
         *((f"extra [{name}]", f"missing: {command}") for name, command in report["missing_extras"].items()),
     ]
     # Not a table of rich's, which would fold commands and paths that are to be copied.

@@ -21,6 +21,7 @@ from galore_trainer.run.settings.arguments import check_method, training_argumen
 from galore_trainer.run.settings.methods import METHODS, Method, resolve
 from galore_trainer.run.settings.run_config import RunConfig, known_keys
 from galore_trainer.run.training.train import train
+from times import times
 
 Run = Callable[..., RunConfig]
 IDS = torch.arange(3, 40)[None]
@@ -124,13 +125,13 @@ def test_galore_torch_saves_checkpoints_and_refuses_to_resume_by_name(short_run:
     config = short_run(method="galore_torch", dtype="bfloat16")
     train(config)
     folder = Path(config.output_dir)
-    files = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    files = times(folder)
     assert load(folder / "checkpoint-6")(IDS).logits.isfinite().all()
     for resume in ("auto", str(folder / "checkpoint-4")):
         with pytest.raises(OptionError, match=r"method 'galore_torch'.*--method galore") as error:
             train(config, resume=resume)
         assert error.value.option == "resume"
-    assert files == {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert files == times(folder)
 
 
 def test_8_bit_states_are_counted_as_they_are(short_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

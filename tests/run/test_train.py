@@ -18,6 +18,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.run.launching.checkpoints import choose_checkpoint, damage, seal
 from galore_trainer.run.settings.run_config import RunConfig, load_run_config
 from galore_trainer.run.training.train import train
+from times import times
 
 
 def make_config(model: Path, output: Path, **more: Any) -> RunConfig:
@@ -172,12 +173,12 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(
 def test_resume_under_another_method_is_refused_and_loses_nothing(
     change: dict, option: str, words: tuple[str, ...], finished: Path, tiny_model_dir: Path
 ) -> None:
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    before = times(finished)
     with pytest.raises(OptionError) as error:
         train(make_config(tiny_model_dir, finished, **change), resume="auto")
     assert error.value.option == option
     assert all(word in str(error.value) for word in (*words, "Resume with", "--output-dir"))
-    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    assert before == times(finished)
 
 
 def test_a_taken_folder_is_left_alone(finished: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

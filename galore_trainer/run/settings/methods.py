@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from galore_trainer.errors import OptionError
+from galore_trainer.versions import check_versions
 
 Method = Literal["galore_plus", "galore", "adamw", "adamw_8bit", "lora", "dora", "galore_torch", "apollo", "fira"]
 
@@ -172,11 +173,12 @@ def methods_reading(key: str) -> list[str]:
 
 
 def require_package(option: str, value: str, package: str, extra: str) -> None:
-    """Raise ``OptionError`` with the command that installs a missing package."""
+    """Raise ``OptionError`` with the command that installs a package that is missing or too old."""
     if importlib.util.find_spec(package) is None:
         name = package.replace("_", "-")
         wanted = f"the package {name} installed"
         raise OptionError(option, value, wanted, f"Run: pip install 'galore-trainer[{extra}]'")
+    check_versions(extra)
 
 
 def check_backend(method: str, backend: str) -> None:
