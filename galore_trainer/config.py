@@ -67,12 +67,12 @@ class GaLoreConfig:
     )
     update_proj_gap: int = knob(200, "Steps between two refreshes of the projection.", trajectory=True, minimum=1)
     scale: float | Literal["auto"] = knob(
-        10.0,
+        AUTO,
         "Factor on the lifted update: a projected weight moves with lr x scale. auto: sqrt(n / rank) of each weight, "
         "where n is the length of what is projected, so that one lr serves every rank and width.",
         minimum=0.0,
     )
-    plain_lr_ratio: float = knob(1.0, "Factor on lr for the parameters that are not projected.", minimum=0.0)
+    plain_lr_ratio: float = knob(0.25, "Factor on lr for the parameters that are not projected.", minimum=0.0)
     proj_type: ProjType = knob(
         "std", "Side of the projection: std (the shorter one), reverse_std, left, right.", trajectory=True
     )

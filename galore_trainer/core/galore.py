@@ -128,8 +128,7 @@ def apply_update_(
         left, right = (N, P.mT) if side == "right" else (P, N)
         W.baddbmm_(left, right, alpha=-lr * scale)
         if dense is not None:
-            for rows in _row_chunks(W, None):
-                W[:, rows].sub_(_phi_G(dense, rows, ok, side), alpha=lr * scale)
+            _subtract_phi_G_(W, dense, ok, side, alpha=lr * scale)
         if sparse is not None:
             add_at_(W, *sparse, alpha=-lr * scale)
         return
@@ -153,6 +152,15 @@ def apply_update_(
 def _without_projected(N: Tensor, dense: Dense, ok: Tensor, side: str) -> Tensor:
     """N - phi R; 0 where the gradient is not usable."""
     return torch.where(ok > 0.0, N - along_lines(dense.phi, side) * dense.R, 0.0)
+
+
+def _subtract_phi_G_(W: Tensor, dense: Dense, ok: Tensor, side: str, alpha: float) -> None:
+    """W <- W - alpha phi G, in place; in one pass where no type has to change and nothing to be left out."""
+    if dense.G.dtype == W.dtype and _all_usable(ok):
+        W.addcmul_(along_lines(dense.phi, side), dense.G, value=-alpha)
+        return
+    for rows in _row_chunks(W, None):
+        W[:, rows].sub_(_phi_G(dense, rows, ok, side), alpha=alpha)
 
 
 def _phi_G(dense: Dense, rows: slice, ok: Tensor, side: str) -> Tensor:
