@@ -232,8 +232,9 @@ SUPPORT: list[tuple[str, list[dict[str, Any]]]] = [  # what, and settings that t
     ("every `head_sharing` and `svd`", [{"head_sharing": "per_head"}, {"head_sharing": "joint", "svd": "exact"}]),
     ("`state_bits`, `plain_state_bits`: 16", [{"state_bits": 16}, {"plain_state_bits": 16}]),
     ("`state_bits`, `plain_state_bits`: 8", [{"state_bits": 8}, {"plain_state_bits": 8}]),
-    ("`residual_percent` above 0", [{"residual_percent": 1.2}]),
-    ("`residual_selection: global`", [{"residual_percent": 1.2, "residual_selection": "global"}]),
+    ("`residual`: scaled, both", [{"residual": "scaled"}, {"residual": "both"}]),
+    ("`residual: sparse`", [{"residual": "sparse"}]),
+    ("`residual_selection: global`", [{"residual": "sparse", "residual_selection": "global"}]),
     ("`proj_type: left`", [{"proj_type": "left"}]),
     ("`share_output_heads`, `diagnose_refreshes`", [{"share_output_heads": True}, {"diagnose_refreshes": 1}]),
 ]
@@ -245,8 +246,8 @@ def refusal(settings: dict[str, Any], backend: str) -> str:
     from galore_trainer.errors import OptionError
     from galore_trainer.hf.backend import SHARDING, check_layerwise, for_shards
 
-    config = GaLoreConfig(**{"head_sharing": "joint", "residual_percent": 0.0, "proj_type": "right", **settings})
     try:
+        config = GaLoreConfig(**{"head_sharing": "joint", "residual": "none", "proj_type": "right", **settings})
         check_layerwise(config, backend)  # type: ignore[arg-type]
         if backend in SHARDING:
             for_shards(config, backend)

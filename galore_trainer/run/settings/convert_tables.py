@@ -43,7 +43,7 @@ LAYERWISE = (
     "spread over the gap, and the first basis comes from a sketch. Without the lines head_sharing, momentum_transfer "
     "and residual_percent it is GaLore+."
 )
-SCALE = "The same factor on lr for projected weights; this project's own pair is scale 10 and learning rate 1e-4."
+SCALE = "The same factor on lr for projected weights; this project begins with scale auto and learning rate 4e-4."
 QUANTIZED = "Weights are not quantised here."
 ATTENTION = "transformers chooses the attention."
 CACHE = "Examples are tokenized once and kept."
@@ -59,6 +59,7 @@ GALORE_LAYERWISE = {
     "galore.head_sharing": "joint",
     "galore.momentum_transfer": "keep",
     "galore.residual_percent": 0.0,
+    "galore.plain_lr_ratio": 1.0,
 }
 EAGER, FLASH = (sets({"attn_implementation": name}) for name in ("eager", "flash_attention_2"))
 EIGHT_BITS = {"galore.state_bits": 8, "galore.plain_state_bits": 8}

@@ -14,7 +14,18 @@ from typing import Any, Literal
 from galore_trainer.errors import OptionError
 from galore_trainer.versions import check_versions
 
-Method = Literal["galore_plus", "galore", "adamw", "adamw_8bit", "lora", "dora", "galore_torch", "apollo", "fira"]
+Method = Literal[
+    "galore_plus",
+    "galore_plus_paper",
+    "galore",
+    "adamw",
+    "adamw_8bit",
+    "lora",
+    "dora",
+    "galore_torch",
+    "apollo",
+    "fira",
+]
 
 SHARDED = ("fsdp", "deepspeed")
 """Backends under which each process keeps only a part of the optimizer's state."""
@@ -31,6 +42,8 @@ GALORE: dict[str, Any] = {
     "galore.layerwise": False,
     "galore.share_output_heads": False,
 }
+FIXED_SCALE: dict[str, Any] = {"galore.scale": 10.0, "galore.plain_lr_ratio": 1.0}
+"""What the papers' methods begin with."""
 PACKAGED: dict[str, Any] = {
     **GALORE,
     "galore.stochastic_rounding": False,
@@ -85,9 +98,18 @@ METHODS: dict[str, MethodSpec] = {
         sharded=True,
         prepare="galore_trainer.run.training.methods.prepare_galore",
     ),
+    "galore_plus_paper": MethodSpec(
+        title="GaLore+ as in its paper (full-parameter training with projected gradients and a sparse residual)",
+        defaults={"galore.residual": "sparse"},
+        suggested=FIXED_SCALE,
+        block="galore",
+        sharded=True,
+        prepare="galore_trainer.run.training.methods.prepare_galore",
+    ),
     "galore": MethodSpec(
         title="GaLore (full-parameter training with projected gradients)",
         defaults=GALORE,
+        suggested=FIXED_SCALE,
         block="galore",
         sharded=True,
         prepare="galore_trainer.run.training.methods.prepare_galore",
@@ -123,6 +145,7 @@ METHODS: dict[str, MethodSpec] = {
     "galore_torch": MethodSpec(
         title="GaLore (full-parameter training with projected gradients, optimizer of galore-torch)",
         defaults=PACKAGED,
+        suggested=FIXED_SCALE,
         block="galore",
         package="galore_torch",
         extra="parity",
@@ -134,7 +157,7 @@ METHODS: dict[str, MethodSpec] = {
         title="APOLLO (full-parameter training, gradients scaled channel by channel, optimizer of apollo-torch)",
         # random projections, drawn without a look at the gradient; the scaling is written for the shorter side alone
         defaults={**PACKAGED, "galore.svd": "randomized", "galore.warm_start": False, "galore.proj_type": "std"},
-        suggested={"galore.scale": 1.0},
+        suggested={"galore.scale": 1.0, "galore.plain_lr_ratio": 1.0},
         block="galore",
         package="apollo_torch",
         extra="apollo",
@@ -147,7 +170,7 @@ METHODS: dict[str, MethodSpec] = {
         title="Fira (full-parameter training, projected gradients and what they lose, optimizer of fira)",
         # at the rank of the shorter side the norms of proj_type left are taken along the wrong dimension
         defaults={**PACKAGED, "galore.proj_type": "std"},
-        suggested={"galore.scale": 1.0},
+        suggested={"galore.scale": 1.0, "galore.plain_lr_ratio": 1.0},
         block="galore",
         package="fira",
         extra="fira",
