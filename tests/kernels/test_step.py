@@ -148,7 +148,8 @@ def test_bfloat16_weights_move_as_by_torch(residual: str, device: torch.device) 
     start = weights(device, torch.bfloat16)
     for a, b, c in zip(mine, other, start, strict=True):
         unit = 2.0 ** (torch.maximum(a.abs(), b.abs()).float().log2().floor().clamp(min=-4) - 7)
-        assert ((a.float() - b.float()).abs() <= 4 * unit).all()
+        # "both" rounds entries at S twice, at first where phi D has taken them, which may be a power of two further
+        assert ((a.float() - b.float()).abs() <= (8 if residual == "both" else 4) * unit).all()
         error, moved = (a.float() - b.float()).norm(), (b.float() - c.float()).norm()
         assert error < 0.15 * moved
 
