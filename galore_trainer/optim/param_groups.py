@@ -229,7 +229,7 @@ def settings_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def scale_of(group: Mapping[str, Any], config: GaLoreConfig, matrix: LogicalMatrix) -> float:
     """The factor on the lifted update of a projected weight."""
-    scale: float | str = group.get("scale", config.scale)
+    scale: float | str = group.get("scale", group.get("galore", {}).get("scale", config.scale))
     return matrix.auto_scale if isinstance(scale, str) else scale
 
 
@@ -331,25 +331,49 @@ def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, 
         _check_same_matrices(before, now)
 
 
+def saved_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a projected group as a state dict holds them.
+
+    A reader such as ``torch.distributed.checkpoint`` wants the keys that it has saved, so that there are no new ones:
+    residual and scale stand in ``residual_percent``, which is a number for a sparse residual (0 for none) at scale 10.
+    """
+    settings = dict(group["galore"])
+    residual, percent = settings.pop("residual"), settings["residual_percent"]
+    scale = group.get("scale", settings.pop("scale"))
+    settings.pop("scale", None)
+    if residual not in ("sparse", "none") or scale != SCALE_BEFORE_SAVED:
+        settings["residual_percent"] = f"{residual} {percent:g}, scale {scale}"
+    return settings
+
+
 def _settings_in(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a saved group was made with; what is younger than the checkpoint has the value of its time."""
-    saved = {"residual_percent": SPARSE_PERCENT, **group.get("galore", {})}
-    residual = "sparse" if saved["residual_percent"] > 0.0 else "none"
-    return {**GaLoreConfig().trajectory(), "residual": residual, **saved}
+    """Undo ``saved_settings``; what is younger than the checkpoint has the value of its time."""
+    saved: dict[str, Any] = {
+        **GaLoreConfig().trajectory(),
+        "residual_percent": SPARSE_PERCENT,
+        **group.get("galore", {}),
+    }
+    text = saved["residual_percent"]
+    if isinstance(text, str):
+        words = text.replace(",", "").split()  # residual, percent, "scale", scale
+        scale = words[3] if words[3] == AUTO else float(words[3])
+        return {**saved, "residual": words[0], "residual_percent": float(words[1]), "scale": scale}
+    return {**saved, "residual": "sparse" if text > 0.0 else "none", "scale": SCALE_BEFORE_SAVED}
 
 
-def scale_after_load(group: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"scale": number}`` for a group that takes over the scale of a saved one, as ``auto`` does; else nothing.
+def scale_after_load(group: Mapping[str, Any], before: Mapping[str, Any]) -> float | str:
+    """The scale of a group that takes over the state of a saved one, whose scale ``auto`` takes over, too.
 
     A number that was asked for stays. A difference is logged.
     """
     ours = group.get("scale", group["galore"]["scale"])
-    saved = before.get("scale", before.get("galore", {}).get("scale", SCALE_BEFORE_SAVED))
-    if ours == saved:
-        return {}
-    kept = saved if ours == AUTO else ours
-    logger.warning("galore.scale: %s is asked for, the checkpoint was trained with %s; %s is used", ours, saved, kept)
-    return {"scale": kept} if kept != ours else {}
+    saved = before.get("scale", _settings_in(before)["scale"])
+    kept: float | str = saved if ours == AUTO else ours
+    if ours != saved:
+        logger.warning(
+            "galore.scale: %s is asked for, the checkpoint was trained with %s; %s is used", ours, saved, kept
+        )
+    return kept
 
 
 def _check_same_matrices(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -202,9 +202,10 @@ def put_whole(
         for name, number in zip(group["names"], group["params"], strict=True)
     }
     for group, before in zip(groups, saved["param_groups"], strict=True):
-        scale = scale_after_load(group, before) if group["projected"] else {}
+        if group["projected"]:
+            group["galore"]["scale"] = scale_after_load(group, before)
         kept = ("params", "names", "matrices", "galore", "scale")
-        group.update({key: value for key, value in before.items() if key not in kept} | scale)
+        group.update({key: value for key, value in before.items() if key not in kept})
         group["betas"] = tuple(group["betas"])
         if placement.is_flat(group):
             for flat in placement.flats(group):

@@ -29,6 +29,7 @@ from galore_trainer.optim.param_groups import (
     check_same_layout,
     check_same_method,
     check_unchanged,
+    saved_settings,
     scale_after_load,
 )
 from galore_trainer.optim.state_forms import (
@@ -81,7 +82,7 @@ def pack(
         saved[SLICES] = _slices(groups, placement)
     for group in saved["param_groups"]:
         if group["projected"]:
-            group["matrices"] = describe(group["matrices"])
+            group["matrices"], group["galore"] = describe(group["matrices"]), saved_settings(group)
     for key, count in ((STEPS, steps_of(saved["state"])), (STATES, sum(map(bool, saved["state"].values())))):
         saved[key] = torch.tensor(count, dtype=torch.int64, device="cpu")
     return saved
@@ -220,7 +221,9 @@ def _new_group(group: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
     ours = ("params", "names", "matrices", "galore", *OVERRIDES)
     kept = {key: group[key] for key in ours if key in group}
     saved = {key: copy.deepcopy(value) for key, value in before.items() if key not in ours}
-    new = {**group, **saved, **kept, **(scale_after_load(group, before) if group["projected"] else {})}
+    new = {**group, **saved, **kept}
+    if group["projected"] and "scale" not in group:
+        new["galore"] = {**group["galore"], "scale": scale_after_load(group, before)}
     new["betas"] = tuple(new["betas"])
     check_unchanged(new)
     return new

@@ -228,8 +228,8 @@ def old_state(percent: float) -> tuple[torch.nn.Parameter, dict[str, Any]]:
     optimizer = optimizer_of(p, residual="sparse", residual_percent=percent, scale=10.0)
     run(p, optimizer, gradients()[:2])
     saved = optimizer.state_dict()
-    for key in ("residual", "scale"):
-        del saved["param_groups"][0]["galore"][key]
+    assert saved["param_groups"][0]["galore"]["residual_percent"] == percent
+    assert not {"residual", "scale"} & saved["param_groups"][0]["galore"].keys()
     return p, saved
 
 
@@ -265,3 +265,28 @@ def test_scale_auto_is_the_root_of_length_by_rank(shape: tuple[int, int], proj_t
     auto = run(p, optimizer_of(p, scale="auto", proj_type=proj_type), gradients(shape))
     number = run(q, optimizer_of(q, scale=(length / 5) ** 0.5, proj_type=proj_type), gradients(shape))
     assert torch.equal(auto, number)
+
+
+def test_a_taken_over_scale_is_saved_again() -> None:
+    p, saved = old_state(1.2)
+    resumed = optimizer_of(p, residual="sparse", scale="auto")
+    resumed.load_state_dict(saved)
+    again = optimizer_of(p, residual="sparse", scale="auto")
+    again.load_state_dict(resumed.state_dict())
+    assert again.param_groups[0]["galore"]["scale"] == 10.0
+
+
+@pytest.mark.parametrize("residual", ["scaled", "both", "sparse", "none"])
+@pytest.mark.parametrize("scale", ["auto", 10.0, 0.25])
+def test_residual_and_scale_are_saved(residual: str, scale: float | str) -> None:
+    """Under the keys that older state dicts have: a reader that wants every key finds it in both."""
+    p = weight()
+    one = optimizer_of(p, residual=residual, scale=scale)
+    run(p, one, gradients()[:2])
+    saved = one.state_dict()
+    assert saved["param_groups"][0]["galore"].keys() == old_state(1.2)[1]["param_groups"][0]["galore"].keys()
+    other = optimizer_of(p, residual=residual, scale=scale)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["galore"] == one.param_groups[0]["galore"]
+    with pytest.raises(OptionError, match=r"galore\.residual"):
+        optimizer_of(p, residual="none" if residual != "none" else "scaled", scale=scale).load_state_dict(saved)
