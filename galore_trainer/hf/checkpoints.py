@@ -15,7 +15,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
 from galore_trainer.hf.reading import OPTION, TRAINER, trainer_state
 from galore_trainer.hf.unpickling import check_checkpoint
-from galore_trainer.optim.param_groups import OTHER_LAYOUT
+from galore_trainer.optim.saved_groups import OTHER_LAYOUT
 
 OPTIMIZER, SCHEDULER, WEIGHTS = "optimizer.pt", "scheduler.pt", "model.safetensors"
 WHOLE_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")

@@ -18,7 +18,8 @@ from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.kept import KeptGradient, sketch_matrices
 from galore_trainer.optim.layerwise import ProjectedGradient
 from galore_trainer.optim.local import LocalWeight
-from galore_trainer.optim.param_groups import check_groups, check_noted, checked_shard, noted_of
+from galore_trainer.optim.param_groups import check_groups, check_noted, noted_of
+from galore_trainer.optim.saved_groups import checked_shard
 from galore_trainer.optim.state_forms import StateInFlat
 from galore_trainer.targets.matrices import check_shardable
 

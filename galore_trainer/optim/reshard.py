@@ -20,8 +20,9 @@ from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import Placement, is_cut
 from galore_trainer.layouts.shard import Shard
 from galore_trainer.optim.bucket import MOMENTS
-from galore_trainer.optim.param_groups import SLICES, check_same_method, checked_shard, scale_after_load
+from galore_trainer.optim.param_groups import SLICES
 from galore_trainer.optim.plain import plain_state
+from galore_trainer.optim.saved_groups import check_same_method, checked_shard, scale_after_load
 from galore_trainer.optim.state_forms import BAR, ROW_KEYS, StateInFlat, restored, without_padding
 from galore_trainer.targets.matrices import check_shardable
 

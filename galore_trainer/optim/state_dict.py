@@ -22,13 +22,11 @@ from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import BASIS, MOMENTS, SCALE
 from galore_trainer.optim.guards import some_of
 from galore_trainer.optim.local import AGE, rows_of_shard
-from galore_trainer.optim.param_groups import (
-    OVERRIDES,
-    SLICES,
+from galore_trainer.optim.param_groups import OVERRIDES, SLICES, check_unchanged
+from galore_trainer.optim.saved_groups import (
     WAY_OUT,
     check_same_layout,
     check_same_method,
-    check_unchanged,
     saved_settings,
     scale_after_load,
 )

@@ -25,7 +25,7 @@ from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import MOMENTS, Bucket
 from galore_trainer.optim.guards import no_skips
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight
-from galore_trainer.optim.param_groups import WAY_OUT
+from galore_trainer.optim.saved_groups import WAY_OUT
 from galore_trainer.targets.matrices import has_sparse, support_shape
 
 COUNTERS = ("calls", "refreshes", "due", "born", "phase")

@@ -89,7 +89,7 @@ def test_every_knob_is_a_flag_with_its_help(capsys: pytest.CaptureFixture[str]) 
         assert f"--{field.name.replace('_', '-')}" in words
     assert "--head-sharing shared|grouped|per_head|joint" in words
     assert "(default shared, galore: joint, galore_torch: joint, apollo: joint, fira: joint)" in words
-    assert "(default 10.0, apollo: 1.0, fira: 1.0)" in words
+    assert "(default auto, galore: 10.0, galore_torch: 10.0, apollo: 1.0, fira: 1.0, galore_plus_paper: 10.0)" in words
     assert "--lora-rank INTEGER" in words
     assert "--trainer hf|trl" in words
     assert "--stochastic-rounding / --no-stochastic-rounding" in words

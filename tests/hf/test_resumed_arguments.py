@@ -54,10 +54,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         "adam_beta1 0.9 (now asked for: 0.8), adam_beta2 0.999 (now asked for: 0.95)",
     ),
     "eps": ({"adam_epsilon": 1e-6}, "adam_epsilon 1e-08 (now asked for: 1e-06)"),
-    "ratio": ({"plain_lr_ratio": 0.3}, "galore.plain_lr_ratio 1 (now asked for: 0.3)"),
+    "ratio": ({"plain_lr_ratio": 0.3}, "galore.plain_lr_ratio 0.25 (now asked for: 0.3)"),
     "two": (
         {"learning_rate": 0.01, "plain_lr_ratio": 0.3},
-        "learning_rate 0.002 (now asked for: 0.01), galore.plain_lr_ratio 1 (now asked for: 0.3)",
+        "learning_rate 0.002 (now asked for: 0.01), galore.plain_lr_ratio 0.25 (now asked for: 0.3)",
     ),
 }
 

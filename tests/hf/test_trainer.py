@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from galore_trainer import GaLoreAdamW, GaLoreCallback, GaLoreConfig, OptionError, build_optimizer, galore_plugin
 from galore_trainer.hf.callback import unwrap_optimizer
 
-CONFIG = GaLoreConfig(rank=4, update_proj_gap=2)
+CONFIG = GaLoreConfig(rank=4, update_proj_gap=2, scale=10.0, plain_lr_ratio=1.0)
 
 
 def rows(vocabulary: int = 250, count: int = 24) -> list[dict[str, list[int]]]:
@@ -140,7 +140,7 @@ def test_table_and_logs_tell_what_happens(tiny_llama: Any, tmp_path: Any, capsys
 def test_a_weight_that_cannot_move_stops_the_run(tiny_llama: Any, tmp_path: Any) -> None:
     model = tiny_llama.to(torch.bfloat16)
     args = arguments(tmp_path, learning_rate=1e-9, weight_decay=0.0)
-    config = GaLoreConfig(rank=4, stochastic_rounding=False)
+    config = GaLoreConfig(rank=4, scale=10.0, stochastic_rounding=False)
     trainer = Trainer(model, args, train_dataset=rows(), **galore_plugin(config, args))
     with pytest.raises(RuntimeError, match=r"did not change in 3 steps.*lr 1e-09|lr .* x scale 10"):
         trainer.train()

@@ -26,6 +26,7 @@ METHOD: dict[str, Any] = {
     "rank": 4,
     "update_proj_gap": 4,
     "scale": 1.0,
+    "plain_lr_ratio": 1.0,
     "residual": "sparse",  # layer-wise mode has no other
     "residual_warmup_steps": 2,
 }

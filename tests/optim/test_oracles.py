@@ -169,12 +169,12 @@ def test_candidates_find_the_support_of_a_dense_accumulator(selection: str, side
     matrix = LogicalMatrix(length=shape[0], columns=shape[1], side=side, rank=4)
     p = weight(shape)
     config = GaLoreConfig(
-        rank=4, residual_percent=5.0, residual_warmup_steps=6, residual_selection=selection, svd="exact"
+        rank=4, scale=10.0, residual_percent=5.0, residual_warmup_steps=6, residual_selection=selection, svd="exact"
     )
     optimizer = GaLoreAdamW(
         [{"params": [p], "names": ["w"], "projected": True, "matrices": [[matrix]]}], config, lr=1e-3
     )
-    reference = ReferenceMatrix(p.detach(), side, lr=1e-3, scale=config.scale)
+    reference = ReferenceMatrix(p.detach(), side, lr=1e-3, scale=10.0)
     fixed = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(8))
     for step, G in enumerate(gradients(shape, steps=6)):
         G = fixed + 0.2 * G

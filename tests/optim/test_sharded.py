@@ -184,6 +184,7 @@ def check_sharding(
         rank=4,
         update_proj_gap=3,
         scale=0.5,
+        plain_lr_ratio=1.0,
         proj_type="right",
         **{"residual_percent": 5.0, "residual_warmup_steps": 2, **settings},
     )

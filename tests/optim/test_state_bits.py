@@ -16,7 +16,14 @@ from galore_trainer.hf.build import galore_groups
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.targets.groups import plan_weights
 
-METHOD: dict[str, Any] = {"rank": 4, "update_proj_gap": 5, "scale": 1.0, "residual_warmup_steps": 2}
+METHOD: dict[str, Any] = {
+    "rank": 4,
+    "update_proj_gap": 5,
+    "scale": 1.0,
+    "plain_lr_ratio": 1.0,
+    "residual": "sparse",
+    "residual_warmup_steps": 2,
+}
 BITS = [
     {"state_bits": 16, "basis_bits": 16, "plain_state_bits": 16},
     {"state_bits": 8, "basis_bits": 8, "plain_state_bits": 8},

@@ -208,5 +208,5 @@ def test_the_configuration_of_a_card_is_that_of_the_run_without_places(method: s
     assert again == expected
     row = next((line for line in text.splitlines() if line.startswith("| `galore.target_modules`")), None)
     assert row is None or row.replace("\\|", "").count("|") == 3
-    summary = {"galore_plus": "rank 32, scale 10", "galore": "no residual", "lora": "rank 8, alpha 16", "adamw": ""}
+    summary = {"galore_plus": "rank 32, scale auto", "galore": "no residual", "lora": "rank 8, alpha 16", "adamw": ""}
     assert summary[method] in text.split("## Result")[0]

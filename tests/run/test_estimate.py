@@ -155,7 +155,7 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
 def test_inspect_shows_the_plan_and_refuses_what_training_would(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", str(folder), "galore.rank=8", "galore.embeddings=frozen"]) == 0
+    assert main(["inspect", str(folder), "galore.rank=8", "galore.embeddings=frozen", "galore.scale=10"]) == 0
     text = capsys.readouterr().out
     assert "2 x model.layers.*.self_attn.k_proj" in text
     assert "2, one lends" in text

@@ -164,6 +164,7 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(
 def test_a_sharding_launch_is_refused_unless_the_method_can(
     short_run: Run, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], package=None))
     config = short_run(method=method)
     arguments = training_arguments(config)
     check_method(config, arguments)
@@ -207,7 +208,8 @@ def test_plan_and_card_say_what_the_method_does(short_run: Run, method: str, mon
     plan = {line[:14].strip(): line[14:] for line in describe_plan(config).splitlines()}
     assert plan["method"].startswith(method)
     block = METHODS[method].block
-    projected = f"projected weights 0.001 x {METHODS[method].suggested.get('galore.scale', 10):g}"
+    scale = METHODS[method].suggested.get("galore.scale")
+    projected = f"projected weights 0.001 x {'sqrt(n / rank)' if scale is None else f'{scale:g}'}"
     rates = {"galore": projected, "lora": "adapters alone", None: "0.001, all weights"}
     assert rates[block] in plan["learning rate"]
     facts = {"versions": {"python": "3.11.7"}, "device": "some processor"}

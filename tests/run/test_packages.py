@@ -70,7 +70,7 @@ def by_hand(method: str, package: Any, model: Any) -> torch.optim.Optimizer:
 def test_it_takes_the_steps_of_the_package_used_by_hand(method: str, tiny_model_dir: Path) -> None:
     package = needs(method)
     ours, theirs = model_of(tiny_model_dir), model_of(tiny_model_dir)
-    config = GaLoreConfig(rank=RANK, update_proj_gap=GAP, scale=0.5, head_sharing="joint")
+    config = GaLoreConfig(rank=RANK, update_proj_gap=GAP, scale=0.5, plain_lr_ratio=1.0, head_sharing="joint")
     adam: dict[str, Any] = {"lr": LR, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-6}  # the packages' own
     mine = PackageFactory()(ours, method=method, config=config, **adam)
     losses = list(steps(ours, mine))

@@ -308,7 +308,7 @@ def _leave_out_refused(settings: dict[str, Any], lines: list[Line]) -> None:
                 continue
             if error.option not in settings:
                 raise
-            if error.option in TO_BE_WRITTEN:
+            if settings[error.option] != TO_BE_WRITTEN.get(error.option, settings[error.option]):
                 settings[error.option] = TO_BE_WRITTEN[error.option]
             else:
                 del settings[error.option]

@@ -16,7 +16,6 @@ from galore_trainer.versions import check_versions
 
 Method = Literal[
     "galore_plus",
-    "galore_plus_paper",
     "galore",
     "adamw",
     "adamw_8bit",
@@ -25,6 +24,7 @@ Method = Literal[
     "galore_torch",
     "apollo",
     "fira",
+    "galore_plus_paper",
 ]
 
 SHARDED = ("fsdp", "deepspeed")
@@ -94,14 +94,6 @@ class MethodSpec:
 METHODS: dict[str, MethodSpec] = {
     "galore_plus": MethodSpec(
         title="GaLore+ (full-parameter training with projected gradients, one basis for all attention heads)",
-        block="galore",
-        sharded=True,
-        prepare="galore_trainer.run.training.methods.prepare_galore",
-    ),
-    "galore_plus_paper": MethodSpec(
-        title="GaLore+ as in its paper (full-parameter training with projected gradients and a sparse residual)",
-        defaults={"galore.residual": "sparse"},
-        suggested=FIXED_SCALE,
         block="galore",
         sharded=True,
         prepare="galore_trainer.run.training.methods.prepare_galore",
@@ -177,6 +169,14 @@ METHODS: dict[str, MethodSpec] = {
         resumable=False,
         instead="galore_plus, which resumes",
         prepare="galore_trainer.run.training.methods.prepare_package",
+    ),
+    "galore_plus_paper": MethodSpec(
+        title="GaLore+ as in its paper (full-parameter training with projected gradients and a sparse residual)",
+        defaults={"galore.residual": "sparse"},
+        suggested=FIXED_SCALE,
+        block="galore",
+        sharded=True,
+        prepare="galore_trainer.run.training.methods.prepare_galore",
     ),
 }
 METHOD_DEFAULTS = {name: {**spec.suggested, **spec.defaults} for name, spec in METHODS.items()}
