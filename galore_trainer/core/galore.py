@@ -125,10 +125,13 @@ def apply_update_(
     if W.dtype in (torch.float32, torch.float64):
         if weight_decay != 0.0:
             W.mul_(1.0 - ok.to(W.dtype) * (lr * weight_decay))
-        left, right = (N, P.mT) if side == "right" else (P, N)
-        W.baddbmm_(left, right, alpha=-lr * scale)
-        if dense is not None:
-            _subtract_phi_G_(W, dense, ok, side, alpha=lr * scale)
+        for rows in (
+            [slice(None)] if dense is None else _row_chunks(W, None)
+        ):  # so that a CPU's cache holds W in between
+            left, right = (N[:, rows], P.mT) if side == "right" else (P[:, rows], N)
+            W[:, rows].baddbmm_(left, right, alpha=-lr * scale)
+            if dense is not None:
+                _subtract_phi_G_(W[:, rows], dense, rows, ok, side, alpha=lr * scale)
         if sparse is not None:
             add_at_(W, *sparse, alpha=-lr * scale)
         return
@@ -154,13 +157,13 @@ def _without_projected(N: Tensor, dense: Dense, ok: Tensor, side: str) -> Tensor
     return torch.where(ok > 0.0, N - along_lines(dense.phi, side) * dense.R, 0.0)
 
 
-def _subtract_phi_G_(W: Tensor, dense: Dense, ok: Tensor, side: str, alpha: float) -> None:
-    """W <- W - alpha phi G, in place; in one pass where no type has to change and nothing to be left out."""
+def _subtract_phi_G_(W: Tensor, dense: Dense, rows: slice, ok: Tensor, side: str, alpha: float) -> None:
+    """W <- W - alpha phi G for some rows, in place; in one pass where no type changes and nothing is left out."""
     if dense.G.dtype == W.dtype and _all_usable(ok):
-        W.addcmul_(along_lines(dense.phi, side), dense.G, value=-alpha)
-        return
-    for rows in _row_chunks(W, None):
-        W[:, rows].sub_(_phi_G(dense, rows, ok, side), alpha=alpha)
+        phi = along_lines(dense.phi, side)
+        W.addcmul_(phi[:, rows] if side == "right" else phi, dense.G[:, rows], value=-alpha)
+    else:
+        W.sub_(_phi_G(dense, rows, ok, side), alpha=alpha)
 
 
 def _phi_G(dense: Dense, rows: slice, ok: Tensor, side: str) -> Tensor:
@@ -178,7 +181,8 @@ def _all_usable(ok: Tensor) -> bool:
 def _row_chunks(W: Tensor, support: Support | None) -> Iterator[slice]:
     """Slices of at most ``CHUNK`` entries; a global support needs one slice, since its positions span all rows."""
     blocks, m, n = W.shape
-    size = m if support is not None and not support.by_row(m) else max(1, CHUNK // (blocks * n))
+    chunk = CHUNK >> 6 if W.device.type == "cpu" and W.dtype in (torch.float32, torch.float64) else CHUNK
+    size = m if support is not None and not support.by_row(m) else max(1, chunk // (blocks * n))
     return (slice(start, min(start + size, m)) for start in range(0, m, size))
 
 

@@ -44,7 +44,7 @@ class Bucket:
         self.pieces, self.matrix, self.group = pieces, first.matrix, first.owner.group
         self.device, self.dtype = first.weight.device, compute_dtype(first.weight.dtype)
         self.places: Any = None  # where its tensors lie, for kernels
-        self.norms: Tensor | None = None  # squared, of the gradients' lines, where kernels found them
+        self.norms: Tensor | None = None  # squared, of the gradients' lines, for the scaled residual
         self._supports: dict[str, Support] = {}
 
     def let_go(self) -> None:

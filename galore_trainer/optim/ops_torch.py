@@ -18,6 +18,7 @@ from galore_trainer.core.sparse import part_of, read_at
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.param_groups import scale_of
+from galore_trainer.targets.matrices import has_scaled
 
 
 class Incoming(NamedTuple):
@@ -53,6 +54,8 @@ class TorchOps:
             R = galore.project(G.mT, P, "right").mT  # the same, a quarter faster there
         else:
             R = galore.project(G, P, side)
+        if has_scaled(bucket.matrix, self.config):  # now, while a CPU's cache holds the gradients
+            bucket.norms = torch.cat([squared_norms(G, side, R.dtype) for G in bucket.gradients()])
         ok = bucket.ok
         return R, usable_parts(R, len(bucket.pieces)) if ok is None else ok
 
@@ -95,9 +98,9 @@ class TorchOps:
     def line_factors(self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of the scaled residual for each line, and the squared norms of what they scale; see ``core``."""
         matrix = bucket.matrix
-        norms = [squared_norms(G, matrix.side, R.dtype) for G in bucket.gradients()]
+        assert bucket.norms is not None  # from ``project``
         return line_factors(
-            torch.cat(norms),
+            bucket.norms,
             R,
             N,
             bucket.spread(ok),
