@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -60,10 +61,16 @@ def estimate(
     if num_processes is not None or launch_config is not None:
         layout = layout_of(launch_config or "ddp", 2 if num_processes is None else num_processes)
     chosen = [LAYERWISE if name == "layerwise" else name for name in methods.split(",")] if methods else ()
-    rows = count(run, chosen, integers("--ranks", ranks) if ranks else (), layout)
+    rows = count(run, chosen, integers("--ranks", ranks) if ranks else (), layout, say=_say)
     if layout is not None:
         typer.echo(f"each of {layout.processes} processes under {layout.name}, in GiB")
     memory_table(rows).show()
+
+
+def _say(text: str) -> None:
+    """Show progress to people, who have a terminal."""
+    if sys.stderr.isatty():
+        typer.echo(text, err=True)
 
 
 def inspect(model: Model, overrides: Overrides = None, debug: Debug = False) -> None:

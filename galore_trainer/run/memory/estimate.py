@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from galore_trainer.config import GaLoreConfig
@@ -40,7 +40,11 @@ class Row:
 
 
 def estimate(
-    config: RunConfig, methods: Sequence[str] = (), ranks: Sequence[int] = (), layout: Layout | None = None
+    config: RunConfig,
+    methods: Sequence[str] = (),
+    ranks: Sequence[int] = (),
+    layout: Layout | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> list[Row]:
     """Count one training step of each method; no weights are loaded.
 
@@ -49,6 +53,7 @@ def estimate(
         methods: of ``CHOICES``; all that the layout allows where empty.
         ranks: in place of the configuration's.
         layout: count one of several processes.
+        say: takes a line of progress before each method.
 
     Raises:
         OptionError: an unknown method, a model whose configuration cannot be read, a rank that does not fit, a method
@@ -66,6 +71,7 @@ def estimate(
         block = METHODS[method.split(",")[0]].block
         default_rank = config.lora.rank if block == "lora" else config.galore.rank
         for rank in (ranks or (default_rank,)) if block else (0,):
+            say(f"counting a step of {method}{f', rank {rank}' if rank else ''}")
             rows.append(Row(method, rank, estimate_one(config, method, rank, layout)))
     return rows
 

@@ -44,6 +44,7 @@ def model_card(
     after: Mapping[str, Any] | None,
     environment: Mapping[str, Any],
     launch: Sequence[str] = (),
+    overruled: str = "",
 ) -> str:
     """Write the model card as Markdown with the hub's YAML header.
 
@@ -56,6 +57,7 @@ def model_card(
         after: the same for the trained model.
         environment: what ``artifacts.environment`` returned.
         launch: words of the command line that started several processes.
+        overruled: settings that a resumed checkpoint kept in place of those of ``config``.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -81,6 +83,7 @@ def model_card(
         knobs |= {f"{block}.{key}": value for key, value in dataclasses.asdict(getattr(config, block)).items()}
     knobs |= {"packing": True} if config.packing else {}
     knobs |= {key: config.training[key] for key in TRAINING if key in config.training}
+    knobs |= {"kept by the checkpoint that was resumed": overruled} if overruled else {}
     scored = [(name, result) for name, result in (("base model", before), ("this model", after)) if result]
     cells = [(name, _cells(result)) for name, result in scored]
     card = ModelCard.from_template(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ def make_result(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "resumed_from_step": resumed_from,
+        "overruled_by_checkpoint": _overruled(trainer),
         "train_examples": len(data.train),
         "score_before": before,
         "score_after": after,
@@ -99,9 +101,20 @@ def write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: d
         after=result["score_after"],
         environment=result["environment"],
         launch=_launch(trainer),
+        overruled=result["overruled_by_checkpoint"],
     )
     write_file(output / "model" / "README.md", card)
     write_json(output / RESULT, result)
+
+
+def _overruled(trainer: Trainer) -> str:
+    """Settings that a resumed checkpoint kept in place of those that were asked for; see ``hf.arguments.overruled``."""
+    from galore_trainer.hf.arguments import overruled
+    from galore_trainer.optim.galore_adamw import GaLoreAdamW
+    from galore_trainer.run.results.figures import unwrapped
+
+    optimizer = unwrapped(trainer.optimizer)
+    return overruled(optimizer) if isinstance(optimizer, GaLoreAdamW) else ""
 
 
 def _launch(trainer: Trainer) -> list[str]:
@@ -143,4 +156,5 @@ def summary(result: dict[str, Any], output: Path) -> str:
     predictions = " predictions.jsonl," if result["config"]["eval"]["generate"] else ""
     files = f"{RESULT}, {LOG},{predictions} losses.jsonl, loss.png, {RESOLVED_CONFIG}"
     lines.append(f"files   {output}: model/,{adapter} {files}")
+    lines.append(f"next    galore-ft chat {shlex.quote(str(output))}")
     return "\n".join(lines)
