@@ -82,6 +82,13 @@ def lerp(a, b, weight):
 
 
 @triton.jit
+def normalised(m, v, age, log_beta1, log_beta2, eps):
+    """The update of moments of this age."""
+    denominator = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
+    return (m / decay_sum(age, log_beta1)) / tl.maximum(denominator, TINY)
+
+
+@triton.jit
 def _adam(
     M,
     V,
@@ -114,8 +121,7 @@ def _adam(
         v = lerp(v, r * r, rate2)
         tl.store(m_at, m, mask=mask)
         tl.store(v_at, v, mask=mask)
-        denominator = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
-        n = (m / decay_sum(age, log_beta1)) / tl.maximum(denominator, TINY)
+        n = normalised(m, v, age, log_beta1, log_beta2, eps)
         dtype: tl.constexpr = N.dtype.element_ty
         tl.store(N + joined, rounded(n, 0, dtype, False), mask=mask)
 

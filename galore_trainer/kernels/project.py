@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from galore_trainer.kernels import shared_memory
-from galore_trainer.kernels.tables import Layout, Scattered, multiply, pointer_at, rounded, row_starts
+from galore_trainer.kernels.tables import WIDEN, Layout, Scattered, multiply, pointer_at, rounded, row_starts
 
 ACCUMULATORS = 1 << 15  # most float32 entries of R in one program
 MAX_LINES = 128  # most lines of R in one program
@@ -69,6 +69,7 @@ def project(
         blocks: number of blocks of a matrix.
         limit: magnitude from which an entry of R is not usable (``core.galore.largest_usable``).
         norms: takes the squared norms of the lines of G, float32 [matrices x blocks, lines]; None where not wanted.
+            They are of G as it is stored, and a matrix has the same bits alone as among others.
 
     Returns:
         R, float32 [matrices x blocks, rows, r] (right) or [matrices x blocks, r, n] (left), and 1.0 where all of R is
@@ -81,7 +82,8 @@ def project(
     ok = torch.ones(len(G.addresses), dtype=torch.float32, device=P.device)
     width = max(16, triton.next_power_of_2(rank))
     tall = max(16, min(MAX_LINES, ACCUMULATORS // (2 if single else 1) // width))
-    while tall > 64 and total * triton.cdiv(lines, tall) < MIN_PROGRAMS:
+    # A tile fixes the order of the sums in norms: there the number of matrices must not change it.
+    while norms is None and tall > 64 and total * triton.cdiv(lines, tall) < MIN_PROGRAMS:
         tall //= 2
     deep = 16 if single else max(16, min(64, 16384 // width))
     stages = shared_memory(P.device) // (deep * (tall * G.dtype.itemsize + width * P.element_size()))
@@ -169,6 +171,10 @@ def _project(
         if NORMS:
             exact = g.to(tl.float32)
             of_line += tl.sum(exact * exact, axis=1)
+            if not WIDEN and g.dtype == tl.bfloat16:  # the same g, but in registers
+                # A tile that is read into registers and also multiplied from shared memory gets one buffer too few
+                # from Triton (3.4 to 3.7): a later load overwrites it while the tensor cores of Hopper still read it.
+                g = (exact.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         if g.dtype != p.dtype:
             g = rounded(g, 0, p.dtype, False)
         total = multiply(g, p, total)

@@ -1,24 +1,52 @@
-"""Factors of the dense scaled residual for every line of a gradient (``core.scaled``), and N - phi R."""
+"""The dense scaled residual (``core.scaled``): factors phi of a gradient's lines, and N - phi R.
+
+A line is a row of G (right) or a column of a block (left). Tiles follow from a matrix's shape alone, so that a matrix
+has the same bits alone as among others.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels.tables import rounded
+from galore_trainer.kernels.adam import lerp, log_of, normalised
+from galore_trainer.kernels.tables import Scattered, pointer_at, rounded
 
-ENTRIES = 8192  # of R and of N that a program reads at a time
-MIN_LINES = 16  # fewest lines of a program; on the left they follow one another in memory
-MAX_WIDTH = 256  # most entries of a line that a program reads at a time
+TILE = 2048  # entries of R that a program takes at a time
+MAX_DEPTH = 128  # most of them along a line (right)
+LINES = 128  # lines of a program (left), which are contiguous there
 BLOCK = 2048  # entries of N - phi R in a program
 
 
+class Moments(NamedTuple):
+    """Moments and what ``adam_`` does with them.
+
+    Attributes:
+        M, V, t, betas, eps: as for ``adam_``.
+    """
+
+    M: Scattered
+    V: Scattered
+    t: Scattered
+    betas: tuple[float, float]
+    eps: float
+
+
 def line_factors(
-    R: Tensor, N: Tensor, norms: Tensor, ok: Tensor, blocks: int, side: str, *, residual_scale: float, noise: float
+    R: Tensor,
+    N: Tensor,
+    norms: Tensor,
+    ok: Tensor,
+    blocks: int,
+    side: str,
+    *,
+    residual_scale: float,
+    noise: float,
+    moments: Moments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """phi before its limit, and d^2 of every line; see ``core.scaled.line_factors``.
 
@@ -26,22 +54,23 @@ def line_factors(
         R: projected gradients, float32 [matrices x blocks, lines, r] (right) or [matrices x blocks, r, lines] (left).
         N: normalised updates in the shape of R, float32.
         norms: ||G_j||^2, float32 [matrices x blocks, lines].
-        ok: [matrices], 1.0 or 0.0. Where it is 0.0 both results are 0.
+        ok: [matrices], 1.0 or 0.0. Where it is 0.0 both results are 0, whatever R, N and the norms are.
         blocks: number of blocks of a matrix.
         side: ``right`` or ``left``.
         residual_scale, noise: as in ``core``.
+        moments: to take R in, in place: N is written, as by ``adam_``, and not read. So R is read once for both.
 
     Returns:
         phi, float32 [matrices x blocks, lines]; (phi_j ||D_j||)^2 in float64 and in the same shape.
     """
-    total, lines = norms.shape
     right = side == "right"
+    total, lines = norms.shape
     rank = R.shape[-1 if right else -2]
-    width = min(MAX_WIDTH, triton.next_power_of_2(rank))
-    tall = max(MIN_LINES, ENTRIES // width)
     phi, lost = torch.empty_like(norms), torch.empty_like(norms, dtype=torch.float64)
+    depth = min(triton.next_power_of_2(rank), MAX_DEPTH if right else TILE // LINES)
+    tall = TILE // depth if right else LINES
     kernel: Any = _line_factors
-    kernel[(triton.cdiv(lines, tall), total)](
+    kernel[(total * triton.cdiv(lines, tall),)](
         R,
         N,
         norms,
@@ -49,16 +78,35 @@ def line_factors(
         phi,
         lost,
         lines,
-        rank,
         blocks,
         residual_scale,
         noise * noise,
+        **_of_moments(moments),
         RIGHT=right,
+        RANK=rank,
         LINES=tall,
-        WIDTH=width,
+        DEPTH=depth,
         num_warps=8,
     )
     return phi, lost
+
+
+def _of_moments(moments: Moments | None) -> dict[str, object]:
+    """Keyword arguments of the kernel; None without moments, so that nothing of them is compiled."""
+    if moments is None:
+        return dict.fromkeys(("M", "V", "t", "rate1", "rate2", "log_beta1", "log_beta2", "eps", "ALIGNED"))
+    M, V, t, (b1, b2), eps = moments
+    return {
+        "M": M.addresses,
+        "V": V.addresses,
+        "t": t.addresses,
+        "rate1": 1.0 - b1,
+        "rate2": 1.0 - b2,
+        "log_beta1": log_of(b1),
+        "log_beta2": log_of(b2),
+        "eps": eps,
+        "ALIGNED": min(M.alignment, V.alignment),
+    }
 
 
 @triton.jit
@@ -70,40 +118,69 @@ def _line_factors(
     phi,
     lost,
     lines,
-    rank,
     blocks,
     residual_scale,
-    noise,
+    noise2,
+    M,
+    V,
+    t,
+    rate1,
+    rate2,
+    log_beta1,
+    log_beta2,
+    eps,
+    ALIGNED: tl.constexpr,
     RIGHT: tl.constexpr,
+    RANK: tl.constexpr,
     LINES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """A program reads ``LINES`` lines of one block."""
-    block = tl.program_id(1)
-    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    inside = line < lines
-    begin = block.to(tl.int64) * lines * rank
-    of_R = tl.zeros((LINES,), tl.float32)
-    of_N = tl.zeros((LINES,), tl.float32)
-    for first in range(0, rank, WIDTH):
-        k = first + tl.arange(0, WIDTH)
-        if RIGHT:
-            at = begin + line.to(tl.int64)[:, None] * rank + k[None, :]
-        else:
-            at = begin + k.to(tl.int64)[None, :] * lines + line[:, None]
-        mask = inside[:, None] & (k[None, :] < rank)
-        r = tl.load(R + at, mask=mask, other=0.0)
-        n = tl.load(N + at, mask=mask, other=0.0)
-        of_R += tl.sum(r * r, axis=1)
-        of_N += tl.sum(n * n, axis=1)
-    at = block.to(tl.int64) * lines + line
-    of_G = tl.load(norms + at, mask=inside, other=0.0)
-    least = tl.where(tl.load(ok + block // blocks) > 0.0, noise * of_G, float("inf"))
-    seen = of_R > least  # False for NaN, too
-    factor = tl.where(seen, residual_scale * tl.sqrt(of_N / of_R), 0.0)
-    rest = tl.where(seen, tl.maximum(of_G.to(tl.float64) - of_R.to(tl.float64), 0.0), 0.0)
-    tl.store(phi + at, factor, mask=inside)
-    tl.store(lost + at, factor.to(tl.float64) * factor.to(tl.float64) * rest, mask=inside)
+    """A program takes ``LINES`` lines of one block, and makes N of the moments unless M is None."""
+    tiles = tl.cdiv(lines, LINES)
+    block = tl.program_id(0) // tiles
+    matrix = block // blocks
+    line = tl.program_id(0) % tiles * LINES + tl.arange(0, LINES)
+    by_line = block.to(tl.int64) * lines + line
+    factor = tl.zeros((LINES,), tl.float32)
+    square = tl.zeros((LINES,), tl.float64)
+    if tl.load(ok + matrix) > 0.0:
+        R += block.to(tl.int64) * lines * RANK
+        N += block.to(tl.int64) * lines * RANK
+        if M is not None:
+            within = (block % blocks).to(tl.int64) * lines * RANK
+            M_block = pointer_at(M, matrix, tl.float32, ALIGNED) + within
+            V_block = pointer_at(V, matrix, tl.float32, ALIGNED) + within
+            age = tl.load(pointer_at(t, matrix, tl.float32, 4)) + 1.0
+        rr = tl.zeros((LINES, DEPTH), tl.float32)
+        nn = tl.zeros((LINES, DEPTH), tl.float32)
+        for start in range(0, RANK, DEPTH):
+            k = start + tl.arange(0, DEPTH)
+            mask = (line[:, None] < lines) & (k[None, :] < RANK)
+            if RIGHT:
+                at = line.to(tl.int64)[:, None] * RANK + k[None, :]
+            else:
+                at = k.to(tl.int64)[None, :] * lines + line[:, None]
+            r = tl.load(R + at, mask=mask, other=0.0)
+            if M is not None:
+                m = lerp(tl.load(M_block + at, mask=mask, other=0.0), r, rate1)
+                v = lerp(tl.load(V_block + at, mask=mask, other=0.0), r * r, rate2)
+                tl.store(M_block + at, m, mask=mask)
+                tl.store(V_block + at, v, mask=mask)
+                n = normalised(m, v, age, log_beta1, log_beta2, eps)
+                tl.store(N + at, n, mask=mask)
+            else:
+                n = tl.load(N + at, mask=mask, other=0.0).to(tl.float32)
+            rr += r * r
+            nn += n * n
+        r2, n2 = tl.sum(rr, axis=1), tl.sum(nn, axis=1)
+        g2 = tl.load(norms + by_line, mask=line < lines, other=0.0)
+        is_seen = (r2 > 0.0) & (r2 > noise2 * g2)
+        factor = tl.where(is_seen, residual_scale * tl.sqrt(n2) / tl.sqrt(tl.where(is_seen, r2, 1.0)), 0.0)
+        wide = factor.to(tl.float64)
+        rest = g2.to(tl.float64) - r2.to(tl.float64)
+        square = tl.where(is_seen & (rest > 0.0), wide * wide * rest, 0.0)
+    tl.store(phi + by_line, factor, mask=line < lines)
+    tl.store(lost + by_line, square, mask=line < lines)
 
 
 def without_projected(N: Tensor, R: Tensor, phi: Tensor, ok: Tensor, side: str, dtype: torch.dtype) -> Tensor:

@@ -45,6 +45,7 @@ class Bucket:
         self.device, self.dtype = first.weight.device, compute_dtype(first.weight.dtype)
         self.places: Any = None  # where its tensors lie, for kernels
         self.norms: Tensor | None = None  # squared, of the gradients' lines, for the scaled residual
+        self.factors: tuple[Tensor, Tensor] | None = None  # of these lines, where kernels made them with N
         self._supports: dict[str, Support] = {}
 
     def let_go(self) -> None:

@@ -78,15 +78,22 @@ class TritonOps:
     def adam_(self, incoming: Sequence[Incoming], moments: Sequence[tuple[str, bool]], age: str) -> list[Tensor]:
         """Take R into a pair of moments, in place; the normalised update N. Moments of few bits go through torch."""
         from galore_trainer.kernels.adam import adam_
+        from galore_trainer.kernels.scaled import Moments
 
         updates = []
         for bucket, R, ok in incoming:
             places, group = self._places(bucket), bucket.group
-            rounds_N = age == AGE and not has_scaled(bucket.matrix, self.config)  # else N - phi R is rounded instead
-            dtype = self._update_dtype(bucket) if rounds_N else torch.float32
+            scales = age == AGE and has_scaled(bucket.matrix, self.config)  # N - phi R is rounded, not N
+            dtype = self._update_dtype(bucket) if age == AGE and not scales else torch.float32
+            betas, eps = group["betas"], group["eps"]
             if group["galore"]["state_bits"] == 32:
                 M, V = (places[key] for key, _ in moments)
-                N = adam_(M, V, places[age], R, ok, dtype=dtype, betas=group["betas"], eps=group["eps"])
+                if scales:
+                    N = torch.empty_like(R)
+                    taken_in = Moments(M, V, places[age], betas, eps)
+                    bucket.factors = self._line_factors(bucket, R, N, ok, taken_in)  # reads R once, and never N
+                else:
+                    N = adam_(M, V, places[age], R, ok, dtype=dtype, betas=betas, eps=eps)
             else:
                 N = self._torch.adam_([Incoming(bucket, R, ok)], moments, age)[0].to(dtype)
             updates.append(N)
@@ -94,6 +101,12 @@ class TritonOps:
 
     def line_factors(self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
         """As ``TorchOps.line_factors``."""
+        return bucket.factors or self._line_factors(bucket, R, N, ok)
+
+    def _line_factors(
+        self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor, moments: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Factors of lines; with moments, which take R in, N is written."""
         from galore_trainer.kernels.scaled import line_factors
 
         matrix, dtype = bucket.matrix, bucket.pieces[0].owner.made_in
@@ -107,6 +120,7 @@ class TritonOps:
             matrix.side,
             residual_scale=self.config.residual_scale,
             noise=noise_of(dtype, matrix.rank, matrix.basis_shape[1]),
+            moments=moments,
         )
 
     def apply_(
