@@ -60,6 +60,7 @@ class GaLoreCallback(TrainerCallback):
         """Drop everything that belongs to one call of ``train()``."""
         self._optimizer: GaLoreAdamW | None = None
         self._membership: Membership | None = None
+        self.overruled = ""  # what a resumed checkpoint kept in place of what was asked for
         self._checksums: dict[str, torch.Tensor] = {}
         self._steps_with_lr = self._first_step = 0
         self._logged_seconds: dict[str, float] = {}
@@ -97,7 +98,8 @@ class GaLoreCallback(TrainerCallback):
             raise lacks_state(args, state.global_step)
         if self._plugin is not None:
             check_kept(self._optimizer, args)
-        if (changed := overruled(self._optimizer)) and state.is_world_process_zero:
+        self.overruled = changed = overruled(self._optimizer)
+        if changed and state.is_world_process_zero:
             logger.warning(
                 "the checkpoint's settings go on: %s; begin a new run from its weights for others (model_name_or_path: "
                 "the checkpoint's folder, no resume)",

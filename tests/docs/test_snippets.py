@@ -16,7 +16,7 @@ from documents import PAGES, ROOT, Block, blocks, commands, galore_ft, understoo
 
 TINY = ["gradient_accumulation_steps=1", "max_steps=2", "save_steps=1", "use_cpu=true", "bf16=false"]
 TINY += ["max_length=128", "data.eval_samples=2", "eval.max_new_tokens=2", "report_to=none"]
-ELSEWHERE = {"git", "pip", "python3", "accelerate", "torchrun", "srun", "export", "axolotl", "swift"}
+ELSEWHERE = {"git", "pip", "python3", "accelerate", "torchrun", "srun", "export", "axolotl", "swift", "hf"}
 """Programs that only parsed blocks call, and the clone of README's first block."""
 
 

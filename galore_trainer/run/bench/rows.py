@@ -21,11 +21,11 @@ def _step(parts: Parts, name: str, other: str | None) -> dict[str, float]:
     return ratio(timings[name], timings[other] if other else parts["step"]["floor"])
 
 
-def _e2e(parts: Parts, other: str, gap: int, *, svd: bool = False, ours: str = "GaLore+") -> dict[str, float]:
-    """``ours`` with its share of a refresh, over another method with its share of SVDs."""
+def _e2e(parts: Parts, other: str, gap: int, *, svd: bool = False) -> dict[str, float]:
+    """GaLore+ with its share of a refresh, over another method with its share of SVDs."""
     e2e = parts["e2e"]
     return ratio(
-        e2e["timings"][ours],
+        e2e["timings"]["GaLore+"],
         e2e["timings"][other],
         plus=spread(e2e["refresh"], gap),
         other_plus=e2e["svd"] / gap if svd else 0.0,
@@ -82,22 +82,6 @@ ROWS: list[tuple[str, str, float, Callable[[Parts, int], dict[str, float]]]] = [
     ("e2e", "training: GaLore+ layer-wise / GaLore+", 1.05, _layerwise),
 ]
 """Part, name, bound, and how the ratio comes from the parts' figures and the gap."""
-SCALED = "GaLore+, scaled residual"
-ROWS_OF_SCALED = [
-    (
-        "step",
-        "step: GaLore+, scaled residual / AdamW fused",
-        0.60,
-        lambda f, _: _step(f, SCALED, "AdamW fused"),
-    ),
-    (
-        "e2e",
-        "training: GaLore+, scaled residual / AdamW fused",
-        1.00,
-        lambda f, gap: _e2e(f, "AdamW fused", gap, ours=SCALED),
-    ),
-]
-"""The same for a method that earlier timings do not have: without it, there are no rows."""
 
 
 def rows_of(parts: Parts, bench: Bench, **common: Any) -> list[dict[str, Any]]:
@@ -106,8 +90,7 @@ def rows_of(parts: Parts, bench: Bench, **common: Any) -> list[dict[str, Any]]:
     Where a peer is missing, the ratio of its row is None and ``note`` names the peer.
     """
     rows = []
-    scaled = [row for row in ROWS_OF_SCALED if SCALED in parts.get(row[0], {}).get("timings", {})]
-    for part, name, bound, take in ROWS + scaled:
+    for part, name, bound, take in ROWS:
         if part not in parts:
             continue
         row: dict[str, Any] = {"name": name, "ratio": None, "bound": bound, "low": None, "high": None, "unit": "ratio"}

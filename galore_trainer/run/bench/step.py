@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from galore_trainer.run.bench.measure import Step, Timing, copy_bandwidth, take_turns
+from galore_trainer.run.bench.measure import Step, Timing, copy_bandwidth, ratio, take_turns
 from galore_trainer.run.bench.weights import (
     Bench,
     CopiedSvd,
@@ -18,7 +18,8 @@ from galore_trainer.run.bench.weights import (
     with_adapters,
 )
 
-PROFILED = ("GaLore+", "GaLore+, scaled residual", "GaLore+, residual")
+SCALED, MOST_SCALED = "GaLore+, scaled residual", 0.60
+PROFILED = ("GaLore+", SCALED, "GaLore+, residual")
 TITLES = {"adamw": "AdamW fused", "adamw_8bit": "AdamW 8-bit", "galore_torch": "galore-torch"}
 
 
@@ -44,7 +45,7 @@ def bench_step(bench: Bench) -> dict[str, Any]:
     sparse = {"residual_percent": bench.residual_percent, "residual_warmup_steps": 0}
     methods |= {
         "GaLore+": galore.step,
-        "GaLore+, scaled residual": galore_plus(bench, model, residual="scaled").step,
+        SCALED: galore_plus(bench, model, residual="scaled").step,
         "GaLore+, residual": galore_plus(bench, model, **sparse).step,
         "GaLore+, without kernels": galore_plus(bench, model, kernels="torch").step,
         "GaLore+, residual, without kernels": galore_plus(bench, model, kernels="torch", **sparse).step,
@@ -85,6 +86,9 @@ def _profile(step: Step) -> str:
 def lines(part: dict[str, Any]) -> list[str]:
     """The timings as text."""
     text = [line_of(name, timing) for name, timing in part["timings"].items()]
+    if {SCALED, "AdamW fused"} <= part["timings"].keys():
+        share = ratio(part["timings"][SCALED], part["timings"]["AdamW fused"])["ratio"]
+        text.append(f"{SCALED} / AdamW fused: {share:.3f}, to be at most {MOST_SCALED}")
     if "floor" in part:
         text.append(f"{'floor':<36}{part['floor']:10.3f} ms   at {part['bandwidth'] / 1e12:.3f} TB/s, a plain copy")
     return text + [f"{name}: left out, {why}" for name, why in part["missing"].items()]

@@ -109,12 +109,10 @@ def write_artifacts(output: Path, config: RunConfig, trainer: Trainer, result: d
 
 def _overruled(trainer: Trainer) -> str:
     """Settings that a resumed checkpoint kept in place of those that were asked for; see ``hf.arguments.overruled``."""
-    from galore_trainer.hf.arguments import overruled
-    from galore_trainer.optim.galore_adamw import GaLoreAdamW
-    from galore_trainer.run.results.figures import unwrapped
+    from galore_trainer.hf.callback import GaLoreCallback
 
-    optimizer = unwrapped(trainer.optimizer)
-    return overruled(optimizer) if isinstance(optimizer, GaLoreAdamW) else ""
+    callbacks = trainer.callback_handler.callbacks
+    return next((callback.overruled for callback in callbacks if isinstance(callback, GaLoreCallback)), "")
 
 
 def _launch(trainer: Trainer) -> list[str]:
