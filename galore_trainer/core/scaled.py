@@ -45,6 +45,8 @@ def along_lines(phi: Tensor, side: str) -> Tensor:
 
 def squared_norms(X: Tensor, side: str, dtype: torch.dtype) -> Tensor:
     """||X_j||^2 of every line, [blocks, lines], in ``dtype``."""
+    if side == "left" and X.device.type == "cpu" and X.dtype == dtype:
+        return X.square().sum(dim=-2)  # a third of the norm's time along columns there
     return torch.linalg.vector_norm(X, dim=-1 if side == "right" else -2, dtype=dtype).square()
 
 
