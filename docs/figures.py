@@ -17,6 +17,7 @@ from typing import Any
 import fit
 from blocks import table, write_block
 from conversions import conversions
+from rates import best_table, pairs_table, rates_table
 from version_table import versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -308,6 +309,9 @@ def blocks() -> dict[tuple[Path, str], str]:
         (pages / "memory.md", "peaks"): memory_table(),
         (pages / "speed.md", "ratios"): ratios(),
         (pages / "evidence.md", "methods"): methods_table(),
+        (pages / "evidence.md", "rates"): best_table(),
+        (RESULTS / "gsm8k_rates" / "README.md", "rates"): rates_table(),
+        (RESULTS / "gsm8k_rates" / "README.md", "pairs"): pairs_table(),
         (pages / "support-matrix.md", "support"): support_by_mode(),
         (pages / "support-matrix.md", "methods"): method_support(),
         (pages / "support-matrix.md", "versions"): versions(),
