@@ -102,7 +102,7 @@ def configured(cfg: Mapping[str, Any]) -> GaLoreConfig:
     config = GaLoreConfig() if block is None else RunConfig.from_dict({"galore": _plain(block)}).galore
     schedule = cfg.get("lr_scheduler")
     if schedule in ONE_RATE and config.plain_lr_ratio != 1.0:
-        way_out = f"lr_scheduler: {schedule} gives every weight the same rate: use cosine, or leave the ratio out."
+        way_out = f"lr_scheduler: {schedule} gives every weight the same rate: use cosine, or write plain_lr_ratio: 1."
         raise OptionError("galore.plain_lr_ratio", config.plain_lr_ratio, f"1 under lr_scheduler {schedule}", way_out)
     return config
 
