@@ -23,7 +23,7 @@ def preview(
     config: Config = None, overrides: Overrides = None, model: Model = None, examples: Count = 2, debug: Debug = False
 ) -> None:
     """Show examples with the tokens that are trained on, counts, lengths, and what is too long."""
-    run = load(config, [*(overrides or ()), *([f"model_name_or_path={model}"] if model is not None else ())])
+    run = load(config, overrides, {"model_name_or_path": model} if model is not None else None)
     from galore_trainer.run.models.preview import preview as describe
 
     typer.echo(describe(run, examples))

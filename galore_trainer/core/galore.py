@@ -125,9 +125,8 @@ def apply_update_(
     if W.dtype in (torch.float32, torch.float64):
         if weight_decay != 0.0:
             W.mul_(1.0 - ok.to(W.dtype) * (lr * weight_decay))
-        for rows in (
-            [slice(None)] if dense is None else _row_chunks(W, None)
-        ):  # so that a CPU's cache holds W in between
+        # Chunks let a CPU's cache hold W between the two updates.
+        for rows in [slice(None)] if dense is None else _row_chunks(W, None, chunk_of(W.device)):
             left, right = (N[:, rows], P.mT) if side == "right" else (P[:, rows], N)
             W[:, rows].baddbmm_(left, right, alpha=-lr * scale)
             if dense is not None:
@@ -137,7 +136,7 @@ def apply_update_(
         return
     low = torch.bfloat16 if W.dtype == torch.bfloat16 and W.device.type in MULTIPLIES_BF16 else torch.float32
     N, P = N.to(low), P.to(low)
-    for rows in _row_chunks(W, sparse[0] if sparse else None):  # bounds the memory of the float32 copies
+    for rows in _row_chunks(W, sparse[0] if sparse else None, CHUNK):  # bounds the memory of the float32 copies
         left, right = (N[:, rows], P) if side == "right" else (N, P[:, rows])
         U = lift(left, right, side)
         if dense is not None:
@@ -178,10 +177,14 @@ def _all_usable(ok: Tensor) -> bool:
     return type(ok) is Tensor and ok.device.type == "cpu" and bool((ok > 0.0).all())
 
 
-def _row_chunks(W: Tensor, support: Support | None) -> Iterator[slice]:
-    """Slices of at most ``CHUNK`` entries; a global support needs one slice, since its positions span all rows."""
+def chunk_of(device: torch.device) -> int:
+    """Entries of an intermediate result at a time: few enough for the cache of a CPU."""
+    return CHUNK >> 6 if device.type == "cpu" else CHUNK
+
+
+def _row_chunks(W: Tensor, support: Support | None, chunk: int) -> Iterator[slice]:
+    """Slices of at most ``chunk`` entries; a global support needs one slice, since its positions span all rows."""
     blocks, m, n = W.shape
-    chunk = CHUNK >> 6 if W.device.type == "cpu" and W.dtype in (torch.float32, torch.float64) else CHUNK
     size = m if support is not None and not support.by_row(m) else max(1, chunk // (blocks * n))
     return (slice(start, min(start + size, m)) for start in range(0, m, size))
 

@@ -22,11 +22,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from galore_trainer.core.galore import lift
+from galore_trainer.core.galore import CHUNK, chunk_of, lift
 from galore_trainer.core.sparse import Support, read_at
 
 CANDIDATES_PER_ENTRY = 4  # candidates for one entry of the support
-CHUNK = 1 << 24  # entries of an intermediate result at a time
 
 
 def support_size(rows: int, columns: int, percent: float, balanced: bool) -> tuple[int, int]:
@@ -68,8 +67,7 @@ def dense_loss(G: Tensor, R: Tensor, P: Tensor, side: str) -> Tensor:
 def largest_lost(G: Tensor, R: Tensor, P: Tensor, side: str, lines: int, entries: int) -> tuple[Tensor, Tensor]:
     """Positions of the largest entries of |D|, as from ``choose``, and D there."""
     blocks, m, n = G.shape
-    chunk = CHUNK >> 6 if G.device.type == "cpu" else CHUNK  # entries; few enough for the cache of a CPU
-    size = max(1, chunk // (blocks * n)) if lines == m else m  # a global line needs all of D
+    size = max(1, chunk_of(G.device) // (blocks * n)) if lines == m else m  # a global line needs all of D
     chunks = []
     for start in range(0, m, size):
         rows = slice(start, start + size)

@@ -15,6 +15,7 @@ from torch import Tensor
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import NOISE, Stored, decode, decode_basis, encode, encode_basis
+from galore_trainer.core.scaled import noise_of
 from galore_trainer.core.sparse import Support
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.kept import KeptGradient
@@ -65,6 +66,12 @@ class Bucket:
     def is_kept(self) -> bool:
         """Whether layer-wise mode kept the gradients, and they are not whole."""
         return self.pieces[0].kept is not None
+
+    @property
+    def noise(self) -> float:
+        """What rounding leaves of a line that the projection does not see, as a share of the line's norm."""
+        size = self.matrix.basis_shape[1]
+        return noise_of(self.pieces[0].owner.made_in, self.matrix.rank, size)
 
     # ------------------------------------------------------------------ gradients
 

@@ -203,12 +203,17 @@ class LocalWeight:
             self._rows, self._copies = None, []
 
     def _piece(self, rows: Rows, weight: Tensor, grad: Tensor) -> Piece:
-        first, at = self.shard.owned.start, rows.at
-        foreign = None
-        if first:  # only the first local row can be another process's
-            foreign = slice(0, 1) if isinstance(at, slice) and at.start == 0 else None
-            foreign = at == 0 if not isinstance(at, slice) else foreign
-        return Piece(weight, grad, rows.name, rows.matrix, rows.prefix, self, None, rows.block_index, foreign)
+        return Piece(
+            weight, grad, rows.name, rows.matrix, rows.prefix, self, None, rows.block_index, self._foreign(rows.at)
+        )
+
+    def _foreign(self, at: Any) -> Any:
+        """Which of the local rows at these positions another process owns: the first one, or none."""
+        if not self.shard.owned.start:
+            return None
+        if isinstance(at, slice):
+            return slice(0, 1) if at.start == 0 else None
+        return at == 0
 
 
 class Moved(NamedTuple):

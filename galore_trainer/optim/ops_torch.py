@@ -13,7 +13,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.galore import usable_parts, widen
 from galore_trainer.core.residual import lost_at
-from galore_trainer.core.scaled import Dense, line_factors, noise_of, squared_norms
+from galore_trainer.core.scaled import Dense, line_factors, squared_norms
 from galore_trainer.core.sparse import part_of, read_at
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.bucket import Bucket
@@ -97,16 +97,15 @@ class TorchOps:
 
     def line_factors(self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of the scaled residual for each line, and the squared norms of what they scale; see ``core``."""
-        matrix = bucket.matrix
         assert bucket.norms is not None  # from ``project``
         return line_factors(
             bucket.norms,
             R,
             N,
             bucket.spread(ok),
-            matrix.side,
+            bucket.matrix.side,
             residual_scale=self.config.residual_scale,
-            noise=noise_of(bucket.pieces[0].owner.made_in, matrix.rank, matrix.basis_shape[1]),
+            noise=bucket.noise,
         )
 
     def apply_(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import largest_usable, usable_parts
-from galore_trainer.core.scaled import noise_of
 from galore_trainer.core.streams import rounding_key
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
@@ -109,7 +108,7 @@ class TritonOps:
         """Factors of lines; with moments, which take R in, N is written."""
         from galore_trainer.kernels.scaled import line_factors
 
-        matrix, dtype = bucket.matrix, bucket.pieces[0].owner.made_in
+        matrix = bucket.matrix
         assert bucket.norms is not None  # from ``project``
         return line_factors(
             R,
@@ -119,7 +118,7 @@ class TritonOps:
             matrix.blocks,
             matrix.side,
             residual_scale=self.config.residual_scale,
-            noise=noise_of(dtype, matrix.rank, matrix.basis_shape[1]),
+            noise=bucket.noise,
             moments=moments,
         )
 

@@ -60,8 +60,8 @@ class Scaled(NamedTuple):
 def start_norms(state: MutableMapping[str, Any], matrices: Iterable[LogicalMatrix], config: GaLoreConfig) -> None:
     """Make ``residual_norm`` where it is missing; without it there is no limit in the first step."""
     for matrix in matrices:
-        if has_scaled(matrix, config):
-            state.setdefault(matrix.prefix + NORM, torch.zeros((), dtype=torch.float32, device=state["skipped"].device))
+        if has_scaled(matrix, config) and matrix.prefix + NORM not in state:
+            state[matrix.prefix + NORM] = torch.zeros((), dtype=torch.float32, device=state["skipped"].device)
 
 
 def scale_lost(bucket: Bucket, ops: Any, R: Tensor, N: Tensor, ok: Tensor, config: GaLoreConfig) -> Scaled | None:
@@ -111,23 +111,21 @@ def limit_growth(
     if not pairs:
         return
     norms = [w.state[matrix.prefix + NORM] for w, matrix in pairs]
+    buckets = [bucket for bucket, _ in scaled_ones]
+    place = {(id(w), matrix.prefix): i for i, (w, matrix) in enumerate(pairs)}
     if ranks is None:  # one piece a matrix, in the order of the pieces
         squares = torch.cat([update.lost for _, update in scaled_ones])
-        place = None
     else:
-        place = {(id(w), matrix.prefix): i for i, (w, matrix) in enumerate(pairs)}
         squares = ranks.sum(_sums(scaled_ones, place, norms[0].device))
     factors, new = scaled.limit(squares.sqrt(), torch.stack(norms))
     torch._foreach_copy_(norms, list(new.unbind()))
-    first = 0
-    for bucket, update in scaled_ones:
-        count = len(bucket.pieces)
-        if place is None:
-            of_pieces = factors[first : first + count]
-        else:
-            of_pieces = torch.stack([factors[place[id(p.owner), p.matrix.prefix]] for p in bucket.pieces])
+    if ranks is None:
+        by_bucket: Sequence[Tensor] = factors.split([len(bucket.pieces) for bucket in buckets])
+    else:
+        places = [[place[id(p.owner), p.matrix.prefix] for p in bucket.pieces] for bucket in buckets]
+        by_bucket = [torch.stack([factors[i] for i in of_pieces]) for of_pieces in places]
+    for (bucket, update), of_pieces in zip(scaled_ones, by_bucket, strict=True):
         update.phi.mul_(bucket.spread(of_pieces)[:, :, 0])
-        first += count
 
 
 def _sums(
@@ -207,9 +205,11 @@ def take_in(
         For each bucket the update of the entries, N_S x residual_scale; None where nothing was lost.
     """
     incoming = [Incoming(bucket, D, ok) for (bucket, _, ok), D in zip(projected, lost, strict=True) if D is not None]
-    updates = iter(ops.adam_(incoming, MOMENTS, RESIDUAL_AGE))
-    scale = config.residual_scale
-    return [None if D is None else next(updates) if scale == 1.0 else next(updates) * scale for D in lost]
+    updates = ops.adam_(incoming, MOMENTS, RESIDUAL_AGE)
+    if config.residual_scale != 1.0:
+        updates = [N_S * config.residual_scale for N_S in updates]
+    in_order = iter(updates)
+    return [None if D is None else next(in_order) for D in lost]
 
 
 def in_place_of_scaled(bucket: Bucket, update: Scaled, N_S: Tensor, D: Tensor, ok: Tensor) -> Tensor:

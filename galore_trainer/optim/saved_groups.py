@@ -60,9 +60,8 @@ def saved_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     residual and scale stand in ``residual_percent``, which is a number for a sparse residual (0 for none) at scale 10.
     """
     settings = dict(group["galore"])
-    residual, percent = settings.pop("residual"), settings["residual_percent"]
-    scale = group.get("scale", settings.pop("scale"))
-    settings.pop("scale", None)
+    residual, own_scale, percent = settings.pop("residual"), settings.pop("scale"), settings["residual_percent"]
+    scale = group.get("scale", own_scale)
     if residual not in ("sparse", "none") or scale != SCALE_BEFORE_SAVED:
         settings["residual_percent"] = f"{residual} {percent:g}, scale {scale}"
     return settings
@@ -76,11 +75,15 @@ def _settings_in(group: Mapping[str, Any]) -> dict[str, Any]:
         **group.get("galore", {}),
     }
     text = saved["residual_percent"]
-    if isinstance(text, str):
-        words = text.replace(",", "").split()  # residual, percent, "scale", scale
-        scale = words[3] if words[3] == AUTO else float(words[3])
-        return {**saved, "residual": words[0], "residual_percent": float(words[1]), "scale": scale}
-    return {**saved, "residual": "sparse" if text > 0.0 else "none", "scale": SCALE_BEFORE_SAVED}
+    try:
+        if not isinstance(text, str):
+            return {**saved, "residual": "sparse" if text > 0.0 else "none", "scale": SCALE_BEFORE_SAVED}
+        residual, percent, _, scale = text.replace(",", "").split()
+        numbers = {"residual_percent": float(percent), "scale": scale if scale == AUTO else float(scale)}
+        return {**saved, "residual": residual, **numbers}
+    except (TypeError, ValueError):
+        wanted = "a number, or a residual with its percent and scale"
+        raise OptionError("checkpoint", f"residual_percent {text!r}", wanted, WAY_OUT) from None
 
 
 def scale_after_load(group: Mapping[str, Any], before: Mapping[str, Any]) -> float | str:

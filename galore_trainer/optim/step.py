@@ -135,10 +135,11 @@ def _first_halves(
 
 def _second_halves(waiting: Iterable[tuple[list[LocalWeight], TorchOps | TritonOps, Taken]]) -> None:
     """Open weights again, and do the second half of their step."""
-    for _, halves in itertools.groupby(waiting, key=lambda half: id(half[0])):
-        opened: dict[tuple[int, str], Piece] = {}
-        for chunk, ops, taken in halves:
-            opened = opened or {(id(w), piece.prefix): piece for w in chunk for piece in w.open()}
+    for _, group in itertools.groupby(waiting, key=lambda half: id(half[0])):
+        halves = list(group)
+        chunk = halves[0][0]
+        opened = {(id(w), piece.prefix): piece for w in chunk for piece in w.open()}
+        for _, ops, taken in halves:
             taken.bucket.pieces = [opened[id(piece.owner), piece.prefix] for piece in taken.bucket.pieces]
             with torch.cuda.device_of(taken.N):
                 apply(taken, ops)

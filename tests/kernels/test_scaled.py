@@ -14,8 +14,9 @@ from galore_trainer.core.galore import lift
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.kernels.project import project
 from galore_trainer.kernels.scaled import line_factors, without_projected
-from galore_trainer.kernels.tables import Layout, Scattered, scatter
+from galore_trainer.kernels.tables import Layout
 from galore_trainer.kernels.update import Dense, apply_update_
+from scattered import places
 
 MATRICES = {
     "right": LogicalMatrix(length=50, columns=37, rank=5),
@@ -32,15 +33,6 @@ def stored(matrix: LogicalMatrix, dtype: torch.dtype, device: Any, seed: int) ->
     shape = (matrix.columns, rows) if matrix.transposed else (rows, matrix.columns)
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(dtype).to(device) for _ in range(2)]
-
-
-def places(tensors: list[torch.Tensor], matrix: LogicalMatrix) -> tuple[Scattered, Layout]:
-    view = matrix.rows_of(tensors[0])
-    offset = view.data_ptr() - tensors[0].data_ptr()
-    tables, _ = scatter(
-        {"x": [t.data_ptr() + offset for t in tensors]}, {"x": tensors[0].dtype}, None, tensors[0].device
-    )
-    return tables["x"], Layout.of(view)
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -63,7 +55,7 @@ def test_a_step_equals_core_in_float64(name: str, of_W: torch.dtype, of_G: torch
     P = torch.linalg.qr(torch.randn(2 * matrix.blocks, *matrix.basis_shape[1:], device=device)).Q.contiguous().to(of_G)
     total, lines = len(P), matrix.moment_shape[1 if side == "right" else 2]
     norms = torch.empty(total, lines, dtype=torch.float32, device=device)
-    of_grads, of_weights = places(grads, matrix), places(weights, matrix)
+    of_grads, of_weights = ((places(x, matrix), Layout.of(matrix.rows_of(x[0]))) for x in (grads, weights))
     R, _ = project(*of_grads, P, side, matrix.blocks, norms=norms)
     N = torch.randn(R.shape, device=device)
     ok = torch.tensor([1.0, 0.0], device=device)
