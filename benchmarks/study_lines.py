@@ -4,10 +4,10 @@
     galore-ft ablate gsm8k_rates data.source=path/to/train.jsonl --jobs 8 --max-cells 16 --no-timing
     python benchmarks/study_lines.py pack runs/ablate-gsm8k_rates results/gsm8k_rates/study.jsonl
 
-The first line holds ``study.json`` and the ids of the held-out examples; every other line is a finished run: its
-``result.json`` without the errors of single matrices, and the loss and the tokens of each example. After ``unpack``,
-``galore-ft ablate`` with the same output folder skips these runs, and ``galore-ft report`` makes tables of them. Logs,
-predictions and weights stay behind.
+The first line holds ``study.json``, the ids of the held-out examples and, where it was given, the package's commit;
+every other line is a finished run: its ``result.json`` without the errors of single matrices, and the loss and the
+tokens of each example. After ``unpack``, ``galore-ft ablate`` with the same output folder skips these runs, and
+``galore-ft report`` makes tables of them. Logs, predictions and weights stay behind.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ LOSSES = "losses.jsonl"
 LEFT_OUT = ("by_matrix",)
 
 
-def pack(folder: Path, file: Path) -> int:
-    """Write the finished runs of a study's folder into a file; returns their number."""
+def pack(folder: Path, file: Path, commit: str | None = None) -> int:
+    """Write the finished runs of a study's folder into a file; returns their number.
+
+    ``commit`` is the package's, for runs from a copy of it that knows none.
+    """
     record = read_study_file(folder / STUDY_FILE)
     ids: list[str] | None = None
     lines = []
@@ -46,7 +49,7 @@ def pack(folder: Path, file: Path) -> int:
             losses = [[example["loss"], example["tokens"]] for example in examples]
             line = {"cell": cell["name"], "folder": entry["folder"], "timing": entry is cell["timing"]}
             lines.append({**line, "result": result, "losses": losses})
-    head = {"study": record, "examples": ids or []}
+    head = {**({"commit": commit} if commit else {}), "study": record, "examples": ids or []}
     write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, *lines)))
     return len(lines)
 
@@ -89,8 +92,12 @@ def main() -> None:
     parser.add_argument("way", choices=("pack", "unpack"))
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
+    parser.add_argument("--commit", help="of the package, where runs came from a copy of it that knows none (pack)")
     arguments = parser.parse_args()
-    runs = (pack if arguments.way == "pack" else unpack)(arguments.source, arguments.target)
+    if arguments.way == "pack":
+        runs = pack(arguments.source, arguments.target, arguments.commit)
+    else:
+        runs = unpack(arguments.source, arguments.target)
     print(f"{runs} runs, {arguments.source} to {arguments.target}")
 
 
