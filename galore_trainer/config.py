@@ -363,8 +363,8 @@ def describe_type(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(a) for a in get_args(hint))
     if get_origin(hint) is list:
-        choices = get_args(get_args(hint)[0])
-        return f"a list of {', '.join(map(str, choices))}" if choices else "a list"
+        items = get_args(hint)[0]
+        return "a list" + (f" of {', '.join(map(str, get_args(items)))}" if get_origin(items) is Literal else "")
     if get_origin(hint) is dict:
         return "a mapping"
     return " or ".join(describe_type(a) for a in get_args(hint)) or str(hint)

@@ -138,7 +138,6 @@ class ReferenceMatrix:
             W[self.S] -= self.lr * self.scale * self.residual_scale * m_hat / (torch.sqrt(v_hat) + self.eps)
         self.W = W
 
-
     def corrected(self) -> Tensor:
         """The update at S of moments that D corrects, as it is multiplied by lr x scale."""
         assert self.P is not None

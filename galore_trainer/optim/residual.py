@@ -235,8 +235,10 @@ def _corrected(bucket: Bucket, N: Tensor, D: Tensor, ok: Tensor, config: GaLoreC
     lifted_at = functools.partial(residual.lifted_at, P=bucket.P, side=bucket.matrix.side, support=support)
     betas, (first, signed) = bucket.group["betas"], OF_PROJECTED[0]
     M = unbiased(bucket.get_moment(first, signed=signed), bucket.ages(AGE) + spread, betas[0])
+    m, v = (bucket.get_moment(key, signed=signed) for key, signed in MOMENTS)
     m, v, N_S = residual.correct(
-        *(bucket.get_moment(key, signed=signed) for key, signed in MOMENTS),
+        m,
+        v,
         bucket.ages(RESIDUAL_AGE),
         D,
         bucket.gradient_at(INDEX),
