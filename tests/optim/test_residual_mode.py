@@ -13,6 +13,7 @@ from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.reference import ReferenceMatrix
 from galore_trainer.core.sparse import Support
 from galore_trainer.errors import OptionError
+from galore_trainer.hf.table import weight_table
 from galore_trainer.optim import residual
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.lookup import weights_with_gradients
@@ -218,6 +219,7 @@ def test_torch_takes_the_weights_that_kernels_would() -> None:
         (piece,) = (piece for w in weights for piece in w.open())
         taken.append(residual.takes_triton(piece, optimizer.config))
     assert taken == [True, False]
+    assert "residual sparse (moments, by torch)" in weight_table(optimizer)
 
 
 # ---------------------------------------------------------------------- state
