@@ -172,5 +172,7 @@ def _metavar(hint: Any) -> str:
         return "|".join(str(choice) for choice in get_args(hint))
     if get_origin(hint) is dict:
         return "MAPPING"
+    if get_origin(hint) is list:
+        return "LIST"
     names = {int: "INTEGER", float: "NUMBER", str: "TEXT", type(None): "none", list[str]: "LIST"}
     return "|".join(names.get(part, "VALUE") for part in (get_args(hint) or (hint,)))

@@ -230,11 +230,14 @@ def method_support() -> str:
 BACKENDS = {"single": "one GPU", "ddp": "DDP", "fsdp": "FSDP2", "deepspeed": "ZeRO-1, 2, 3"}
 SUPPORT: list[tuple[str, list[dict[str, Any]]]] = [  # what, and settings that the code is asked about
     ("`layerwise`", [{"layerwise": True}]),
-    ("every `head_sharing` and `svd`", [{"head_sharing": "per_head"}, {"head_sharing": "joint", "svd": "exact"}]),
+    (
+        "every `head_sharing` and `svd`",
+        [{"head_sharing": "per_head", "share_heads_of": ["q"]}, {"head_sharing": "joint", "svd": "exact"}],
+    ),
     ("`state_bits`, `plain_state_bits`: 16", [{"state_bits": 16}, {"plain_state_bits": 16}]),
     ("`state_bits`, `plain_state_bits`: 8", [{"state_bits": 8}, {"plain_state_bits": 8}]),
     ("`residual`: scaled, both", [{"residual": "scaled"}, {"residual": "both"}]),
-    ("`residual: sparse`", [{"residual": "sparse"}]),
+    ("`residual: sparse`", [{"residual": "sparse"}, {"residual": "sparse", "residual_mode": "moments"}]),
     ("`residual_selection: global`", [{"residual": "sparse", "residual_selection": "global"}]),
     ("`proj_type: left`", [{"proj_type": "left"}]),
     ("`share_output_heads`, `diagnose_refreshes`", [{"share_output_heads": True}, {"diagnose_refreshes": 1}]),

@@ -17,6 +17,7 @@ from galore_trainer.errors import OptionError
 ProjType = Literal["std", "reverse_std", "left", "right"]
 Embeddings = Literal["plain", "frozen", "projected"]
 HeadSharing = Literal["shared", "grouped", "per_head", "joint"]
+HeadRole = Literal["q", "k", "v"]
 HeadChoice = Literal["random", "energy", "fixed"]
 HeadFallback = Literal["joint", "refuse"]
 Svd = Literal["randomized", "exact"]
@@ -25,8 +26,10 @@ FirstBasis = Literal["gradient", "sketch"]
 Bits = Literal[32, 16, 8]
 Kernels = Literal["auto", "triton", "torch"]
 Residual = Literal["auto", "scaled", "sparse", "both", "none"]
+ResidualMode = Literal["separate", "moments"]
 ResidualSelection = Literal["row", "global"]
 AUTO = "auto"
+HEAD_ROLES: tuple[HeadRole, ...] = get_args(HeadRole)
 SPARSE_PERCENT = 1.2
 """Share of entries with sparse moments where ``residual_percent`` is unset."""
 
@@ -48,8 +51,8 @@ def knob(default: Any, help: str, *, trajectory: bool = False, minimum: float | 
         minimum: smallest accepted number, checked by ``GaLoreConfig``.
     """
     metadata = {"help": help, "trajectory": trajectory, "minimum": minimum}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -90,6 +93,12 @@ class GaLoreConfig:
     head_sharing: HeadSharing = knob(
         "shared",
         "Whose gradient gives q, k, v their basis: shared (one head), grouped, per_head, joint.",
+        trajectory=True,
+    )
+    share_heads_of: list[HeadRole] = knob(
+        list(HEAD_ROLES),
+        "Which of q, k, v share bases as head_sharing says; each of the others has one basis of all its rows. Of no "
+        "effect where head_sharing is joint.",
         trajectory=True,
     )
     head_group_size: int = knob(1, "Query heads in a group when head_sharing is grouped.", trajectory=True, minimum=1)
@@ -148,6 +157,12 @@ class GaLoreConfig:
         trajectory=True,
         minimum=0.0,
     )
+    residual_mode: ResidualMode = knob(
+        "separate",
+        "What sparse moments do: separate (a normalised update of their own, beside the lifted one) or moments (they "
+        "correct the lifted moments before these are normalised; with residual sparse alone, by torch).",
+        trajectory=True,
+    )
     residual_scale: float = knob(1.0, "Factor on the residual's update, beside lr x scale.", minimum=0.0)
     residual_warmup_steps: int = knob(
         20, "Steps over which candidates are averaged before the sparse entries are chosen.", trajectory=True, minimum=0
@@ -184,12 +199,32 @@ class GaLoreConfig:
             raise OptionError("galore.residual_percent", self.residual_percent, "a share from 0 to 100 percent")
         if self.residual == "both" and self.residual_percent == 0.0:
             raise OptionError("galore.residual_percent", 0.0, "more than 0 beside residual both", "Or use scaled.")
+        if not self.share_heads_of or len(set(self.share_heads_of)) < len(self.share_heads_of):
+            way_out = "Use head_sharing joint to share no heads."
+            raise OptionError("galore.share_heads_of", self.share_heads_of, "some of q, k, v, each once", way_out)
+        if self.residual_mode == "moments":
+            self._check_moments()
         if self.layerwise and self.residual in ("scaled", "both"):
             way_out = "It needs the whole gradient, which layer-wise mode never keeps. Use auto, sparse or none."
             raise OptionError("galore.residual", self.residual, "sparse or none in layer-wise mode", way_out)
         for key, rank in self.rank_pattern.items():
             if rank < 1:
                 raise OptionError(f"galore.rank_pattern[{key!r}]", rank, "an integer of at least 1")
+
+    def _check_moments(self) -> None:
+        """Raise ``OptionError`` where there are no sparse moments alone, or where kernels have to move the weights."""
+        if self.resolved_residual != "sparse":
+            got = f"moments beside residual {self.resolved_residual}"
+            way_out = "Set residual to sparse (and residual_percent above 0), or use separate."
+            raise OptionError("galore.residual_mode", got, "separate, or moments beside residual sparse", way_out)
+        if self.kernels == "triton":
+            way_out = "The kernels do not compute this step. Use auto, which takes torch for it."
+            raise OptionError("galore.kernels", "triton", "auto or torch beside residual_mode moments", way_out)
+
+    @property
+    def shared_roles(self) -> tuple[HeadRole, ...]:
+        """Which of q, k, v share bases by head, in this order; none under ``head_sharing: joint``."""
+        return () if self.head_sharing == "joint" else tuple(r for r in HEAD_ROLES if r in self.share_heads_of)
 
     @property
     def staggers(self) -> bool:
@@ -236,9 +271,10 @@ class GaLoreConfig:
         return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["trajectory"])
 
     def trajectory(self) -> dict[str, Any]:
-        """Names and values of these fields; of the residual what is in force."""
+        """Names and values of these fields; of the residual and of shared heads what is in force."""
         values = {name: value for name, value in self.to_dict().items() if name in self.trajectory_fields()}
-        return values | {"residual": self.resolved_residual, "residual_percent": self.sparse_percent}
+        in_force = {"residual": self.resolved_residual, "residual_percent": self.sparse_percent}
+        return values | in_force | {"share_heads_of": list(self.shared_roles or HEAD_ROLES)}
 
 
 def check_settings(config: GaLoreConfig, where: str) -> None:
@@ -327,7 +363,8 @@ def describe_type(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(a) for a in get_args(hint))
     if get_origin(hint) is list:
-        return "a list"
+        items = get_args(hint)[0]
+        return "a list" + (f" of {', '.join(map(str, get_args(items)))}" if get_origin(items) is Literal else "")
     if get_origin(hint) is dict:
         return "a mapping"
     return " or ".join(describe_type(a) for a in get_args(hint)) or str(hint)

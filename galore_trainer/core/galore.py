@@ -20,7 +20,7 @@ One step, with P fixed between two refreshes:
     W <- W - lr wd W - lr scale lift(N)
 
 The residuals add to lift(N): all that the projection loses (``core/scaled.py``), or a few entries of it
-(``core/residual.py``).
+(``core/residual.py``), whose moments may correct M and V there instead.
 A refresh replaces P (``core/basis.py``) and carries M and V over (``with_signs_of`` or ``rotate``).
 
 Functions return new tensors; ``apply_update_`` alone changes its first argument. No function waits for the device.
@@ -84,10 +84,19 @@ def adam(
     ok = ok.to(R.dtype)
     M = torch.lerp(M, R, ok * (1.0 - b1))
     V = torch.lerp(V, R * R, ok * (1.0 - b2))
-    t1 = t.to(R.dtype).clamp(min=1.0)  # before the first usable gradient t = 0, and M / (1 - b1^0) would be 0 / 0
-    # The smallest normal number takes the place of a zero denominator (V = 0 and eps = 0).
-    N = ok * (M / decay_sum(b1, t1)) / ((V / decay_sum(b2, t1)).sqrt() + eps).clamp(min=torch.finfo(R.dtype).tiny)
-    return M, V, t, N
+    return M, V, t, normalised(ok * unbiased(M, t, b1), unbiased(V, t, b2), eps)
+
+
+def normalised(first: Tensor, second: Tensor, eps: float) -> Tensor:
+    """first / (sqrt(second) + eps) of unbiased moments; 0 where both moments and eps are 0."""
+    # The smallest normal number takes the place of a zero denominator.
+    return first / (second.sqrt() + eps).clamp(min=torch.finfo(first.dtype).tiny)
+
+
+def unbiased(average: Tensor, t: Tensor, beta: float) -> Tensor:
+    """A moving average of age t that started at zero, without the bias of its start: average / (1 - beta^t)."""
+    t1 = t.to(average.dtype).clamp(min=1.0)  # before the first usable gradient t = 0, and 1 - beta^0 would be 0
+    return average / decay_sum(beta, t1)
 
 
 def decay_sum(beta: float, t: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class ReferenceMatrix:
         momentum_transfer: ``keep``, ``align``, ``rotate`` or ``reset``.
         residual_scale: factor on the residual's update.
         scaled: whether the dense scaled residual moves the weight.
+        residual_mode: ``separate`` or ``moments``.
 
     Attributes:
         d: ||phi D|| of all blocks in the step before; 0 before the first one.
@@ -42,12 +43,13 @@ class ReferenceMatrix:
         momentum_transfer: str = "keep",
         residual_scale: float = 1.0,
         scaled: bool = False,
+        residual_mode: str = "separate",
     ) -> None:
         self.W, self.side = W.double().clone(), side
         self.lr, self.scale, self.eps, self.weight_decay = lr, scale, eps, weight_decay
         self.b1, self.b2 = betas
         self.momentum_transfer = momentum_transfer
-        self.residual_scale, self.scaled = residual_scale, scaled
+        self.residual_scale, self.scaled, self.residual_mode = residual_scale, scaled, residual_mode
         self.d = 0.0
         self.A = torch.zeros_like(self.W)
         self.S: tuple[Tensor, Tensor] | None = None
@@ -101,7 +103,7 @@ class ReferenceMatrix:
     def take_in(self, G: Tensor) -> None:
         """First half of a step: the moments, the update N, and phi without its limit."""
         assert self.P is not None, "refresh first"
-        G = G.double()
+        G = self.G = G.double()
         self.t += 1
         R = G @ self.P if self.side == "right" else self.P.T @ G
         self.M = self.b1 * self.M + (1 - self.b1) * R
@@ -119,13 +121,15 @@ class ReferenceMatrix:
         """Second half of a step; ``factor`` limits phi."""
         assert self.P is not None
         lifted = self.N @ self.P.T if self.side == "right" else self.P @ self.N
+        if self.S is not None and self.residual_mode == "moments":
+            lifted[self.S] = self.corrected()
         W = self.W - self.lr * self.weight_decay * self.W - self.lr * self.scale * lifted
         if self.scaled:
             lost = factor * self.phi * self.D
             if self.S is not None:
                 lost[self.S] = 0.0
             W -= self.lr * self.scale * lost
-        if self.S is not None:
+        if self.S is not None and self.residual_mode == "separate":
             self.u += 1
             self.m_S = self.b1 * self.m_S + (1 - self.b1) * self.D[self.S]
             self.v_S = self.b2 * self.v_S + (1 - self.b2) * self.D[self.S] ** 2
@@ -133,6 +137,20 @@ class ReferenceMatrix:
             v_hat = self.v_S / (1 - self.b2**self.u)
             W[self.S] -= self.lr * self.scale * self.residual_scale * m_hat / (torch.sqrt(v_hat) + self.eps)
         self.W = W
+
+    def corrected(self) -> Tensor:
+        """The update at S of moments that D corrects, as it is multiplied by lr x scale."""
+        assert self.P is not None
+        assert self.S is not None
+        self.u += 1
+        self.m_S = self.b1 * self.m_S + (1 - self.b1) * self.D[self.S]
+        self.v_S = self.b2 * self.v_S + (1 - self.b2) * self.G[self.S] ** 2
+        M_hat = self.M / (1 - self.b1**self.t)
+        M_full = M_hat @ self.P.T if self.side == "right" else self.P @ M_hat
+        first = M_full[self.S] + self.m_S / (1 - self.b1**self.u)
+        second = self.v_S / (1 - self.b2**self.u)
+        size = self.residual_scale * math.sqrt(self.P.shape[1] / self.P.shape[0])
+        return size * first / (torch.sqrt(second) + self.eps)
 
 
 def step_blocks(blocks: Sequence[ReferenceMatrix], grads: Sequence[Tensor]) -> float:

@@ -10,6 +10,13 @@ While P is fixed, and if M started at zero, the part of the first moment that is
     m_S <- b1 m_S + (1 - b1) D[S]           v_S <- b2 v_S + (1 - b2) D[S]^2
     W[S] <- W[S] - lr scale residual_scale (m_S / (1 - b1^u)) / (sqrt(v_S / (1 - b2^u)) + eps)
 
+With ``residual_mode: moments`` D corrects the moments at S before they are normalised, and v_S averages G[S]^2:
+
+    A <- lift(M / (1 - b1^t))[S] + m_S / (1 - b1^u)                         v_S <- b2 v_S + (1 - b2) G[S]^2
+    W[S] <- W[S] - lr wd W[S] - lr scale size A / (sqrt(v_S / (1 - b2^u)) + eps)        in place of lift(N)[S]
+
+If P has stayed since t = 0 and u = t, A is the average of G[S]: with lr scale size = lr this is AdamW.
+
 S is chosen once. The first step takes the 4 k largest entries of |D| as candidates. ``residual_warmup_steps`` steps
 average D there; the k candidates with the largest averages become S. So no dense average is needed.
 """
@@ -22,7 +29,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from galore_trainer.core.galore import CHUNK, chunk_of, lift
+from galore_trainer.core.galore import CHUNK, chunk_of, lift, normalised, unbiased
 from galore_trainer.core.sparse import Support, read_at
 
 CANDIDATES_PER_ENTRY = 4  # candidates for one entry of the support
@@ -108,6 +115,41 @@ def lost_at(G_S: Tensor, R: Tensor, P: Tensor, side: str, support: Support) -> T
         for a, b in zip(i.split(width), j.split(width), strict=True)
     ]
     return G_S - torch.cat(lifted).view(support.positions.shape)
+
+
+def lifted_at(N: Tensor, P: Tensor, side: str, support: Support) -> Tensor:
+    """lift(N)[S], [blocks, lines, k]."""
+    nothing = torch.zeros(support.positions.shape, dtype=N.dtype, device=N.device)
+    return lost_at(nothing, N, P, side, support).neg_()
+
+
+def correct(
+    m: Tensor,
+    v: Tensor,
+    u: Tensor,
+    D: Tensor,
+    G_S: Tensor,
+    lifted: Tensor,
+    ok: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take D[S] and G[S] into the moments of S, and normalise the corrected ones: the new (m, v), and N_S.
+
+    Args:
+        m, v, u: moments [blocks, lines, k] and their age before this step, [blocks, 1, 1].
+        D, G_S: D[S] and G[S].
+        lifted: lift of the unbiased first moment, at S.
+        ok: [blocks, 1, 1]; where it is 0, m and v stay and N_S is 0.
+        betas, eps: as in the equations.
+    """
+    b1, b2 = betas
+    D, G_S = (torch.where(ok > 0.0, x, 0.0) for x in (D, G_S))  # a product with 0 would keep NaN
+    u, ok = u + ok, ok.to(D.dtype)
+    m = torch.lerp(m, D, ok * (1.0 - b1))
+    v = torch.lerp(v, G_S * G_S, ok * (1.0 - b2))
+    return m, v, normalised(ok * (lifted + unbiased(m, u, b1)), unbiased(v, u, b2), eps)
 
 
 def samples(device: torch.device) -> bool:

@@ -41,7 +41,7 @@ def weight_table(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> str:
         Text with columns ``COLUMNS``; ``lr`` is the effective one (lr x scale, lr x plain_lr_ratio) at the peak of the
         schedule, ``state`` the bytes of optimizer state; ``heads`` reads "9, one lends" for a shared basis, and
         "unknown: joint" where an attention weight fell back to joint. The line of all projected weights names the
-        residual in force.
+        residual in force, and whether it corrects moments.
     """
     return str(plan_table(_weights(optimizer, model), optimizer.config))
 
@@ -78,6 +78,8 @@ def plan_table(weights: Iterable[tuple[Weight, str]], config: GaLoreConfig) -> T
             count = sum(r.parameters for r in members)
             state = human_bytes(sum(r.state for r in members))
             residual = f"residual {config.resolved_residual}" if kind == "projected" else ""
+            if residual and config.residual_mode == "moments":
+                residual += " (moments, by torch)"
             lines.append((f"all {kind}", residual, "", f"{count:,}", f"{count / total:.1%}", "", "", "", "", state))
     return TextTable(COLUMNS, lines, NUMERIC)
 

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from galore_trainer.core.galore import compute_dtype
+from galore_trainer.core.galore import compute_dtype, widen
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import NOISE, Stored, decode, decode_basis, encode, encode_basis
 from galore_trainer.core.scaled import noise_of
-from galore_trainer.core.sparse import Support
+from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.kept import KeptGradient
 from galore_trainer.optim.local import AGE, Piece
@@ -105,6 +105,10 @@ class Bucket:
         if key not in self._supports:
             self._supports[key] = Support(self.get(key), self.matrix.columns).wide()
         return self._supports[key]
+
+    def gradient_at(self, key: str) -> Tensor:
+        """G at the positions that are stored under a key, in their shape."""
+        return self.kept(lambda grad: grad.sampled) if self.G is None else widen(read_at(self.G, self.support(key)))
 
     # ------------------------------------------------------------------ state
 

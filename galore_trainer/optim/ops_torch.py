@@ -11,10 +11,10 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.galore import usable_parts, widen
+from galore_trainer.core.galore import usable_parts
 from galore_trainer.core.residual import lost_at
 from galore_trainer.core.scaled import Dense, line_factors, squared_norms
-from galore_trainer.core.sparse import part_of, read_at
+from galore_trainer.core.sparse import part_of
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.param_groups import scale_of
@@ -61,10 +61,7 @@ class TorchOps:
 
     def lost(self, bucket: Bucket, R: Tensor, key: str) -> Tensor:
         """What the projection loses at the positions stored under ``key``, in their shape."""
-        support = bucket.support(key)
-        G = bucket.G
-        at_support = bucket.kept(lambda grad: grad.sampled) if G is None else widen(read_at(G, support))
-        return lost_at(at_support, R, bucket.P, bucket.matrix.side, support)
+        return lost_at(bucket.gradient_at(key), R, bucket.P, bucket.matrix.side, bucket.support(key))
 
     def adam_(self, incoming: Sequence[Incoming], moments: Sequence[tuple[str, bool]], age: str) -> list[Tensor]:
         """Take R into a pair of moments of each bucket, in place; the normalised updates N.

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import residual, scaled
-from galore_trainer.core.galore import usable_parts
+from galore_trainer.core.galore import unbiased, usable_parts
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import Form, stored_form
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.layouts.shard import Ranks
+from galore_trainer.optim.bucket import MOMENTS as OF_PROJECTED
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
 from galore_trainer.optim.ops_torch import Incoming
@@ -191,25 +192,65 @@ def lost_entries(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLore
 
 
 def take_in(
-    projected: Sequence[Incoming], lost: Sequence[Tensor | None], ops: Any, config: GaLoreConfig
+    projected: Sequence[Incoming],
+    updates: Sequence[Tensor],
+    lost: Sequence[Tensor | None],
+    ops: Any,
+    config: GaLoreConfig,
 ) -> list[Tensor | None]:
     """Take lost entries into their moments.
 
     Args:
-        projected: gradients of some buckets.
+        projected: gradients of some buckets, which their moments have taken in.
+        updates: N, for each bucket.
         lost: from ``lost_entries``, for each bucket.
         ops: takes them in.
-        config: gives ``residual_scale``.
+        config: gives ``residual_mode`` and ``residual_scale``.
 
     Returns:
-        For each bucket the update of the entries, N_S x residual_scale; None where nothing was lost.
+        For each bucket what the entries add to lift(N): N_S x residual_scale, or under ``residual_mode: moments`` what
+        puts the corrected update in its place; None where nothing was lost.
     """
+    if config.residual_mode == "moments":
+        pairs = zip(projected, updates, lost, strict=True)
+        return [None if D is None else _corrected(bucket, N, D, ok, config) for (bucket, _, ok), N, D in pairs]
     incoming = [Incoming(bucket, D, ok) for (bucket, _, ok), D in zip(projected, lost, strict=True) if D is not None]
-    updates = ops.adam_(incoming, MOMENTS, RESIDUAL_AGE)
+    sparse = ops.adam_(incoming, MOMENTS, RESIDUAL_AGE)
     if config.residual_scale != 1.0:
-        updates = [N_S * config.residual_scale for N_S in updates]
-    in_order = iter(updates)
+        sparse = [N_S * config.residual_scale for N_S in sparse]
+    in_order = iter(sparse)
     return [None if D is None else next(in_order) for D in lost]
+
+
+def _corrected(bucket: Bucket, N: Tensor, D: Tensor, ok: Tensor, config: GaLoreConfig) -> Tensor:
+    """size N_S - lift(N)[S]: at S the update of corrected moments takes the place of the lifted one.
+
+    Args:
+        bucket: of this step.
+        N, D: the lifted update, and what was lost at S.
+        ok: [pieces].
+        config: gives ``residual_scale``.
+    """
+    support, spread = bucket.support(INDEX), bucket.spread(ok)
+    lifted_at = functools.partial(residual.lifted_at, P=bucket.P, side=bucket.matrix.side, support=support)
+    betas, (first, signed) = bucket.group["betas"], OF_PROJECTED[0]
+    M = unbiased(bucket.get_moment(first, signed=signed), bucket.ages(AGE) + spread, betas[0])
+    m, v = (bucket.get_moment(key, signed=signed) for key, signed in MOMENTS)
+    m, v, N_S = residual.correct(
+        m,
+        v,
+        bucket.ages(RESIDUAL_AGE),
+        D,
+        bucket.gradient_at(INDEX),
+        lifted_at(M),
+        spread,
+        betas=betas,
+        eps=bucket.group["eps"],
+    )
+    for (key, signed), value in zip(MOMENTS, (m, v), strict=True):
+        bucket.put_moment(key, value, signed=signed, ok=spread)
+    size = config.residual_scale / bucket.matrix.auto_scale  # moves an entry of S as far as lift(N) does on average
+    return size * N_S - lifted_at(N)
 
 
 def in_place_of_scaled(bucket: Bucket, update: Scaled, N_S: Tensor, D: Tensor, ok: Tensor) -> Tensor:
@@ -235,10 +276,14 @@ def make_support(w: LocalWeight, config: GaLoreConfig) -> None:
 
 
 def takes_triton(piece: Piece, config: GaLoreConfig) -> bool:
-    """Whether the kernels know what the residual of a piece needs in this step: candidates warm up in torch."""
+    """Whether the kernels know what the residual of a piece needs in this step.
+
+    Candidates warm up in torch, and torch corrects moments.
+    """
     if not (has_sparse(piece.matrix, config) and has_begun(piece.state, config)):
         return True
-    return config.residual_selection == "row" and piece.prefix + INDEX in piece.state
+    separate = config.residual_mode == "separate"
+    return separate and config.residual_selection == "row" and piece.prefix + INDEX in piece.state
 
 
 def kernel_phase(piece: Piece, config: GaLoreConfig) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_trainer.config import AUTO, SPARSE_PERCENT, GaLoreConfig
+from galore_trainer.config import AUTO, HEAD_ROLES, SPARSE_PERCENT, GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import Placement
 from galore_trainer.layouts.shard import Shard
@@ -28,6 +28,8 @@ OTHER_LAYOUT = (
 
 SCALE_BEFORE_SAVED = 10.0
 """The scale of checkpoints that do not name it."""
+DEFAULT_MODE = GaLoreConfig().residual_mode
+OF_ROLES = " of "  # between a saved ``head_sharing`` and the roles that share
 
 
 def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> None:
@@ -57,13 +59,18 @@ def saved_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a projected group as a state dict holds them.
 
     A reader such as ``torch.distributed.checkpoint`` wants the keys that it has saved, so that there are no new ones:
-    residual and scale stand in ``residual_percent``, which is a number for a sparse residual (0 for none) at scale 10.
+    residual, its mode and scale stand in ``residual_percent``, which is a number for a separate sparse residual (0 for
+    none) at scale 10; ``head_sharing`` names the roles that share where not all of them do.
     """
     settings = dict(group["galore"])
     residual, own_scale, percent = settings.pop("residual"), settings.pop("scale"), settings["residual_percent"]
+    mode, roles = settings.pop("residual_mode"), settings.pop("share_heads_of")
     scale = group.get("scale", own_scale)
-    if residual not in ("sparse", "none") or scale != SCALE_BEFORE_SAVED:
-        settings["residual_percent"] = f"{residual} {percent:g}, scale {scale}"
+    if residual not in ("sparse", "none") or mode != DEFAULT_MODE or scale != SCALE_BEFORE_SAVED:
+        of_mode = "" if mode == DEFAULT_MODE else f" {mode}"
+        settings["residual_percent"] = f"{residual} {percent:g}{of_mode}, scale {scale}"
+    if len(roles) < len(HEAD_ROLES):
+        settings["head_sharing"] += f"{OF_ROLES}{', '.join(roles)}"
     return settings
 
 
@@ -74,13 +81,17 @@ def _settings_in(group: Mapping[str, Any]) -> dict[str, Any]:
         "residual_percent": SPARSE_PERCENT,
         **group.get("galore", {}),
     }
+    sharing, _, roles = str(saved["head_sharing"]).partition(OF_ROLES)
+    if roles:
+        saved |= {"head_sharing": sharing, "share_heads_of": roles.split(", ")}
     text = saved["residual_percent"]
     try:
         if not isinstance(text, str):
             return {**saved, "residual": "sparse" if text > 0.0 else "none", "scale": SCALE_BEFORE_SAVED}
-        residual, percent, _, scale = text.replace(",", "").split()
+        of_residual, scale = text.split(", scale ")
+        residual, percent, mode = (*of_residual.split(), DEFAULT_MODE)[:3]
         numbers = {"residual_percent": float(percent), "scale": scale if scale == AUTO else float(scale)}
-        return {**saved, "residual": residual, **numbers}
+        return {**saved, "residual": residual, "residual_mode": mode, **numbers}
     except (TypeError, ValueError):
         wanted = "a number, or a residual with its percent and scale"
         raise OptionError("checkpoint", f"residual_percent {text!r}", wanted, WAY_OUT) from None

@@ -66,9 +66,9 @@ def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: G
         # D = G - lift(R) by ``ops.lost``, while a CPU's cache holds G; puts ok to 0.0 where D is not usable.
         lost.append(residual.lost_entries(bucket, ops, R, ok, config))
         projected.append(Incoming(bucket, R, ok))
-    sparse = residual.take_in(projected, lost, ops, config)
     # M <- b1 M + (1 - b1) R, V <- b2 V + (1 - b2) R R, N = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
     updates = ops.adam_(projected, MOMENTS, AGE)
+    sparse = residual.take_in(projected, updates, lost, ops, config)
     return [
         # phi_j = residual_scale ||N_j|| / ||R_j|| for each line
         Taken(bucket, ok, N, residual.scale_lost(bucket, ops, R, N, ok, config), D, N_S)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from galore_trainer.config import GaLoreConfig
+from galore_trainer.config import HEAD_ROLES, GaLoreConfig
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.precision import stored_basis_bytes, stored_bytes
@@ -74,8 +74,8 @@ class Weight:
 
     def falls_back(self, config: GaLoreConfig) -> bool:
         """Whether it is an attention weight that should share bases by head and is projected jointly instead."""
-        should = config.head_sharing != "joint" and should_have_heads(module_of(self.name), config.share_output_heads)
-        return should and bool(self.matrices) and not any(m.head_dim for m in self.matrices)
+        known = any(m.head_dim or m.label for m in self.matrices)  # parts of a fused weight have labels
+        return bool(self.matrices) and not known and should_share(module_of(self.name), config)
 
     def state_bytes(self, config: GaLoreConfig) -> dict[str, int]:
         """Bytes of optimizer state before any step, without counters.
@@ -97,6 +97,14 @@ class Weight:
         if self.kind == "plain":
             size["plain"] = 2 * stored_bytes((1, self.parameter.numel()), config.plain_state_bits, dtype)
         return size
+
+
+def should_share(module_name: str, config: GaLoreConfig) -> bool:
+    """Whether a weight of this name should share bases by head: it is in an attention, and the settings include it."""
+    role = role_of(module_name, config.share_output_heads)
+    if config.head_sharing == "joint" or (role in HEAD_ROLES and role not in config.shared_roles):
+        return False
+    return should_have_heads(module_name, config.share_output_heads)
 
 
 def plan_weights(model: nn.Module, config: GaLoreConfig) -> list[Weight]:
@@ -179,11 +187,10 @@ def _check_heads(model: nn.Module, weights: list[Weight], config: GaLoreConfig, 
 def _project(candidate: Candidate, rank: int, config: GaLoreConfig) -> tuple[list[LogicalMatrix], str]:
     """The logical matrices of a weight, and why it is projected without its heads where it should have some."""
     name, shape, transposed = candidate.name, candidate.shape, candidate.transposed
-    may_share = config.head_sharing != "joint" and len(shape) == 2
-    role = role_of(name, config.share_output_heads) if may_share else None
+    should = len(shape) == 2 and should_share(name, config)
+    role = role_of(name, config.share_output_heads) if should else None
     if role is None:
-        unknown = may_share and should_have_heads(name, config.share_output_heads)
-        reason = "no layout of heads is known by its name" if unknown else ""
+        reason = "no layout of heads is known by its name" if should else ""
         return [project_whole(shape, name, config, rank, transposed)], reason
     m, n = shape[::-1] if transposed else shape
     model_config = next((c for module in candidate.around if (c := getattr(module, "config", None)) is not None), None)

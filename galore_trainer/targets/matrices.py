@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from galore_trainer.config import GaLoreConfig
+from galore_trainer.config import HEAD_ROLES, GaLoreConfig
 from galore_trainer.core.matrix import LogicalMatrix, Side
 from galore_trainer.core.residual import support_size
 from galore_trainer.errors import OptionError
@@ -25,7 +25,7 @@ class Part(NamedTuple):
         label: ``q``, ``k``, ``v``, ``gate`` or ``z``; empty where the weight is one part.
         heads: number of heads.
         head_dim: rows of a head.
-        joint: one basis from all rows, because the part is neither q, k nor v.
+        joint: one basis from all rows: the part is neither q, k nor v, or shares none by ``share_heads_of``.
     """
 
     label: str
@@ -212,6 +212,8 @@ def project_heads(
         raise unknown_heads(name, config, f"{' + '.join(parts)} rows are not its {m} rows")
     matrices, start = [], 0
     for part in layout.parts:
+        if part.label in HEAD_ROLES and part.label not in config.shared_roles:
+            part = part._replace(joint=True)
         rows: dict[str, Any] = {"length": part.heads * part.head_dim, "transposed": transposed}
         if len(layout.parts) > 1:
             rows |= {"outer": layout.outer, "start": start}

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from galore_trainer.config import HEAD_ROLES
 from galore_trainer.run.launching.start import is_taken
 from galore_trainer.run.results.publish import check_publish
 from galore_trainer.run.settings.arguments import check_method, training_arguments
@@ -90,9 +91,10 @@ def _method(config: RunConfig) -> str:
     if block == "lora":
         stabilised = " over sqrt(rank)" if lora.use_rslora else ""
         return f"{config.method}: rank {lora.rank}, alpha {lora.alpha}{stabilised}, dropout {lora.dropout:g}{trainer}"
+    roles = "" if galore.shared_roles in ((), HEAD_ROLES) else f" for {', '.join(galore.shared_roles)}"
     return (
         f"{config.method}: rank {galore.rank}, a new projection every {galore.update_proj_gap} steps, "
-        f"heads {galore.head_sharing}, svd {galore.svd}, moments {galore.momentum_transfer}{trainer}"
+        f"heads {galore.head_sharing}{roles}, svd {galore.svd}, moments {galore.momentum_transfer}{trainer}"
     )
 
 

@@ -118,10 +118,11 @@ def _key_settings(config: RunConfig) -> str:
     if block != "galore":
         return ""
     scale = galore.scale if isinstance(galore.scale, str) else f"{galore.scale:g}"
+    corrects = " that corrects moments" if galore.residual_mode == "moments" else ""
     residual = {
         "none": "no residual",
         "scaled": "scaled residual",
-        "sparse": f"residual of {galore.sparse_percent:g} %",
+        "sparse": f"residual of {galore.sparse_percent:g} %{corrects}",
         "both": f"scaled residual, and moments of {galore.sparse_percent:g} %",
     }[galore.resolved_residual]
     return f"rank {galore.rank}, scale {scale}, a new basis every {galore.update_proj_gap} steps, {residual}"
