@@ -51,7 +51,7 @@ class TritonOps:
         known = bucket.ok
         if first.kept is None:
             G = places["gradients"]
-            P = places.bases(first.owner.compute_in or G.dtype)
+            P = places.bases(bucket, first.owner.compute_in or G.dtype)
             if has_scaled(matrix, self.config):
                 lines = matrix.moment_shape[1 if matrix.side == "right" else 2]
                 bucket.norms = torch.empty(len(P), lines, dtype=torch.float32, device=P.device)
@@ -71,7 +71,7 @@ class TritonOps:
             G, layout = places["gradients"], places.layout(first.grad)
         else:
             G, layout = places["sampled"], None
-        P = places.bases(first.owner.compute_in or first.grad.dtype)  # in the precision that projected
+        P = places.bases(bucket, first.owner.compute_in or first.grad.dtype)  # in the precision that projected
         return loss_at(G, layout, places[key], R, P, matrix.side, matrix.blocks, count)
 
     def adam_(self, incoming: Sequence[Incoming], moments: Sequence[tuple[str, bool]], age: str) -> list[Tensor]:
@@ -147,7 +147,7 @@ class TritonOps:
             places["weights"],
             layout,
             N,
-            places.bases(self._update_dtype(bucket)),
+            places.bases(bucket, self._update_dtype(bucket)),
             matrix.side,
             ok,
             matrix.blocks,
@@ -183,10 +183,11 @@ class Places:
     def __init__(self, bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
         from galore_trainer.kernels.tables import scatter
 
-        self._bucket, first = bucket, bucket.pieces[0]
+        first = bucket.pieces[0]
+        self._matrix = bucket.matrix  # not the bucket, which keeps these places: a cycle would outlive the step
         self._bases: dict[torch.dtype, Tensor] = {}
         self._alive: list[Any] = []  # tensors that live as long as their addresses
-        tensors: dict[str, list[Tensor]] = {BASIS: self._stored_bases()}
+        tensors: dict[str, list[Tensor]] = {BASIS: self._stored_bases(bucket)}
         moves_residual = bucket.has(residual.INDEX)
         if moves_residual:
             tensors[residual.INDEX] = bucket.stored(residual.INDEX)
@@ -198,10 +199,10 @@ class Places:
                 tensors[key] = [piece.owner.state[key] for piece in bucket.pieces]
         columns = {key: [x.data_ptr() for x in members] for key, members in tensors.items()}
         dtypes = {key: members[0].dtype for key, members in tensors.items()}
-        columns["weights"] = self._begin([piece.weight for piece in bucket.pieces])
+        columns["weights"] = self._begin(bucket, [piece.weight for piece in bucket.pieces])
         dtypes["weights"] = first.weight.dtype
         if first.kept is None:
-            columns["gradients"] = self._begin([piece.grad for piece in bucket.pieces])
+            columns["gradients"] = self._begin(bucket, [piece.grad for piece in bucket.pieces])
             dtypes["gradients"] = first.grad.dtype
         elif moves_residual:
             sampled = bucket.kept(lambda grad: grad.sampled)
@@ -217,21 +218,21 @@ class Places:
         """Weights, gradients, or tensors of the state by their key."""
         return self._scattered[name]
 
-    def _stored_bases(self) -> list[Any]:
+    def _stored_bases(self, bucket: Bucket) -> list[Any]:
         """The stored bases; copies where a piece has some of a matrix's bases that do not follow one another."""
-        stored = [piece.basis(BASIS) for piece in self._bucket.pieces]
-        if self._bucket.pieces[0].block_index is not None:
+        stored = [piece.basis(BASIS) for piece in bucket.pieces]
+        if bucket.pieces[0].block_index is not None:
             self._alive += stored
         return stored
 
-    def _begin(self, stored: Sequence[Tensor]) -> list[int]:
+    def _begin(self, bucket: Bucket, stored: Sequence[Tensor]) -> list[int]:
         """Where the logical matrices begin in weights or gradients."""
         row = stored[0].element_size() * self.layout(stored[0]).row_stride
-        return [x.data_ptr() + piece.matrix.start * row for x, piece in zip(stored, self._bucket.pieces, strict=True)]
+        return [x.data_ptr() + piece.matrix.start * row for x, piece in zip(stored, bucket.pieces, strict=True)]
 
     def layout(self, stored: Tensor) -> Any:
         """How the logical matrices lie in tensors like this one."""
-        matrix = self._bucket.matrix
+        matrix = self._matrix
         key = (matrix.form, stored.shape, stored.stride())
         if key not in _LAYOUTS:
             from galore_trainer.kernels.tables import Layout
@@ -239,18 +240,18 @@ class Places:
             _LAYOUTS[key] = Layout.of(matrix.rows_of(stored))
         return _LAYOUTS[key]
 
-    def bases(self, dtype: torch.dtype) -> Tensor:
-        """The bases of all pieces in a dtype, [pieces x blocks, ...]."""
+    def bases(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
+        """The bases of all pieces of this bucket in a dtype, [pieces x blocks, ...]."""
         from galore_trainer.kernels.project import join
 
         if dtype not in self._bases:
             stored: Any = self._scattered[BASIS]
             if stored.dtype == dtype:
-                self._bases[dtype] = self._bucket.stored_bases()  # type: ignore[assignment]
+                self._bases[dtype] = bucket.stored_bases()  # type: ignore[assignment]
             elif stored.dtype == torch.int8:
-                self._bases[dtype] = self._bucket.P.to(dtype)
+                self._bases[dtype] = bucket.P.to(dtype)
             else:
-                self._bases[dtype] = join(stored, self._bucket.matrix.basis_shape, dtype)
+                self._bases[dtype] = join(stored, self._matrix.basis_shape, dtype)
         return self._bases[dtype]
 
 

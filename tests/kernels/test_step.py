@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.optim import refresh
 from galore_trainer.optim import step as steps
+from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.ops_triton import TritonOps
 
@@ -196,3 +200,24 @@ def test_auto_takes_torch_off_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = calls_of(monkeypatch)
     train("auto", torch.device("cpu"), steps=2)
     assert not sizes
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Only reference counts free."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("no_collection")
+def test_gradients_end_with_their_step(case: str, kernels: str, device: torch.device) -> None:
+    """In a cycle of references they would pile up until the next garbage collection."""
+    params, optimizer = train(kernels, device, steps=GAP + 1, **CASES[case])
+    gradients = [weakref.ref(p.grad) for p in params if isinstance(p.grad, torch.Tensor)]
+    optimizer.zero_grad()
+    assert not any(gradient() is not None for gradient in gradients)
+    assert not any(isinstance(x, Bucket) for x in gc.get_objects())
