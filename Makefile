@@ -46,8 +46,9 @@ figures: setup  # every plot and generated table of README.md and docs/; predict
 	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/fit.py
 	$(VENV)/bin/python docs/figures.py
 
-results: setup  # results/RESULTS.md, docs/evidence.md and the studies' tables and plots, from results/*/study.jsonl
+results: setup  # results/RESULTS.md, docs/evidence.md, the studies' tables and README's row, from results/*/study.jsonl
 	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/evidence.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/figures.py
 
 notebooks: setup  # run them and keep what they print; some minutes on a quiet machine
 	$(VENV)/bin/python docs/notebooks.py

@@ -117,12 +117,12 @@ def sentence(number: int, claim: Claim, studies: Mapping[str, Study]) -> str:
     """What holds and what does not, in words, with the figures."""
     parts = outcomes(claim, studies)
     came = verdict(parts)
-    start = f"**Claim {number} {said(came)}** ({claim.text}): "
+    start = f"**Claim {number}, that {claim.text}, {said(came)}**: "
     if came == "not run yet":
         gaps = [f"{shown(part.pair.by_problem())} to {part.pair.second[1]}" for part in parts if part.pair]
-        one = f"; by problem, the seed of the search says {' and '.join(gaps)}" if gaps else ""
+        one = f"; on the seed of the search the difference is, by problem, {' and '.join(gaps)}" if gaps else ""
         return f"{start}{min(part.seeds for part in parts)} of {len(SEEDS)} seeds{one}."
-    return f"{start}{'; '.join(in_words(part) for part in parts)}."
+    return f"{start}it is {' and '.join(in_words(part) for part in parts)}."
 
 
 def said(verdict: Verdict) -> str:
@@ -144,8 +144,8 @@ def in_words(part: Outcome) -> str:
     if part.verdict == "not run yet" or part.pair is None:
         return f"{part.seeds} of {len(SEEDS)} seeds against {against}"
     words = WORDS_OF_MARGIN if part.comparison.margin else WORDS
-    better = ", the better setting," if len(part.comparison.second) > 1 else ""
-    return f"{words[part.verdict]} {against}{better} by {shown(part.pair.by_seed())} over {part.seeds} seeds"
+    better = "the better setting; " if len(part.comparison.second) > 1 else ""
+    return f"{words[part.verdict]} {against} ({better}{shown(part.pair.by_seed())} over {part.seeds} seeds)"
 
 
 def claims_table(studies: Mapping[str, Study]) -> str:

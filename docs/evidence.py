@@ -15,7 +15,7 @@ from typing import Any
 
 import plots
 from blocks import table, write_block
-from claims import CLAIMS, OVER_SEEDS, SEARCH, claims_table, outcomes, sentence
+from claims import CLAIMS, OVER_SEEDS, SEARCH, SEEDS, claims_table, outcomes, sentence
 from galore_trainer.run.results.columns import columns
 from studies import RESULTS, ROOT, Pair, Study, methods_table, paired, pairs_table, rates_table, shown, sources, values
 from studies import studies as read_studies
@@ -85,59 +85,66 @@ def summary(studies: Studies) -> str:
 
 def noise(studies: Studies) -> str:
     """How far seeds lie apart, for one setting and for a difference, and which neighbours are not told apart."""
-    study = studies.get(OVER_SEEDS)
-    seeds = [study.best(name) for name in study.runs] if study else []
-    deviations = [statistics.stdev(run.loss for run in runs.values()) for runs in seeds if len(runs) > 1]
-    spreads = [
-        statistics.stdev(a[seed].loss - b[seed].loss for seed in both)
-        for a, b in itertools.combinations(seeds, 2)
-        if len(both := a.keys() & b.keys()) > 1
-    ]
-    if study is None or not spreads:
+    study, one = studies.get(OVER_SEEDS), one_seed(studies)
+    if study is None or one is None:
         return "**What is noise** between seeds is not known yet."
-    one = 1.96 * math.sqrt(statistics.fmean(spread**2 for spread in spreads))
+    seeds = [study.best(name) for name in study.runs]
+    deviations = [statistics.stdev(run.loss for run in runs.values()) for runs in seeds if len(runs) > 1]
     text = (
         f"**Noise:** over seeds the loss of one setting has a standard deviation of {min(deviations):.4f} to "
-        f"{max(deviations):.4f}, and a difference that one seed shows has an interval of ±{one:.4f} about it"
+        f"{max(deviations):.4f}, and a difference that one seed shows is known to ±{one:.4f}"
     )
     pairs = [Pair((study, a), (study, b)) for a, b in itertools.pairwise(study.ranked())]
     level = [pair for pair in pairs if pair.comparable() and (gap := pair.by_seed()).low <= 0 <= gap.high]
-    names = "; ".join(f"{pair.first[1]} and {pair.second[1]} ({shown(pair.by_seed())})" for pair in level)
+    names = "; ".join(f"{pair.name} {shown(pair.by_seed())}" for pair in level)
     return f"{text}; neighbours that the seeds do not tell apart: {names}." if level else f"{text}."
+
+
+def one_seed(studies: Studies) -> float | None:
+    """Half the 95 % interval about a difference of one seed, from the spread of all differences between methods."""
+    study = studies.get(OVER_SEEDS)
+    seeds = [study.best(name) for name in study.runs] if study else []
+    variances = [
+        statistics.variance(a[seed].loss - b[seed].loss for seed in both)
+        for a, b in itertools.combinations(seeds, 2)
+        if len(both := a.keys() & b.keys()) > 1
+    ]
+    return paired.NORMAL * math.sqrt(statistics.fmean(variances)) if variances else None
 
 
 def mended(studies: Studies) -> str:
     """What changes to the method gave on one seed, and what those that were run over seeds gave."""
     study, text = studies.get(CHANGES), ""
     if study is not None:
-        pairs = sorted(pairs_of(study, studies), key=lambda pair: pair.by_problem().mean)
-        gaps = {pair.first[1]: pair.by_problem() for pair in pairs}
+        gaps = {pair.first[1]: pair.by_problem() for pair in changed(study, studies)}
         sides = {
-            "lower the loss": [name for name, gap in gaps.items() if gap.high < 0],
-            "change nothing that can be seen": [name for name, gap in gaps.items() if gap.low <= 0 <= gap.high],
-            "raise it": [name for name, gap in gaps.items() if gap.low > 0],
+            "lower": [name for name, gap in gaps.items() if gap.high < 0],
+            "not told apart": [name for name, gap in gaps.items() if gap.low <= 0 <= gap.high],
+            "higher": [name for name, gap in gaps.items() if gap.low > 0],
         }
         told = [
-            f"{len(names)} {what} (" + "; ".join(f"{name} {gaps[name].mean:+.4f}" for name in names) + ")"
+            f"{what}: " + ", ".join(f"{name} ({gaps[name].mean:+.4f})" for name in names)
             for what, names in sides.items()
             if names
         ]
-        text = f"**Tried to lower it further**, one seed, by problem: of {len(gaps)} changes {', '.join(told)}."
+        text = f"**Tried to mend it**, one seed, by problem, of {len(gaps)} changes {'; '.join(told)}"
+        if one := one_seed(studies):
+            beyond = [name for name, gap in gaps.items() if abs(gap.mean) > one]
+            text += f"; beyond the noise of one seed: {', '.join(beyond) or 'none'}"
+        text += "."
     over = studies.get(OVER_SEEDS)
-    extra = beside(over) if over else []
-    if extra:
-        named = "; ".join(f"{pair.name} {shown(pair.by_seed())}, n {pair.by_seed().n}" for pair in extra)
-        text += f" Over seeds, chosen after the search and so no claim: {named}."
-    return text
+    if over and (extra := [pair for pair in beside(over) if pair.comparable()]):
+        gaps_of = "; ".join(f"{pair.name} {shown(pair.by_seed())}, n {pair.by_seed().n}" for pair in extra)
+        text += f" Over seeds, chosen after the search and so no claim: {gaps_of}."
+    return text.strip()
+
+
+def changed(study: Study, studies: Studies) -> list[Pair]:
+    """The pairs of the study of changes, the lowest difference first."""
+    return sorted(pairs_of(study, studies), key=lambda pair: pair.by_problem().mean)
 
 
 # ---------------------------------------------------------------------------------------------------- the tables
-
-
-def finalists(studies: Studies) -> str:
-    """The methods of the runs over seeds."""
-    study = studies.get(OVER_SEEDS)
-    return methods_table(study) + sources([study]) if study else not_run(OVER_SEEDS)
 
 
 def changes(studies: Studies) -> str:
@@ -145,25 +152,60 @@ def changes(studies: Studies) -> str:
     study = studies.get(CHANGES)
     if study is None:
         return not_run(CHANGES)
-    pairs = sorted(pairs_of(study, studies), key=lambda pair: pair.by_problem().mean)
+    pairs = changed(study, studies)
     return pairs_table(pairs) + sources(side[0] for pair in pairs for side in pair)
 
 
-def search(studies: Studies) -> str:
-    """Every method of the studies of learning rates at its best one, and what finding it took."""
-    found = [study for study in studies.values() if study.searches]
-    if not found:
+def methods(studies: Studies) -> str:
+    """Every method at its best rate: its loss on the seed of the search, what the search took, its loss over seeds.
+
+    The lowest loss stands first: over seeds where it is known, else of the search.
+    """
+    over = studies.get(OVER_SEEDS)
+    found = [study for study in searches(studies) if study is not over]
+    every = [(method, study) for study in found for method in study.runs]
+    searched = {method for method, _ in every}
+    every += [(method, over) for method in (over.runs if over else ()) if over and method not in searched]
+    if not every:
         return not_run(SEARCH)
-    state = columns(result for study in found for result in study.results())["state_bytes"]
-    every = [(study, method) for study in found for method in study.runs]
+    used = [*found, *([over] if over else [])]
+    table_of = columns(result for study in used for result in study.results())
+    state, loss = table_of["state_bytes"], table_of["eval_loss"]
     rows = []
-    for study, method in sorted(every, key=lambda one: one[0].loss(one[1])):
+    for method, study in sorted(every, key=lambda one: (over if over and one[0] in over.runs else one[1]).loss(one[0])):
         runs = [run.result for run in study.best(method).values()]
+        row = [method, state.show(values(state, runs)).partition(" ")[0], f"{study.rate(method):g}"]
         count = sum(len(seeds) for seeds in study.runs[method].values())
-        cells = (f"{study.rate(method):g}", f"{study.loss(method):.4f}", str(count), study.at_edge(method))
-        rows.append((method, study.link, state.show(values(state, runs)), *cells))
-    head = ("method", "study", state.title, "best rate", "eval loss", "runs", "best at the edge")
-    return table([head, *rows]) + sources(found)
+        row += ["-", "-", ""] if study is over else [f"{study.loss(method):.4f}", str(count), study.at_edge(method)]
+        if over:
+            seeds = [run.result for run in over.best(method).values()] if method in over.runs else []
+            row.append(f"{loss.show(values(loss, seeds))}, n {len(seeds)}" if seeds else "-")
+        rows.append(row)
+    head = ("method", state.title, "best rate", "eval loss of the search", "its runs", "best at the edge")
+    return table([(*head, *["over seeds"] * bool(over)), *rows]) + sources(used)
+
+
+def searches(studies: Studies) -> list[Study]:
+    """The search, and studies of learning rates that were scored on the same examples."""
+    first = studies.get(SEARCH)
+    return [study for study in studies.values() if first and study.searches and study.examples == first.examples]
+
+
+def loss_row(studies: Studies) -> tuple[str, str, str]:
+    """A row of README: the differences of claim 1."""
+    parts = outcomes(CLAIMS[0], studies)
+    over = all(part.verdict != "not run yet" for part in parts)
+    gaps = [
+        f"{part.pair.second[1].split(',')[0]} {shown(part.pair.by_seed() if over else part.pair.by_problem())}"
+        for part in parts
+        if part.pair
+    ]
+    n = f"{len(SEEDS)} seeds" if over else "one seed, by problem"
+    return (
+        "eval loss of rank 128 - another's, 95 % interval",
+        ", ".join(gaps),
+        f"[RESULTS](results/RESULTS.md), 135M on GSM8K, {n}",
+    )
 
 
 def unfinished(studies: Studies) -> str:
@@ -224,9 +266,8 @@ def blocks(studies: Studies) -> dict[tuple[Path, str], str]:
     makers: dict[str, Callable[[Studies], str]] = {
         "summary": summary,
         "claims": claims_table,
-        "finalists": finalists,
+        "methods": methods,
         "changes": changes,
-        "search": search,
         "others": others,
         "unfinished": unfinished,
     }
@@ -243,7 +284,7 @@ def blocks(studies: Studies) -> dict[tuple[Path, str], str]:
 def rate_curves(studies: Studies) -> plots.Curves:
     """Mean loss at every learning rate: family -> method -> rate -> loss."""
     panels: plots.Curves = {name: {} for name in FAMILIES}
-    for study in studies.values():
+    for study in searches(studies):
         for method, rates in study.runs.items():
             if len(rates) > 1:
                 losses = {
@@ -277,8 +318,8 @@ def differences(studies: Studies) -> plots.Intervals:
         f"claims, by problem, {seeds}": {pair.name: ends(pair.by_problem()) for pair in pairs if pair},
     }
     if study := studies.get(CHANGES):
-        tried = sorted(pairs_of(study, studies), key=lambda pair: pair.by_problem().mean)
-        panels["changes, by problem, one seed"] = {pair.name: ends(pair.by_problem()) for pair in tried}
+        tried = {pair.name: ends(pair.by_problem()) for pair in changed(study, studies)}
+        panels["changes, by problem, one seed"] = tried
     return {name: rows for name, rows in panels.items() if rows}
 
 

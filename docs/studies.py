@@ -173,7 +173,7 @@ def shown(gap: paired.Difference, digits: int = 4) -> str:
     """A difference with its interval."""
     if gap.n < 2:
         return f"{gap.mean:+.{digits}f}"
-    return f"{gap.mean:+.{digits}f} ({gap.low:+.{digits}f} to {gap.high:+.{digits}f})"
+    return f"{gap.mean:+.{digits}f} [{gap.low:+.{digits}f}, {gap.high:+.{digits}f}]"
 
 
 def rates_table(study: Study) -> str:
