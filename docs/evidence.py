@@ -195,11 +195,12 @@ def loss_row(studies: Studies) -> tuple[str, str, str]:
     """A row of README: the differences of claim 1."""
     parts = outcomes(CLAIMS[0], studies)
     over = all(part.verdict != "not run yet" for part in parts)
-    gaps = [
-        f"{part.pair.second[1].split(',')[0]} {shown(part.pair.by_seed() if over else part.pair.by_problem())}"
-        for part in parts
-        if part.pair
-    ]
+    gaps = []
+    for part in parts:
+        if part.pair:
+            several = len(part.comparison.second) > 1
+            name = f"{part.comparison.second[0]} (better setting)" if several else part.pair.second[1]
+            gaps.append(f"{name} {shown(part.pair.by_seed() if over else part.pair.by_problem())}")
     n = f"{len(SEEDS)} seeds" if over else "one seed, by problem"
     return (
         "eval loss of rank 128 - another's, 95 % interval",

@@ -15,7 +15,9 @@ from typing import Any
 import fit
 from blocks import table, write_block
 from conversions import conversions
+from evidence import loss_row
 from plots import INK, OTHERS, OURS, drawing, save
+from studies import studies
 from version_table import versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +104,7 @@ def measured() -> str:
         row = ratio[f"training: GaLore+ / {other}"]
         return f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
-    ours, leanest = "GaLore+, no residual", "layer-wise, 4 micro-batches, 8-bit, bfloat16 weights"
+    leanest = "layer-wise, 4 micro-batches, 8-bit, bfloat16 weights"
     return table(
         [
             ("what", "measured", "where"),
@@ -117,11 +119,7 @@ def measured() -> str:
                 f"AdamW {step('AdamW fused')}, LoRA {step('LoRA')}, galore-torch {step('galore-torch')}",
                 "[speed](results/speed/README.md), H100, rank 128",
             ),
-            (
-                "eval loss - another's, 95 % interval",
-                f"AdamW {paired('methods', ours, 'AdamW')}, LoRA {paired('methods', ours, 'LoRA')}: no difference seen",
-                "[methods](results/methods/README.md), 135M, three seeds",
-            ),
+            loss_row(studies()),
             (
                 "eval loss, leanest settings - float32",
                 f"{paired('low_memory', leanest, 'float32 states and weights')}: no difference seen",
