@@ -21,7 +21,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,13 +38,13 @@ Losses = list[tuple[float, int]]  # of each example: nats per token, and tokens
 
 
 class Run(NamedTuple):
-    """A finished run; ``correct`` has 1 for each example whose answer was right, and is empty where none was written."""
+    """A finished run; ``correct`` is 1 for each example whose answer was right, and empty where none was written."""
 
     loss: float
     losses: Losses
     seconds: float
     result: Mapping[str, Any] = {}
-    correct: list[int] = []
+    correct: Sequence[int] = ()
 
     def answers(self) -> Losses:
         """Percent of right answers, an example each, all of one weight."""

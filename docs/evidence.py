@@ -41,8 +41,8 @@ FAMILIES = ("GaLore+, scaled residual", "AdamW and adapters", "GaLore+, other re
 def pairs_of(study: Study, studies: Studies) -> list[Pair]:
     """The comparisons of a study's page.
 
-    Studies of the claims' methods have the claims' pairs. In another study of GSM8K each method stands against the
-    scaled residual of its rank in the search, in any other one against the first method.
+    Studies of the claims' methods have the claims' pairs. In another one with the seed and the examples of the search
+    each method stands against the scaled residual of its rank there, else against the first method of the study.
     """
     if study.name in PAIRS:
         named = [(c.first, second) for claim in CLAIMS for c in claim.comparisons for second in c.second]
@@ -56,7 +56,7 @@ def pairs_of(study: Study, studies: Studies) -> list[Pair]:
 def reference(study: Study, method: str, studies: Studies) -> tuple[Study, str]:
     """What a method is compared with."""
     search = studies.get(SEARCH)
-    if search is None or search.examples != study.examples:
+    if search is None or search.examples != study.examples or search.seeds() != study.seeds():
         return study, next(iter(study.runs))
     rank = re.search(r"\br (\d+)\b", method)
     same = f"GaLore+ r {rank[1]}, scaled" if rank else ""
@@ -127,7 +127,7 @@ def mended(studies: Studies) -> str:
             for what, names in sides.items()
             if names
         ]
-        text = f"**Tried to mend it**, one seed, by problem, of {len(gaps)} changes {'; '.join(told)}"
+        text = f"**Tried to lower the loss of GaLore+ further**, on one seed, by problem, {len(gaps)} changes: {'; '.join(told)}"
         if one := one_seed(studies):
             beyond = [name for name, gap in gaps.items() if abs(gap.mean) > one]
             text += f"; beyond the noise of one seed: {', '.join(beyond) or 'none'}"
@@ -342,6 +342,7 @@ def main() -> None:
         page = RESULTS / study.name / "README.md"
         if not page.is_file():
             page.write_text(new_page(study), encoding="utf-8")
+            print(f"new page: write a verdict in {page.relative_to(ROOT)} and a line in results/README.md")
     for (page, name), text in blocks(studies).items():
         write_block(page, name, text)
     for name, (numbers, draw, title) in PLOTS.items():

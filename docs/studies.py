@@ -82,6 +82,10 @@ class Study:
         """The result of every run."""
         return [run.result for rates in self.runs.values() for seeds in rates.values() for run in seeds.values()]
 
+    def seeds(self) -> set[int]:
+        """Those of its runs."""
+        return {result["seed"] for result in self.results()}
+
     @property
     def searches(self) -> bool:
         """Whether it tried several learning rates of a method."""
@@ -108,7 +112,7 @@ class Study:
         versions = {
             name: found for name in PACKAGES if (found := {v for place in places if (v := place["versions"].get(name))})
         }
-        seeds = sorted({result["seed"] for result in results})
+        seeds = sorted(self.seeds())
         shared = any(not run["exclusive"] for cell in self.record["cells"] for run in cell["runs"])
         planned = sum(len(cell["runs"]) for cell in self.record["cells"])
         commits = {(place["commit"] or "not recorded")[: 7 if place["commit"] else None] for place in places}
@@ -141,9 +145,10 @@ class Pair(NamedTuple):
         return one.best(method), other.best(against)
 
     def comparable(self) -> bool:
-        """Whether both have a seed in common and were scored on the same examples."""
+        """Whether both have a seed in common and losses of the same examples."""
         first, second = self.runs()
-        return bool(first.keys() & second.keys()) and self.first[0].examples == self.second[0].examples
+        whole = all(run.losses for runs in (first, second) for run in runs.values())
+        return bool(first.keys() & second.keys()) and whole and self.first[0].examples == self.second[0].examples
 
     def by_seed(self) -> paired.Difference:
         """Of the losses; an infinite interval for one seed."""

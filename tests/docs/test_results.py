@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import pytest
+import yaml
 
 import claims
 import evidence
@@ -148,6 +149,32 @@ def test_not_worse_is_undecided_where_the_interval_holds_0_and_the_margin() -> N
     assert claims.decide(gap(-0.001, -0.002, 0.0, 8), 0.0) == "undecided"
 
 
+def test_claims_and_seeds_are_those_that_were_preregistered() -> None:
+    text = (studies.RESULTS / "PREREGISTRATION.md").read_text(encoding="utf-8")
+    for number, claim in enumerate(claims.CLAIMS, 1):
+        assert f"\n{number}. {claim.text}.\n" in text
+    assert f"eight seeds ({claims.SEEDS[0]} to {claims.SEEDS[-1]};" in text
+    margins = {comparison.margin for claim in claims.CLAIMS for comparison in claim.comparisons} - {0.0}
+    assert [f"below {margin:g}" in text for margin in margins] == [True]
+    planned = yaml.safe_load((ROOT / "benchmarks" / "studies" / f"{claims.OVER_SEEDS}.yaml").read_text())
+    names = {name for claim in claims.CLAIMS for c in claim.comparisons for name in (c.first, *c.second)}
+    assert names <= {cell["name"] for cell in planned["cells"]}
+    assert planned["seeds"] == [*claims.SEEDS]
+
+
+def test_a_study_of_several_seeds_or_of_other_examples_is_compared_with_its_first_method(tmp_path: Path) -> None:
+    write_study(tmp_path, claims.SEARCH, [make_line("GaLore+ r 128, scaled", 0, 1e-3, losses_of(0.5, 0))])
+    ranks = [make_line(f"r {rank}", seed, 1e-3, losses_of(0.5, seed)) for rank in (16, 64) for seed in range(3)]
+    write_study(tmp_path, "ranks", ranks)
+    all_of = studies.studies(tmp_path)
+    assert [pair.name for pair in evidence.pairs_of(all_of["ranks"], all_of)] == ["r 64 - r 16"]
+    without = [{**line, "losses": []} for line in ranks]
+    write_study(tmp_path, "without", without)
+    all_of = studies.studies(tmp_path)
+    assert evidence.pairs_of(all_of["without"], all_of) == []
+    assert "| r 16 |" in evidence.page_of(all_of["without"], all_of)
+
+
 def test_adamw_counts_at_its_better_setting(made: Any) -> None:
     bases = {"GaLore+ r 128, scaled": 0.5, "AdamW": 0.52, "AdamW, embeddings at a quarter": 0.49, "LoRA r 64": 0.52}
     all_of = made(bases, by=0.001)
@@ -197,7 +224,7 @@ def test_changes_stand_against_the_same_rank_of_the_search(tmp_path: Path) -> No
     assert "| r 128, joint basis - GaLore+ r 128, scaled | -0.0101" in text
     assert "| r 32, joint basis - GaLore+ r 32, scaled | +0.0099" in text
     assert "| r 256 - GaLore+ r 128, scaled | +0.0001" in text
-    assert "of 3 changes lower: r 128, joint basis (-0.0101); higher: r 256 (+0.0001)" in evidence.summary(all_of)
+    assert "3 changes: lower: r 128, joint basis (-0.0101); higher: r 256 (+0.0001)" in evidence.summary(all_of)
     assert "best at the edge" in (table := evidence.methods(all_of))
     assert re.search(r"^\| GaLore\+ r 32, scaled \| .*\| 0.0001 \| 0.\d{4} \| 2 \| lowest \|$", table, re.M)
     assert "too large, seed 99 (failed: out of memory)" in evidence.unfinished(all_of)
