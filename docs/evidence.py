@@ -122,12 +122,13 @@ def mended(studies: Studies) -> str:
             "not told apart": [name for name, gap in gaps.items() if gap.low <= 0 <= gap.high],
             "higher": [name for name, gap in gaps.items() if gap.low > 0],
         }
-        told = [
+        words = [
             f"{what}: " + ", ".join(f"{name} ({gaps[name].mean:+.4f})" for name in names)
             for what, names in sides.items()
             if names
         ]
-        text = f"**Tried to lower the loss of GaLore+ further**, on one seed, by problem, {len(gaps)} changes: {'; '.join(told)}"
+        text = f"**Tried to lower the loss of GaLore+ further**, on one seed, by problem, {len(gaps)} changes: "
+        text += "; ".join(words)
         if one := one_seed(studies):
             beyond = [name for name, gap in gaps.items() if abs(gap.mean) > one]
             text += f"; beyond the noise of one seed: {', '.join(beyond) or 'none'}"
@@ -162,13 +163,13 @@ def methods(studies: Studies) -> str:
     The lowest loss stands first: over seeds where it is known, else of the search.
     """
     over = studies.get(OVER_SEEDS)
-    found = [study for study in searches(studies) if study is not over]
-    every = [(method, study) for study in found for method in study.runs]
+    tuned = [study for study in searches(studies) if study is not over]
+    every = [(method, study) for study in tuned for method in study.runs]
     searched = {method for method, _ in every}
     every += [(method, over) for method in (over.runs if over else ()) if over and method not in searched]
     if not every:
         return not_run(SEARCH)
-    used = [*found, *([over] if over else [])]
+    used = [*tuned, *([over] if over else [])]
     table_of = columns(result for study in used for result in study.results())
     state, loss = table_of["state_bytes"], table_of["eval_loss"]
     rows = []

@@ -110,7 +110,7 @@ class Study:
         results = self.results()
         places = [result["environment"] for result in results]
         versions = {
-            name: found for name in PACKAGES if (found := {v for place in places if (v := place["versions"].get(name))})
+            name: used for name in PACKAGES if (used := {v for place in places if (v := place["versions"].get(name))})
         }
         seeds = sorted(self.seeds())
         shared = any(not run["exclusive"] for cell in self.record["cells"] for run in cell["runs"])
@@ -121,7 +121,7 @@ class Study:
             " and ".join(f"`{command}`" for command in dict.fromkeys(self.record["commands"])),
             f"commit {listed(commits)}",
             listed({place["device"] for place in places}) + (", runs side by side" if shared else ""),
-            ", ".join(f"{name} {listed(found)}" for name, found in versions.items()),
+            ", ".join(f"{name} {listed(used)}" for name, used in versions.items()),
             f"seed{'s' * (len(seeds) > 1)} {spans(seeds)}",
             f"n = {len(results)} of {planned} runs, {listed(map(str, counts))} held-out examples",
         )
@@ -161,12 +161,12 @@ class Pair(NamedTuple):
 
 def studies(root: Path = RESULTS) -> dict[str, Study]:
     """Every study of a folder that has a finished run, by name."""
-    found = {}
+    named = {}
     for file in sorted(root.glob(f"*/{FILE}")):
         head, _ = read_lines(file)
         if runs := paired.read(file):
-            found[file.parent.name] = Study(file.parent.name, head["study"], head["examples"], runs)
-    return found
+            named[file.parent.name] = Study(file.parent.name, head["study"], head["examples"], runs)
+    return named
 
 
 def sources(used: Iterable[Study]) -> str:
