@@ -65,8 +65,8 @@ class Outcome:
     Attributes:
         verdict: by the rule.
         seeds: how many of ``SEEDS`` every method of it has.
-        pair: the methods with the better setting, in the study over seeds, or in the search until that is run; None
-            where neither has them.
+        pair: the methods with the better setting, over these seeds, or in the search until two are there; None where
+            neither has them.
     """
 
     comparison: Comparison
@@ -85,16 +85,17 @@ def decide(gap: paired.Difference, margin: float) -> Verdict:
 def outcome(comparison: Comparison, studies: Mapping[str, Study]) -> Outcome:
     """Decide a comparison on the seeds of the preregistration, if all of them are there."""
     names = (comparison.first, *comparison.second)
-    seeds = 0
-    if study := studies.get(OVER_SEEDS):
-        study = study.only(SEEDS)
-        seeds = len(set.intersection(*(set(study.best(name)) if name in study.runs else set() for name in names)))
-        if seeds == len(SEEDS):
-            pair = closest(study, comparison)
-            return Outcome(comparison, decide(pair.by_seed(), comparison.margin), seeds, pair)
-    search = studies.get(SEARCH)
+    study, search = studies.get(OVER_SEEDS), studies.get(SEARCH)
+    seeds = set(SEEDS) if study else set()
+    for name in names:
+        seeds &= set(study.best(name)) if study and name in study.runs else set()
+    if study and len(seeds) > 1:
+        pair = closest(study.only(seeds), comparison)
+        whole = len(seeds) == len(SEEDS)
+        verdict = decide(pair.by_seed(), comparison.margin) if whole else "not run yet"
+        return Outcome(comparison, verdict, len(seeds), pair)
     known = search is not None and all(name in search.runs for name in names)
-    return Outcome(comparison, "not run yet", seeds, closest(search, comparison) if search and known else None)
+    return Outcome(comparison, "not run yet", len(seeds), closest(search, comparison) if search and known else None)
 
 
 def closest(study: Study, comparison: Comparison) -> Pair:
@@ -119,10 +120,18 @@ def sentence(number: int, claim: Claim, studies: Mapping[str, Study]) -> str:
     came = verdict(parts)
     start = f"**Claim {number}, that {claim.text}, {said(came)}**: "
     if came == "not run yet":
-        gaps = [f"{shown(part.pair.by_problem())} to {part.pair.second[1]}" for part in parts if part.pair]
-        one = f"; on the seed of the search the difference is, by problem, {' and '.join(gaps)}" if gaps else ""
-        return f"{start}{min(part.seeds for part in parts)} of {len(SEEDS)} seeds{one}."
+        gaps = [f"{so_far(part.pair)} to {part.pair.second[1]}" for part in parts if part.pair]
+        until_then = f"; the difference so far is {' and '.join(gaps)}" if gaps else ""
+        return f"{start}{min(part.seeds for part in parts)} of {len(SEEDS)} seeds{until_then}."
     return f"{start}it is {' and '.join(in_words(part) for part in parts)}."
+
+
+def so_far(pair: Pair) -> str:
+    """A difference that decides nothing yet: by seed where there are several, else by problem."""
+    gap = pair.by_seed()
+    if gap.n > 1:
+        return f"{shown(gap)} over {gap.n} seeds"
+    return f"{shown(pair.by_problem())} by problem on the seed of the search"
 
 
 def said(verdict: Verdict) -> str:
@@ -158,6 +167,8 @@ def claims_table(studies: Mapping[str, Study]) -> str:
                 rows.append((str(number), names, "-", "-", part.verdict))
                 continue
             used.append(studies[part.pair.first[0].name])
-            seeds = shown(part.pair.by_seed()) if part.seeds == len(SEEDS) else f"{part.seeds} of {len(SEEDS)} seeds"
+            seeds = f"{part.seeds} of {len(SEEDS)} seeds"
+            if (gap := part.pair.by_seed()).n > 1:
+                seeds = shown(gap) if part.seeds == len(SEEDS) else f"{shown(gap)}, {seeds}"
             rows.append((str(number), part.pair.name, seeds, shown(part.pair.by_problem()), part.verdict))
     return table([("claim", "difference in eval loss", "by seed", "by problem", "verdict"), *rows]) + sources(used)

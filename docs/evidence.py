@@ -15,7 +15,7 @@ from typing import Any
 
 import plots
 from blocks import table, write_block
-from claims import CLAIMS, OVER_SEEDS, SEARCH, SEEDS, claims_table, outcomes, sentence
+from claims import CLAIMS, OVER_SEEDS, SEARCH, claims_table, outcomes, sentence
 from galore_trainer.run.results.columns import columns
 from studies import RESULTS, ROOT, Pair, Study, methods_table, paired, pairs_table, rates_table, shown, sources, values
 from studies import studies as read_studies
@@ -123,15 +123,15 @@ def mended(studies: Studies) -> str:
             "higher": [name for name, gap in gaps.items() if gap.low > 0],
         }
         words = [
-            f"{what}: " + ", ".join(f"{name} ({gaps[name].mean:+.4f})" for name in names)
+            f"**{what}** {'; '.join(f'{name} ({gaps[name].mean:+.4f})' for name in names)}"
             for what, names in sides.items()
             if names
         ]
         text = f"**Tried to lower the loss of GaLore+ further**, on one seed, by problem, {len(gaps)} changes: "
-        text += "; ".join(words)
+        text += ", ".join(words)
         if one := one_seed(studies):
             beyond = [name for name, gap in gaps.items() if abs(gap.mean) > one]
-            text += f"; beyond the noise of one seed: {', '.join(beyond) or 'none'}"
+            text += f"; **beyond the noise of one seed** {'; '.join(beyond) or 'none'}"
         text += "."
     over = studies.get(OVER_SEEDS)
     if over and (extra := [pair for pair in beside(over) if pair.comparable()]):
@@ -193,20 +193,17 @@ def searches(studies: Studies) -> list[Study]:
 
 
 def loss_row(studies: Studies) -> tuple[str, str, str]:
-    """A row of README: the differences of claim 1."""
-    parts = outcomes(CLAIMS[0], studies)
-    over = all(part.verdict != "not run yet" for part in parts)
+    """A row of README: the differences of claim 1, by seed where there are several."""
+    parts = [(part.comparison, part.pair) for part in outcomes(CLAIMS[0], studies) if part.pair]
+    n = min((pair.by_seed().n for _, pair in parts), default=0)
     gaps = []
-    for part in parts:
-        if part.pair:
-            several = len(part.comparison.second) > 1
-            name = f"{part.comparison.second[0]} (better setting)" if several else part.pair.second[1]
-            gaps.append(f"{name} {shown(part.pair.by_seed() if over else part.pair.by_problem())}")
-    n = f"{len(SEEDS)} seeds" if over else "one seed, by problem"
+    for comparison, pair in parts:
+        name = f"{comparison.second[0]} (better setting)" if len(comparison.second) > 1 else pair.second[1]
+        gaps.append(f"{name} {shown(pair.by_seed() if n > 1 else pair.by_problem())}")
     return (
         "eval loss of rank 128 - another's, 95 % interval",
         ", ".join(gaps),
-        f"[RESULTS](results/RESULTS.md), 135M on GSM8K, {n}",
+        f"[RESULTS](results/RESULTS.md), 135M on GSM8K, {f'{n} seeds' if n > 1 else 'one seed, by problem'}",
     )
 
 
@@ -306,18 +303,18 @@ def family(study: Study, method: str) -> str:
 
 
 def differences(studies: Studies) -> plots.Intervals:
-    """Intervals of the claims that are decided, of all until one is, and of the changes.
+    """Intervals of the claims, by seed where there are several and by problem, and of the changes.
 
     Returns:
         panel -> difference -> mean, low, high.
     """
-    parts = [part for claim in CLAIMS for part in outcomes(claim, studies) if part.pair]
-    decided = [part.pair for part in parts if part.verdict != "not run yet"]
-    pairs = decided or [part.pair for part in parts]
-    seeds = "mean over seeds" if decided else "one seed"
+    pairs = [part.pair for claim in CLAIMS for part in outcomes(claim, studies) if part.pair]
+    counts = sorted({pair.by_seed().n for pair in pairs})
+    several = [pair for pair in pairs if pair.by_seed().n > 1]
+    seeds = f"mean over {' or '.join(map(str, counts))} seeds" if several else "one seed"
     panels = {
-        "claims, by seed": {pair.name: ends(pair.by_seed()) for pair in decided if pair},
-        f"claims, by problem, {seeds}": {pair.name: ends(pair.by_problem()) for pair in pairs if pair},
+        f"claims, by seed, n {' or '.join(map(str, counts))}": {pair.name: ends(pair.by_seed()) for pair in several},
+        f"claims, by problem, {seeds}": {pair.name: ends(pair.by_problem()) for pair in pairs},
     }
     if study := studies.get(CHANGES):
         tried = {pair.name: ends(pair.by_problem()) for pair in changed(study, studies)}

@@ -7,6 +7,7 @@ rate alone are one method, which counts at its best rate (``benchmarks/paired.py
 from __future__ import annotations
 
 import dataclasses
+import re
 import statistics
 import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ from galore_trainer.run.results.columns import Column, columns  # noqa: E402
 RESULTS = ROOT / "results"
 FILE = "study.jsonl"
 PACKAGES = ("python", "torch", "transformers", "peft", "galore-torch", "apollo-torch", "fira", "bitsandbytes")
+FOLDERS = re.compile(r"(?<=[ =])/\S*/")
+"""The folders of a file's absolute path in a command: a machine's, and nobody else's."""
 MEMORY = ("state_bytes", "peak_memory")
 """Beside quality, the columns of a table of methods. Times are left out: runs of a study share their device."""
 
@@ -118,7 +121,7 @@ class Study:
         commits = {(place["commit"] or "not recorded")[: 7 if place["commit"] else None] for place in places}
         counts = {result["score_after"]["n"] for result in results}
         parts = (
-            " and ".join(f"`{command}`" for command in dict.fromkeys(self.record["commands"])),
+            " and ".join(dict.fromkeys(f"`{FOLDERS.sub('', command)}`" for command in self.record["commands"])),
             f"commit {listed(commits)}",
             listed({place["device"] for place in places}) + (", runs side by side" if shared else ""),
             ", ".join(f"{name} {listed(used)}" for name, used in versions.items()),

@@ -189,6 +189,8 @@ def test_too_few_seeds_and_no_study_are_not_run_yet(made: Any, tmp_path: Path) -
     few = made(bases, range(1, 4), by=0.001)
     (part,) = claims.outcomes(claims.CLAIMS[1], few)
     assert (part.verdict, part.seeds) == ("not run yet", 3)
+    assert part.pair is not None
+    assert part.pair.by_seed().n == 3
     assert f"{claims.CLAIMS[1].text}, is not run yet**: 3 of 8 seeds" in evidence.summary(few)
     nothing: Mapping[str, studies.Study] = studies.studies(tmp_path / "nothing")
     assert nothing == {}
@@ -224,7 +226,7 @@ def test_changes_stand_against_the_same_rank_of_the_search(tmp_path: Path) -> No
     assert "| r 128, joint basis - GaLore+ r 128, scaled | -0.0101" in text
     assert "| r 32, joint basis - GaLore+ r 32, scaled | +0.0099" in text
     assert "| r 256 - GaLore+ r 128, scaled | +0.0001" in text
-    assert "3 changes: lower: r 128, joint basis (-0.0101); higher: r 256 (+0.0001)" in evidence.summary(all_of)
+    assert "3 changes: **lower** r 128, joint basis (-0.0101), **higher** r 256 (+0.0001)" in evidence.summary(all_of)
     assert "best at the edge" in (table := evidence.methods(all_of))
     assert re.search(r"^\| GaLore\+ r 32, scaled \| .*\| 0.0001 \| 0.\d{4} \| 2 \| lowest \|$", table, re.M)
     assert "too large, seed 99 (failed: out of memory)" in evidence.unfinished(all_of)
