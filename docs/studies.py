@@ -29,8 +29,6 @@ FILE = "study.jsonl"
 PACKAGES = ("python", "torch", "transformers", "peft", "galore-torch", "apollo-torch", "fira", "bitsandbytes")
 FOLDERS = re.compile(r"(?<=[ =])/\S*/")
 """The folders of a file's absolute path in a command: a machine's, and nobody else's."""
-MEMORY = ("state_bytes", "peak_memory")
-"""Beside quality, the columns of a table of methods. Times are left out: runs of a study share their device."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,6 +93,11 @@ class Study:
         return any(len(rates) > 1 for rates in self.runs.values())
 
     @property
+    def shared(self) -> bool:
+        """Whether runs shared their device, so that times and peaks of memory compare nothing."""
+        return any(not run["exclusive"] for cell in self.record["cells"] for run in cell["runs"])
+
+    @property
     def link(self) -> str:
         """Its name, as a link from a page in results/."""
         return f"[{self.name}]({self.name}/README.md)"
@@ -116,14 +119,13 @@ class Study:
             name: used for name in PACKAGES if (used := {v for place in places if (v := place["versions"].get(name))})
         }
         seeds = sorted(self.seeds())
-        shared = any(not run["exclusive"] for cell in self.record["cells"] for run in cell["runs"])
         planned = sum(len(cell["runs"]) for cell in self.record["cells"])
         commits = {(place["commit"] or "not recorded")[: 7 if place["commit"] else None] for place in places}
         counts = {result["score_after"]["n"] for result in results}
         parts = (
             " and ".join(dict.fromkeys(f"`{FOLDERS.sub('', command)}`" for command in self.record["commands"])),
             f"commit {listed(commits)}",
-            listed({place["device"] for place in places}) + (", runs side by side" if shared else ""),
+            listed({place["device"] for place in places}) + (", runs side by side" if self.shared else ""),
             ", ".join(f"{name} {listed(used)}" for name, used in versions.items()),
             f"seed{'s' * (len(seeds) > 1)} {spans(seeds)}",
             f"n = {len(results)} of {planned} runs, {listed(map(str, counts))} held-out examples",
@@ -200,10 +202,11 @@ def rates_table(study: Study) -> str:
 def methods_table(study: Study) -> str:
     """Each method at its best rate, the lowest loss first: mean and standard deviation over seeds."""
     results = study.results()
+    beside = ("state_bytes",) if study.shared else ("state_bytes", "peak_memory", "seconds_per_step")
     used = [
         column
         for key, column in columns(results).items()
-        if (column.group == "quality" or key in MEMORY) and any(values(column, results))
+        if (column.group == "quality" or key in beside) and any(values(column, results))
     ]
     rows = []
     for method in study.ranked():
