@@ -255,7 +255,7 @@ def test_every_table_of_runs_names_where_its_figures_come_from() -> None:
     """Command, commit, device, versions, seeds and n, in a line below it."""
     source = re.compile(
         r"^\w+: `galore-ft ablate .*`; commit [0-9a-f]{7}.*; .*; python 3\S+, torch [\d.]+, transformers [\d.]+.*; "
-        r"seeds? \d.*; n = \d+ of \d+ runs, \d+ held-out examples\.$",
+        r"seeds? \d.*; n = \d+ of \d+ runs( \(.*\))?, \d+ held-out examples\.$",
         re.M,
     )
     tables = {key: text for key, text in evidence.blocks(studies.studies()).items() if "| --- |" in text}
