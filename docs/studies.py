@@ -122,6 +122,7 @@ class Study:
         planned = sum(len(cell["runs"]) for cell in self.record["cells"])
         commits = {(place["commit"] or "not recorded")[: 7 if place["commit"] else None] for place in places}
         resumed = sum(result.get("resumed_from_step") is not None for result in results)
+        went_on = f" ({resumed} resumed from a checkpoint)" if resumed else ""
         counts = {result["score_after"]["n"] for result in results}
         parts = (
             " and ".join(dict.fromkeys(f"`{FOLDERS.sub('', command)}`" for command in self.record["commands"])),
@@ -129,7 +130,7 @@ class Study:
             listed({place["device"] for place in places}) + (", runs side by side" if self.shared else ""),
             ", ".join(f"{name} {listed(used)}" for name, used in versions.items()),
             f"seed{'s' * (len(seeds) > 1)} {spans(seeds)}",
-            f"n = {len(results)} of {planned} runs{f' ({resumed} resumed from a checkpoint)' if resumed else ''}, {listed(map(str, counts))} held-out examples",
+            f"n = {len(results)} of {planned} runs{went_on}, {listed(map(str, counts))} held-out examples",
         )
         return f"{self.name}: {'; '.join(parts)}."
 
