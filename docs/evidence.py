@@ -21,7 +21,7 @@ from studies import RESULTS, ROOT, Pair, Study, methods_table, paired, pairs_tab
 from studies import studies as read_studies
 
 Studies = Mapping[str, Study]
-CHANGES = "gsm8k_changes"
+CHANGES, RIVALS = "gsm8k_changes", "gsm8k_rivals"
 NAMED = 6  # unfinished runs that the page names; the others are counted
 PAGE, EVIDENCE, IMAGES = RESULTS / "RESULTS.md", ROOT / "docs" / "evidence.md", ROOT / "docs" / "images"
 PAIRS = {  # beside those of the claims
@@ -163,7 +163,7 @@ def methods(studies: Studies) -> str:
     The lowest loss stands first: over seeds where it is known, else of the search.
     """
     over = studies.get(OVER_SEEDS)
-    tuned = [study for study in searches(studies) if study is not over]
+    tuned = searches(studies)
     every = [(method, study) for study in tuned for method in study.runs]
     searched = {method for method, _ in every}
     every += [(method, over) for method in (over.runs if over else ()) if over and method not in searched]
@@ -187,9 +187,8 @@ def methods(studies: Studies) -> str:
 
 
 def searches(studies: Studies) -> list[Study]:
-    """The search, and studies of learning rates that were scored on the same examples."""
-    first = studies.get(SEARCH)
-    return [study for study in studies.values() if first and study.searches and study.examples == first.examples]
+    """The search and that of the rivals, which were scored on the same examples."""
+    return [studies[name] for name in (SEARCH, RIVALS) if name in studies]
 
 
 def loss_row(studies: Studies) -> tuple[str, str, str]:
@@ -220,7 +219,7 @@ def unfinished(studies: Studies) -> str:
 
 def others(studies: Studies) -> str:
     """Studies of this form whose tables stand on their own pages alone."""
-    shown_above = {SEARCH, OVER_SEEDS, CHANGES}
+    shown_above = {SEARCH, RIVALS, OVER_SEEDS, CHANGES}
     rows = [
         f"- {study.link}: {study.record['question']} {verdict_of(study.name)}.\n"
         for study in studies.values()
@@ -297,8 +296,8 @@ def rate_curves(studies: Studies) -> plots.Curves:
 def family(study: Study, method: str) -> str:
     """The panel of a method."""
     config = next(iter(study.best(method).values())).result["config"]
-    if config["method"] == "galore_plus":
-        return FAMILIES[0 if config["galore"]["residual"] == "scaled" else 2]
+    if config["method"].startswith("galore_plus"):
+        return FAMILIES[0 if config["galore"]["residual"] in ("scaled", "auto") else 2]
     return FAMILIES[1 if config["method"] in ("adamw", "adamw_8bit", "lora", "dora") else 3]
 
 
