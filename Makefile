@@ -8,7 +8,7 @@ DEMO := runs/quickstart
 OLDEST := .venv-oldest
 OLDEST_PYTHON ?= $(PYTHON)
 
-.PHONY: setup demo test check oldest release-check figures notebooks docs faults fuzz clean
+.PHONY: setup demo test check oldest release-check figures results notebooks docs faults fuzz clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -45,6 +45,10 @@ release-check: setup  # build, check and try what would be uploaded
 figures: setup  # every plot and generated table of README.md and docs/; predicting what fits takes some minutes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/fit.py
 	$(VENV)/bin/python docs/figures.py
+
+results: setup  # results/RESULTS.md, docs/evidence.md, the studies' tables and README's row, from results/*/study.jsonl
+	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/evidence.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/figures.py
 
 notebooks: setup  # run them and keep what they print; some minutes on a quiet machine
 	$(VENV)/bin/python docs/notebooks.py

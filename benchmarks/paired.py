@@ -21,6 +21,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +38,17 @@ Losses = list[tuple[float, int]]  # of each example: nats per token, and tokens
 
 
 class Run(NamedTuple):
-    """A finished run."""
+    """A finished run; ``correct`` is 1 for each example whose answer was right, and empty where none was written."""
 
     loss: float
     losses: Losses
     seconds: float
+    result: Mapping[str, Any] = {}
+    correct: Sequence[int] = ()
+
+    def answers(self) -> Losses:
+        """Percent of right answers, an example each, all of one weight."""
+        return [(100.0 * right, 1) for right in self.correct]
 
 
 class Difference(NamedTuple):
@@ -68,7 +75,8 @@ def read(file: Path) -> Runs:
         if line["timing"] or not result["score_after"]:
             continue
         losses = [(loss, tokens) for loss, tokens in line["losses"]]
-        run = Run(result["score_after"]["eval_loss"], losses, result["seconds"]["training"])
+        loss, seconds = result["score_after"]["eval_loss"], result["seconds"]["training"]
+        run = Run(loss, losses, seconds, result, line.get("correct", []))
         runs[RATE.sub("", line["cell"])][result["learning_rate"]][result["seed"]] = run
     return runs
 
@@ -80,9 +88,11 @@ def best_rate(rates: dict[float, dict[int, Run]]) -> float:
     return min(whole, key=lambda rate: statistics.fmean(run.loss for run in whole[rate].values()))
 
 
-def by_seed(first: dict[int, Run], second: dict[int, Run]) -> Difference:
-    """The paired difference of the losses over the seeds of both."""
-    differences = [first[seed].loss - second[seed].loss for seed in sorted(first.keys() & second.keys())]
+def by_seed(
+    first: dict[int, Run], second: dict[int, Run], figure: Callable[[Run], float] = lambda run: run.loss
+) -> Difference:
+    """The paired difference of a figure of each run, the loss if none is given, over the seeds of both."""
+    differences = [figure(first[seed]) - figure(second[seed]) for seed in sorted(first.keys() & second.keys())]
     n, mean = len(differences), statistics.fmean(differences)
     if n < 2:
         return Difference(mean, -math.inf, math.inf, n)
@@ -91,10 +101,16 @@ def by_seed(first: dict[int, Run], second: dict[int, Run]) -> Difference:
     return Difference(mean, mean - half, mean + half, n)
 
 
-def by_problem(first: dict[int, Run], second: dict[int, Run]) -> Difference:
-    """The same difference over problems: a ratio of means, total nats over total tokens, with its linearised error."""
+def by_problem(
+    first: dict[int, Run], second: dict[int, Run], figures: Callable[[Run], Losses] = lambda run: run.losses
+) -> Difference:
+    """The same difference over problems: a ratio of means, total nats over total tokens, with its linearised error.
+
+    Args:
+        figures: a run's values with their weights, an example each, which two runs have in the same order.
+    """
     seeds = sorted(first.keys() & second.keys())
-    columns = [[first[seed].losses for seed in seeds], [second[seed].losses for seed in seeds]]
+    columns = [[figures(first[seed]) for seed in seeds], [figures(second[seed]) for seed in seeds]]
     examples = len(columns[0][0])
     tokens = [columns[0][0][i][1] for i in range(examples)]
     means = [[statistics.fmean(losses[i][0] for losses in column) for i in range(examples)] for column in columns]

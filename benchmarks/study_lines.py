@@ -4,10 +4,11 @@
     galore-ft ablate gsm8k_rates data.source=path/to/train.jsonl --jobs 8 --max-cells 16 --no-timing
     python benchmarks/study_lines.py pack runs/ablate-gsm8k_rates results/gsm8k_rates/study.jsonl
 
-The first line holds ``study.json``, the ids of the held-out examples and, where it was given, the package's commit;
-every other line is a finished run: its ``result.json`` without the errors of single matrices, and the loss and the
-tokens of each example. After ``unpack``, ``galore-ft ablate`` with the same output folder skips these runs, and
-``galore-ft report`` makes tables of them. Logs, predictions and weights stay behind.
+The first line holds ``study.json``, the ids of the held-out examples and, where it was given, the package's commit in
+runs that name none; every other line is a finished run: its ``result.json`` without the errors of single matrices, the
+loss and the tokens of each example, and whether its answer was correct, where answers were written. After ``unpack``,
+``galore-ft ablate`` with the same output folder skips these runs, and ``galore-ft report`` makes tables of them. Logs,
+texts of predictions and weights stay behind.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from galore_trainer.run.results.result import RESULT
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
 from galore_trainer.run.study.record import STUDY_FILE, read_result, read_study_file
 
-LOSSES = "losses.jsonl"
+LOSSES, PREDICTIONS = "losses.jsonl", "predictions.jsonl"
 LEFT_OUT = ("by_matrix",)
 
 
@@ -41,7 +42,7 @@ def pack(folder: Path, file: Path, commit: str | None = None) -> int:
                 continue
             if error := result.get("projection_error"):
                 result["projection_error"] = {key: value for key, value in error.items() if key not in LEFT_OUT}
-            examples = read_losses(folder / entry["folder"] / LOSSES)
+            examples = read_rows(folder / entry["folder"] / LOSSES)
             names = [example["id"] for example in examples]
             if names and ids is not None and names != ids:
                 raise SystemExit(f"{entry['folder']} was scored on other examples than the runs before it")
@@ -49,6 +50,11 @@ def pack(folder: Path, file: Path, commit: str | None = None) -> int:
             losses = [[example["loss"], example["tokens"]] for example in examples]
             line = {"cell": cell["name"], "folder": entry["folder"], "timing": entry is cell["timing"]}
             lines.append({**line, "result": result, "losses": losses})
+            rows = read_rows(folder / entry["folder"] / PREDICTIONS)
+            answers: dict[str, Any] = {row["id"]: row.get("correct") for row in rows}
+            correct = [answers.get(name) for name in names]
+            if correct and None not in correct:
+                lines[-1]["correct"] = list(map(int, correct))
     head = {**({"commit": commit} if commit else {}), "study": record, "examples": ids or []}
     write_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (head, *lines)))
     return len(lines)
@@ -67,7 +73,10 @@ def unpack(file: Path, folder: Path) -> int:
             {"id": name, "loss": loss, "tokens": tokens}
             for name, (loss, tokens) in zip(head["examples"], line["losses"], strict=False)
         ]
-        write_file(place / LOSSES, "".join(json.dumps(example) + "\n" for example in examples))
+        write_rows(place / LOSSES, examples)
+        if "correct" in line:
+            answers = zip(head["examples"], line["correct"], strict=True)
+            write_rows(place / PREDICTIONS, [{"id": name, "correct": bool(correct)} for name, correct in answers])
         write_file(place / RESOLVED_CONFIG, RunConfig.from_dict(line["result"]["config"]).to_yaml())
         write_json(place / RESULT, line["result"])
     if not (folder / STUDY_FILE).is_file():
@@ -76,14 +85,22 @@ def unpack(file: Path, folder: Path) -> int:
 
 
 def read_lines(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The first line of a file, and its runs."""
+    """The first line of a file, and its runs; one that names no commit gets the file's."""
     head, *lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        environment = line["result"]["environment"]
+        environment["commit"] = environment.get("commit") or head.get("commit")
     return head, lines
 
 
-def read_losses(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``losses.jsonl``; none where there is no such file."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of a run; none where there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a file of JSON lines."""
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:

@@ -1,14 +1,12 @@
-"""Writes every plot and generated table of README.md and docs/ from the figures in results/: ``make figures``.
+"""Writes the plots and generated tables of README.md and docs/ from the figures in results/: ``make figures``.
 
-A plot carries the numbers that it shows in its own description, so that a test can compare them with results/.
+Those of the studies of quality come from ``make results`` (docs/evidence.py).
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +15,9 @@ from typing import Any
 import fit
 from blocks import table, write_block
 from conversions import conversions
-from rates import best_table, pairs_table, rates_table
+from evidence import loss_row
+from plots import INK, OTHERS, OURS, drawing, save
+from studies import studies
 from version_table import versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,6 @@ STEPS = {  # rows of results/speed/details.json
 }
 STUDENT_T = {2: 4.303}
 """97.5 % quantile of Student's t by degrees of freedom."""
-OURS, OTHERS, INK = "#e07b39", "#8c9aa8", "#3b3f44"
 Panels = dict[str, dict[str, float]]
 
 
@@ -105,7 +104,7 @@ def measured() -> str:
         row = ratio[f"training: GaLore+ / {other}"]
         return f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
-    ours, leanest = "GaLore+, no residual", "layer-wise, 4 micro-batches, 8-bit, bfloat16 weights"
+    leanest = "layer-wise, 4 micro-batches, 8-bit, bfloat16 weights"
     return table(
         [
             ("what", "measured", "where"),
@@ -120,11 +119,7 @@ def measured() -> str:
                 f"AdamW {step('AdamW fused')}, LoRA {step('LoRA')}, galore-torch {step('galore-torch')}",
                 "[speed](results/speed/README.md), H100, rank 128",
             ),
-            (
-                "eval loss - another's, 95 % interval",
-                f"AdamW {paired('methods', ours, 'AdamW')}, LoRA {paired('methods', ours, 'LoRA')}: no difference seen",
-                "[methods](results/methods/README.md), 135M, three seeds",
-            ),
+            loss_row(studies()),
             (
                 "eval loss, leanest settings - float32",
                 f"{paired('low_memory', leanest, 'float32 states and weights')}: no difference seen",
@@ -162,24 +157,6 @@ def fit_table() -> str:
         for task in fit.ROWS
     ]
     return table([("model", "training", *fit.SETTINGS), *rows], numbers=len(fit.SETTINGS))
-
-
-def methods_table() -> str:
-    """docs/evidence.md: quality of each method, mean and standard deviation over seeds."""
-    rows = [row for row in lines("methods/runs.jsonl") if row["run"] != "timing"]
-    cells = dict.fromkeys(row["cell"] for row in rows)
-
-    def spread(values: list[float], digits: int) -> str:
-        return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-    out = [("method", "learning rate", "exact match, %", "eval loss", "optimizer state, MiB")]
-    for cell in cells:
-        runs = [row for row in rows if row["cell"] == cell]
-        scores = [100 * row["score_after"]["score"] for row in runs]
-        state = sum(runs[0]["optimizer_state_bytes"].values()) / (1 << 20)
-        rate = f"{runs[0]['learning_rate']:.0e}".replace("e-0", "e-")
-        out.append((cell, rate, spread(scores, 1), spread(eval_losses("methods", cell), 4), f"{state:.0f}"))
-    return table(out, numbers=4)
 
 
 def memory_table() -> str:
@@ -311,10 +288,6 @@ def blocks() -> dict[tuple[Path, str], str]:
         (pages / "memory.md", "settings"): fit_table(),
         (pages / "memory.md", "peaks"): memory_table(),
         (pages / "speed.md", "ratios"): ratios(),
-        (pages / "evidence.md", "methods"): methods_table(),
-        (pages / "evidence.md", "rates"): best_table(),
-        (RESULTS / "gsm8k_rates" / "README.md", "rates"): rates_table(),
-        (RESULTS / "gsm8k_rates" / "README.md", "pairs"): pairs_table(),
         (pages / "support-matrix.md", "support"): support_by_mode(),
         (pages / "support-matrix.md", "methods"): method_support(),
         (pages / "support-matrix.md", "versions"): versions(),
@@ -327,15 +300,9 @@ def blocks() -> dict[tuple[Path, str], str]:
 
 
 def bars(panels: Panels, title: str, unit: str, file: Path, line: tuple[float, str] | None = None) -> None:
-    """Draw horizontal bars, a panel a key, as an SVG whose description holds the numbers."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {"svg.hashsalt": "figures", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9}
-    with matplotlib.rc_context(style):
-        longest = max(len(panel) for panel in panels.values())
-        figure = Figure(figsize=(9, 0.75 + 0.27 * longest), layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
+    """Draw horizontal bars, a panel a key."""
+    longest = max(len(panel) for panel in panels.values())
+    with drawing(title, (9, 0.75 + 0.27 * longest)) as figure:
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, (name, values) in zip(axes, panels.items(), strict=True):
             colours = [OURS if label.startswith("GaLore+") else OTHERS for label in values]
@@ -353,13 +320,7 @@ def bars(panels: Panels, title: str, unit: str, file: Path, line: tuple[float, s
             axis.set_xlabel(f"{name}: {unit}", color=INK)
             axis.tick_params(colors=INK, length=0)
             axis.spines[["top", "right", "left"]].set_visible(False)
-        figure.savefig(file, metadata={"Date": None, "Title": title, "Description": json.dumps(panels)})
-
-
-def shown(file: Path) -> Any:
-    """The numbers in a plot's description."""
-    description = re.search(r"<dc:description>(.*?)</dc:description>", file.read_text(encoding="utf-8"), re.S)
-    return json.loads(html.unescape(description[1])) if description else None
+        save(figure, file, title, panels)
 
 
 PLOTS: dict[str, tuple[Callable[[], Panels], str, str, tuple[float, str] | None]] = {
