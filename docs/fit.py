@@ -87,18 +87,21 @@ def configure(config: str, shape: Mapping[str, Any], words: Sequence[str]) -> It
 
 
 def predict(model: str, setting: str, task: str) -> int:
-    """Peak bytes of a training step.
+    """Peak bytes of a training step; of ``sft``'s scoring where that takes more.
 
     ``estimate`` knows one model. DPO is its count with two sequences, and the weights of a reference model of the same
     type besides: those are frozen, and the logits of their forward pass are gone before the policy's begins.
     """
     from galore_trainer.run.memory.estimate import estimate_run
+    from galore_trainer.run.study.sweep_memory import run_bytes
 
     words = SETTINGS[setting].replace("--layerwise", "galore.layerwise=true").split()
     with configure("sft", MODELS[model], [*COMMON, f"per_device_train_batch_size={ROWS[task]}", *words]) as config:
+        if task == "SFT":
+            return run_bytes(config)
         memory = estimate_run(config)
     assert memory.peak is not None, memory.note
-    return memory.peak + (memory.weights if task == "DPO" else 0)
+    return memory.peak + memory.weights
 
 
 def cards() -> dict[str, int]:

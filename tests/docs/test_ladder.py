@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 
 import fit
+import rates
 from galore_trainer.optim import plain
 from galore_trainer.optim.param_groups import scale_of
 from galore_trainer.run.memory.estimate import empty_model
@@ -70,3 +71,10 @@ def test_it_has_room_on_its_card_and_says_how_much_it_takes(name: str, monkeypat
     layers = fit.SHAPES[load_run_config(name).model_name_or_path]["num_hidden_layers"]
     # whole numbers of weights are due for a refresh in layer-wise mode; other versions of torch allocate a little more
     assert one + (layers - 1) * (two - one) == pytest.approx(PEAKS[name], rel=0.02)
+
+
+def test_gsm8k_has_the_best_rate_of_each_method_that_the_study_ran() -> None:
+    for method, cell in (("galore_plus", "GaLore+ r 32, scaled"), ("adamw", "AdamW"), ("lora", "LoRA r 32")):
+        config = load_run_config("gsm8k", [], {"method": method})
+        best = min(rates.runs()[cell], key=lambda rate: rates.runs()[cell][rate][rates.SEED].loss)
+        assert config.training["learning_rate"] == best
