@@ -17,7 +17,7 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="STUDY",
-        help="rank, residual, cross_head, svd, methods, or a YAML file of yours.",
+        help="rank, rates, residual, cross_head, svd, methods, or a YAML file of yours.",
         autocompletion=names_of("studies"),
     ),
 ]

@@ -46,10 +46,12 @@ File = Annotated[
 @app.command("list", cls=OptionsOnce)
 def list_configs() -> None:
     """Name the packaged configurations, the studies of 'galore-ft ablate', and the ways to launch several processes."""
+    texts = {kind: packaged_configs(kind) for kind in KINDS}
+    width = max(len(name) for named in texts.values() for name in named) + 2
     for kind, title in KINDS.items():
         typer.echo(f"{title}:")
-        for name, text in packaged_configs(kind).items():
-            typer.echo(f"  {name:<14}{text.splitlines()[0].lstrip('# ')}")
+        for name, text in texts[kind].items():
+            typer.echo(f"  {name:<{width}}{text.splitlines()[0].lstrip('# ')}")
 
 
 @app.command(cls=OptionsOnce)

@@ -285,6 +285,7 @@ def blocks() -> dict[tuple[Path, str], str]:
         (README, "measured"): measured(),
         (README, "support"): support(),
         (RESULTS / "fit" / "README.md", "peaks"): fit_table(),
+        (pages / "choosing.md", "configurations"): fit.configurations_table(),
         (pages / "memory.md", "settings"): fit_table(),
         (pages / "memory.md", "peaks"): memory_table(),
         (pages / "speed.md", "ratios"): ratios(),

@@ -53,7 +53,7 @@ def test_a_packaged_study_runs_and_is_reported(
         assert result["score_after"]["eval_loss"] > 0
         assert result["score_before"] is None
         assert not (tmp_path / "out" / cell.slug / "seed-0" / "model").exists()
-        if result["method"].startswith("galore"):
+        if result["method"].startswith("galore") and name != "rates":  # which serves methods without projection, too
             assert result["projection_error"]["excess"] is not None
             assert "sharing_excess" in result["projection_error"]
     page = report([tmp_path / "out"], tmp_path / "report")[0].read_text()
