@@ -79,7 +79,7 @@ class Probe(TrainerCallback):
         at: steps of all measures, from 1.
         lags: after so many steps the subspaces are looked at again.
         layers: see ``Weights``.
-        batches: number of held-out batches, of the size of a step's; at least 2.
+        batches: number of held-out batches, of the size of a step's; at least 3.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Probe(TrainerCallback):
             if old is not None:
                 self.limited.append(is_limited(new, old).float().mean())
             self._norms = new
-            if step in self.at:
+            if step in self.at or step in self.again:
                 with torch.no_grad():
                     scale, weights = self.config.galore.residual_scale, self.weights.weights
                     self._add(

@@ -162,8 +162,13 @@ def gaussian_concentration(share: float) -> float:
     return share + 2 * float(z * normal.log_prob(z).exp())
 
 
-def found_again(chosen_by: Tensor, D: Tensor, share: float) -> Tensor:
-    """The share of the energy of D at the largest entries of another matrix, [L]."""
-    squares, choice = D.square().flatten(1), chosen_by.abs().flatten(1)
+def at_largest(chosen_by: Tensor, A: Tensor, B: Tensor, share: float) -> Tensor:
+    """The share of the inner product of A and B that lies at the largest entries of another matrix, one number.
+
+    Args:
+        chosen_by, A, B: [L, rows, n]; the entries are chosen in each layer, the products summed over layers.
+        share: of the entries.
+    """
+    products, choice = (A * B).flatten(1), chosen_by.abs().flatten(1)
     places = choice.topk(round(share * choice.shape[1]), dim=1).indices
-    return squares.gather(1, places).sum(dim=1) / squares.sum(dim=1)
+    return products.gather(1, places).sum() / products.sum()

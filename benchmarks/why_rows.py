@@ -105,8 +105,6 @@ def lost_rows(
         columns[f"joint_{rank}"] = 1.0 - measures.kept(X, basis)
         columns[f"joint_{rank}_other_batch"] = 1.0 - measures.kept(held[0], basis)
         columns[f"large_{rank}"] = measures.concentration(lose(held[0], basis), LARGE)
-        chosen_by = torch.stack([lose(some, basis) for some in held[1:]]).mean(dim=0)
-        columns[f"large_again_{rank}"] = measures.found_again(chosen_by, lose(held[0], basis), LARGE)
         if heads is not None:
             lent = measures.lent_bases(heads, rank)
             for name, Y in (("", X), ("_other_batch", held[0])):
@@ -121,8 +119,12 @@ def signal_rows(kind: str, P: Tensor, heads: Tensor | None, held: Sequence[Tenso
         if heads is not None:
             bases["shared"] = measures.lent_bases(heads, rank)[0]
         for basis, columns in bases.items():
-            found = {name: short(value) for name, value in measures.persistent(held, columns).items()}
-            yield {"kind": kind, "rank": rank, "basis": basis, **found}
+            found = measures.persistent(held, columns)
+            one, other, *more = (lose(some, columns) for some in held)
+            chosen_by = torch.stack(more).mean(dim=0)  # as a warm-up chooses the entries of a sparse residual
+            found["large_energy"] = measures.at_largest(chosen_by, one, one, LARGE)
+            found["large_signal"] = measures.at_largest(chosen_by, one, other, LARGE)
+            yield {"kind": kind, "rank": rank, "basis": basis} | {name: short(v) for name, v in found.items()}
 
 
 def source_rows(one: Gradients, of_mean: Gradients, X: Gradients, held: Sequence[Gradients]) -> Iterator[Row]:
