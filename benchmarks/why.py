@@ -27,6 +27,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from why_rows import KINDS, SHARED, Gradients, Row
 
+from galore_trainer.errors import OptionError
+
 AT, LAGS = (1, 10, 50, 100, 200, 430), (1, 10, 50, 100, 200)
 LEFT = ("down_proj",)
 TABLES = ("heads", "modules", "drift", "same_data", "lost", "signal", "sources", "update")
@@ -73,6 +75,8 @@ class Weights:
 class Probe(TrainerCallback):
     """Measures in some steps, and stops the training after the last of them.
 
+    Raises OptionError where too few examples are held out.
+
     Args:
         trainer: with a ``GaLoreAdamW``.
         config: of its run.
@@ -86,6 +90,9 @@ class Probe(TrainerCallback):
         self, trainer: Any, config: Any, at: Sequence[int], lags: Sequence[int], layers: int, batches: int
     ) -> None:
         self.trainer, self.config, self.at, self.lags, self.batches = trainer, config, sorted(at), lags, batches
+        needed, there = batches * batch_size(trainer), len(trainer.eval_dataset or ())
+        if there < needed:
+            raise OptionError("data.eval_samples", there, f"at least {needed}", "Or measure fewer --batches.")
         self.weights = Weights(trainer.model, layers)
         self.again = {step + lag for step in at for lag in lags if step + lag <= max(at)}
         self.tables: dict[str, list[Row]] = {name: [] for name in TABLES}

@@ -40,11 +40,15 @@ def kept(X: Tensor, P: Tensor) -> Tensor:
     return energy(X @ P) / energy(X)
 
 
-def effective_ranks(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Participation ratio (sum s^2)^2 / sum s^4 and stable rank sum s^2 / max s^2 of the singular values s."""
-    gram = (X @ X.mT if X.shape[-2] < X.shape[-1] else X.mT @ X).double()
-    total = energy(X).double()
-    return total.square() / energy(gram), total / torch.linalg.matrix_norm(gram, 2)
+def effective_ranks(X: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """Participation ratio (sum s^2)^2 / sum s^4 and stable rank sum s^2 / max s^2 of the singular values s of X.
+
+    Args:
+        X: gradients.
+        P: their own best bases.
+    """
+    gram = X @ X.mT if X.shape[-2] < X.shape[-1] else X.mT @ X
+    return energy(X).square() / energy(gram), energy(X) / energy(X @ P[..., :1])
 
 
 # ---------------------------------------------------------------------- heads

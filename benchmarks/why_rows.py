@@ -98,7 +98,7 @@ def lost_rows(
         held: gradients of other batches.
         layers: their numbers.
     """
-    participation, stable = measures.effective_ranks(X)
+    participation, stable = measures.effective_ranks(X, P)
     columns = {"participation_ratio": participation, "stable_rank": stable}
     for rank in ranks_of({kind: P}):
         basis = P[..., :rank]
@@ -108,7 +108,8 @@ def lost_rows(
         if heads is not None:
             lent = measures.lent_bases(heads, rank)
             for name, Y in (("", X), ("_other_batch", held[0])):
-                columns[f"shared_{rank}{name}"] = 1.0 - torch.stack([measures.kept(Y, P) for P in lent]).mean(dim=0)
+                shares = torch.stack([measures.kept(Y, of_heads) for of_heads in lent])
+                columns[f"shared_{rank}{name}"] = 1.0 - shares.mean(dim=0)
     return by_layer({"kind": kind}, columns, layers)
 
 

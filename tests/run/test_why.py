@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.run_config import load_run_config
 from galore_trainer.run.training.train import prepare
 
@@ -31,10 +32,9 @@ def test_the_best_basis_is_that_of_the_svd(rows: int, columns: int) -> None:
     P = measures.top(X, 4)
     torch.testing.assert_close(measures.similarity(P, V[:, :4].mT), torch.ones(3))
     torch.testing.assert_close(measures.kept(X, P), values[:, :4].square().sum(-1) / values.square().sum(-1))
-    participation, stable = measures.effective_ranks(X)
-    squares = values.double().square()
-    torch.testing.assert_close(participation, squares.sum(-1).square() / squares.square().sum(-1), rtol=1e-5, atol=0)
-    torch.testing.assert_close(stable, squares.sum(-1) / squares[:, 0], rtol=1e-5, atol=0)
+    squares = values.square()
+    expected = squares.sum(-1).square() / squares.square().sum(-1), squares.sum(-1) / squares[:, 0]
+    torch.testing.assert_close(measures.effective_ranks(X, P), expected)
 
 
 def test_random_subspaces_are_as_similar_as_chance() -> None:
@@ -82,6 +82,12 @@ def test_concentration_of_noise_is_the_formula() -> None:
     torch.testing.assert_close(measures.at_largest(where, noise, other, 1.0), torch.tensor(1.0))
 
 
+@pytest.fixture
+def base(tiny_base: Path) -> Path:
+    tiny_base.write_text(tiny_base.read_text().replace("eval_samples: 4", "eval_samples: 6"))
+    return tiny_base
+
+
 def trained(base: Path, folder: Path, *callbacks: Any) -> dict[str, torch.Tensor]:
     trainer = prepare(load_run_config(base, [f"output_dir={folder}"])).trainer
     for make in callbacks:
@@ -90,15 +96,15 @@ def trained(base: Path, folder: Path, *callbacks: Any) -> dict[str, torch.Tensor
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-def test_a_measured_run_ends_where_an_unmeasured_one_does(tiny_base: Path, tmp_path: Path) -> None:
-    config = load_run_config(tiny_base, [])
+def test_a_measured_run_ends_where_an_unmeasured_one_does(base: Path, tmp_path: Path) -> None:
+    config = load_run_config(base, [])
     probes: list[Any] = []
 
     def probe(trainer: Any) -> Any:
         probes.append(why.Probe(trainer, config, (1, 4), (1,), layers=2, batches=3))
         return probes[0]
 
-    plain, measured = trained(tiny_base, tmp_path / "plain"), trained(tiny_base, tmp_path / "measured", probe)
+    plain, measured = trained(base, tmp_path / "plain"), trained(base, tmp_path / "measured", probe)
     torch.testing.assert_close(measured, plain, rtol=0, atol=0)
     tables = probes[0].tables
     assert tables.keys() == set(why.TABLES)
@@ -110,9 +116,12 @@ def test_a_measured_run_ends_where_an_unmeasured_one_does(tiny_base: Path, tmp_p
     assert all(row["done"] == pytest.approx(row["wanted"], abs=1e-3) for row in tables["update"] if row["step"] == 1)
 
 
-def test_a_measurement_is_written_in_full(tiny_base: Path, tmp_path: Path) -> None:
-    content = why.measure(
-        load_run_config(tiny_base, [f"output_dir={tmp_path / 'run'}"]), (1, 2), (1,), layers=1, batches=3
-    )
+def test_a_measurement_is_written_in_full(base: Path, tmp_path: Path) -> None:
+    content = why.measure(load_run_config(base, [f"output_dir={tmp_path / 'run'}"]), (1, 2), (1,), layers=1, batches=3)
     assert content["settings"]["steps"] == 2  # it ends after the last measure
     assert content["settings"]["layers"] == [0]
+
+
+def test_too_few_held_out_examples_are_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"data\.eval_samples: got 6, wanted at least 8"):
+        why.measure(load_run_config(base, [f"output_dir={tmp_path / 'run'}"]), (1,), (1,), layers=1, batches=4)
