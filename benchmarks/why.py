@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument(
         "--lags", type=int, nargs="+", default=LAGS, help="steps after which to look at subspaces again"
     )
-    parser.add_argument("--layers", type=int, default=8, help="how many layers to measure")
+    parser.add_argument("--layers", type=int, default=6, help="how many layers to measure")
     parser.add_argument("--batches", type=int, default=8, help="how many held-out batches to measure")
     parser.add_argument("--json", type=Path, default=Path("why.json"))
     args = parser.parse_args()
@@ -271,7 +271,7 @@ def main() -> None:
 def in_lines(value: Any) -> str:
     """JSON with a row of a table on each line."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
+        return "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in value) + "\n]"
     return json.dumps(value)
 
 

@@ -5,18 +5,18 @@ A plot carries the numbers that it shows in its own description, so that a test 
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import fit
+import why_figures
 from blocks import table, write_block
 from conversions import conversions
+from plots import Panels, bars
 from rates import best_table, pairs_table, rates_table
 from version_table import versions
 
@@ -43,8 +43,6 @@ STEPS = {  # rows of results/speed/details.json
 }
 STUDENT_T = {2: 4.303}
 """97.5 % quantile of Student's t by degrees of freedom."""
-OURS, OTHERS, INK = "#e07b39", "#8c9aa8", "#3b3f44"
-Panels = dict[str, dict[str, float]]
 
 
 def lines(path: str) -> list[dict[str, Any]]:
@@ -320,46 +318,11 @@ def blocks() -> dict[tuple[Path, str], str]:
         (pages / "support-matrix.md", "versions"): versions(),
         **{(pages / "knobs.md", name): text for name, text in knob_tables().items()},
         **{(pages / "migrating.md", name): text for name, text in conversions().items()},
+        **why_figures.blocks(),
     }
 
 
 # ------------------------------------------------------------------------------------------------- the plots
-
-
-def bars(panels: Panels, title: str, unit: str, file: Path, line: tuple[float, str] | None = None) -> None:
-    """Draw horizontal bars, a panel a key, as an SVG whose description holds the numbers."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {"svg.hashsalt": "figures", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9}
-    with matplotlib.rc_context(style):
-        longest = max(len(panel) for panel in panels.values())
-        figure = Figure(figsize=(9, 0.75 + 0.27 * longest), layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for axis, (name, values) in zip(axes, panels.items(), strict=True):
-            colours = [OURS if label.startswith("GaLore+") else OTHERS for label in values]
-            drawn = axis.barh([*values], [*values.values()], color=colours, height=0.72)
-            if line:
-                axis.axvline(line[0], color=INK, linewidth=1, linestyle=":", zorder=0)
-                axis.text(
-                    line[0], 1.0, line[1], transform=axis.get_xaxis_transform(), color=INK, ha="center", va="bottom"
-                )
-            labels = axis.bar_label(drawn, [f"{value:.1f}" for value in values.values()], padding=3, color=INK)
-            for label in labels:
-                label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-            axis.set_xlim(0, 1.14 * max(values.values()))
-            axis.set_ylim(len(values) - 0.4, -0.6)
-            axis.set_xlabel(f"{name}: {unit}", color=INK)
-            axis.tick_params(colors=INK, length=0)
-            axis.spines[["top", "right", "left"]].set_visible(False)
-        figure.savefig(file, metadata={"Date": None, "Title": title, "Description": json.dumps(panels)})
-
-
-def shown(file: Path) -> Any:
-    """The numbers in a plot's description."""
-    description = re.search(r"<dc:description>(.*?)</dc:description>", file.read_text(encoding="utf-8"), re.S)
-    return json.loads(html.unescape(description[1])) if description else None
 
 
 PLOTS: dict[str, tuple[Callable[[], Panels], str, str, tuple[float, str] | None]] = {
@@ -377,6 +340,7 @@ def main(names: Sequence[str] = tuple(PLOTS)) -> None:
     for name in names:
         numbers, title, unit, line = PLOTS[name]
         bars(numbers(), title, unit, IMAGES / name, line)
+    why_figures.draw_all()
     for (page, name), text in blocks().items():
         write_block(page, name, text)
 
