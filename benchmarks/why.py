@@ -25,13 +25,12 @@ import why_measures as measures
 import why_rows as rows
 from torch import Tensor
 from transformers import TrainerCallback
-from why_rows import KINDS, SHARED, Gradients, Row
+from why_rows import KINDS, LEFT, SHARED, Gradients, Row
 
 from galore_trainer.errors import OptionError
 
 AT, LAGS = (1, 10, 50, 100, 200, 430), (1, 10, 50, 100, 200)
-LEFT = ("down_proj",)
-TABLES = ("heads", "modules", "drift", "same_data", "lost", "signal", "sources", "update")
+TABLES = ("heads", "modules", "drift", "same_data", "lost", "signal", "sources", "sides", "update")
 
 
 class Weights:
@@ -151,6 +150,7 @@ class Probe(TrainerCallback):
         self._held[step] = of_one, of_mean
         self._add("modules", step, rows.module_rows(P))
         self._add("sources", step, rows.source_rows(of_one, of_mean, X, held))
+        self._add("sides", step, rows.side_rows(P, X, held))
         for kind in KINDS:
             of_kind, lenders = [some[kind] for some in held], weights.lenders(kind, X[kind])
             self._add("lost", step, rows.lost_rows(kind, X[kind], P[kind], lenders, of_kind, weights.layers))

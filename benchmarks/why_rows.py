@@ -19,6 +19,8 @@ LARGE = 0.012
 """Share of the entries of D that a sparse residual would take."""
 SHARED = ("q_proj", "k_proj", "v_proj")
 KINDS = (*SHARED, "o_proj", "gate_proj", "up_proj", "down_proj")
+LEFT = ("down_proj",)
+"""Kinds that are projected on the left side."""
 PAIRS = (("q_proj", "k_proj"), ("q_proj", "v_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules with the same inputs, whose subspaces can be compared."""
 
@@ -145,10 +147,24 @@ def source_rows(one: Gradients, of_mean: Gradients, X: Gradients, held: Sequence
         bases = {"one": one[kind], "mean": of_mean[kind], "stacked": measures.top(stacked, one[kind].shape[-1])}
         for rank in ranks_of(one):
             for source, columns in bases.items():
-                P = columns[..., :rank]
-                common = ((new @ P) * (last @ P)).sum() / (new * last).sum()
-                kept = mean(measures.kept(new, P))
-                yield {"kind": kind, "rank": rank, "source": source, "kept": kept, "signal": short(common)}
+                yield {"kind": kind, "rank": rank, "source": source, **kept_of(new, last, columns[..., :rank])}
+
+
+def side_rows(P: Gradients, X: Gradients, held: Sequence[Gradients]) -> Iterator[Row]:
+    """What bases of either side keep of held-out batches; arguments as for ``source_rows``, P the bases of X."""
+    for kind in KINDS:
+        for side in ("left", "right"):
+            as_trained = (side == "left") == (kind in LEFT)
+            new, last = (Y[kind] if as_trained else Y[kind].mT for Y in (held[0], held[-1]))
+            columns = P[kind] if as_trained else measures.top(X[kind].mT, P[kind].shape[-1])
+            for rank in ranks_of(P):
+                yield {"kind": kind, "rank": rank, "side": side, **kept_of(new, last, columns[..., :rank])}
+
+
+def kept_of(new: Tensor, last: Tensor, P: Tensor) -> Row:
+    """The share of the energy of one gradient that P keeps, and of its inner product with another, all layers' sum."""
+    common = ((new @ P) * (last @ P)).sum() / (new * last).sum()
+    return {"kept": mean(measures.kept(new, P)), "signal": short(common)}
 
 
 def update_row(kind: str, optimizer: Any, weights: Sequence[Tensor], residual_scale: float) -> Row:
