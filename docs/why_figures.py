@@ -80,28 +80,35 @@ def heads_curves() -> Curves:
 
 
 def drift_curves() -> Curves:
-    """Similarity of subspaces, and energy kept, against the number of steps between them."""
+    """Similarity of subspaces, and energy kept, against the number of steps between them.
+
+    All curves begin at the same steps: those that were looked at after every lag, without the first step.
+    """
     lags = sorted({row["lag"] for row in measured()["drift"]})
-    gaps = sorted({row["to"] - row["step"] for row in measured()["same_data"]})
+    starts = {lag: {row["step"] for row in measured()["drift"] if row["lag"] == lag} for lag in lags}
+    whole = tuple(sorted(set.intersection(*starts.values()) - {steps()[0]}) or steps()[:1])
+    same = [row for row in measured()["same_data"] if row["step"] in whole and row["rank"] == RANK]
+    gaps = sorted({row["to"] - row["step"] for row in same})
 
     def training(column: str) -> list[list[float]]:
-        return [[*lags], [mean(where("drift", lag=lag, rank=RANK, kind=ALL), column) for lag in lags]]
+        return [[*lags], [mean(where("drift", lag=lag, rank=RANK, step=whole), column) for lag in lags]]
 
-    def same_data(column: str, several: bool) -> list[list[float]]:
-        rows = [row for row in where("same_data", rank=RANK) if (row["batches"] > 1) == several]
-        by_gap = {gap: [row for row in rows if row["to"] - row["step"] == gap] for gap in gaps}
-        return [[*gaps], [mean(by_gap[gap], column) for gap in gaps]]
+    def same_data(column: str, at_once: float, several: bool) -> list[list[float]]:
+        rows = [row for row in same if (row["batches"] > 1) == several]
+        by_gap = ([row for row in rows if row["to"] - row["step"] == gap] for gap in gaps)
+        return [[0, *gaps], [at_once, *(mean(some, column) for some in by_gap)]]
 
+    own = mean(where("drift", lag=0, rank=RANK, step=whole), "kept_by_own")
     return {
         title: {
-            "another batch each time": training(column),
-            "the same batch": same_data(column, several=False),
-            "the same mean of several batches": same_data(column, several=True),
-            bound: training(other),
+            "another batch": training(column),
+            "the same batch": same_data(column, at_once, several=False),
+            "the same mean of several batches": same_data(column, at_once, several=True),
+            bound: training(of_bound),
         }
-        for title, column, bound, other in (
-            ("similarity of subspaces", "similarity", "chance", "chance"),
-            ("share of the newer gradient's energy", "kept", "best basis of the newer gradient", "kept_by_own"),
+        for title, column, at_once, bound, of_bound in (
+            ("similarity of the two bases", "similarity", 1.0, "chance", "chance"),
+            ("energy of the later gradient that is kept", "kept", own, "best basis of the later one", "kept_by_own"),
         )
     }
 
@@ -144,13 +151,12 @@ def signal_curves() -> Curves:
 def limit_curves() -> Curves:
     """Length of the scaled residual beside the projected update, before its limit and after it."""
     at = sorted({row["step"] for row in measured()["update"]})
-
     return {
         kinds(names): {
             label: [[*at], [mean(where("update", kind=names, step=step), column) for step in at]]
             for label, column in (("as the equation asks", "wanted"), ("after the limit", "done"))
         }
-        for names in (SHARED, JOINT)
+        for names in (SHARED, JOINT[:-1], JOINT[-1:])
     }
 
 
@@ -163,29 +169,25 @@ def cells(values: Iterable[float]) -> list[str]:
 
 
 def heads_table() -> str:
-    """Shares of a head's energy that bases keep, at the last step."""
+    """Shares of a head's energy that bases keep, at the last step, and what modules have in common."""
     rows = [("", "its own basis", "the joint basis", "another head's basis", "similarity", "chance")]
     columns = ("kept_by_own", "kept_by_joint", "kept_by_other", "similarity", "chance")
     for kind in HEADS:
         found = where("heads", kind=kind, rank=RANK, step=steps()[-1])
         rows.append((kinds([kind]), *cells(mean(found, column) for column in columns)))
-    return table(rows, numbers=5)
-
-
-def modules_line() -> str:
-    """Similarity of the joint subspaces of modules with the same inputs, at the last step."""
     found = where("modules", step=steps()[-1], rank=RANK)
     pairs = (f"{' and '.join(n.removesuffix('_proj') for n in row['kinds'])} {row['similarity']:.2f}" for row in found)
-    return f"Joint bases of modules that have the same inputs: {', '.join(pairs)}.\n"
+    return table(rows, numbers=5) + f"\nSimilarity of joint bases that have the same inputs: {', '.join(pairs)}.\n"
 
 
 def sources_table() -> str:
-    """What bases keep of a batch that they do not know, by the batches that they come from."""
+    """What bases keep of a batch that they do not know, by the batches that they come from, after the first step."""
+    later = tuple(steps()[1:])
     names = {"one": "one batch", "mean": "the mean of several", "stacked": "several, stacked"}
     head = [f"{what}, {kinds(group)}" for group in (SHARED, JOINT) for what in ("energy", "signal")]
     rows = [("basis from", *head)]
     for source, name in names.items():
-        found = [where("sources", kind=group, source=source, rank=RANK) for group in (SHARED, JOINT)]
+        found = [where("sources", kind=group, source=source, rank=RANK, step=later) for group in (SHARED, JOINT)]
         rows.append((name, *cells(mean(some, column) for some in found for column in ("kept", "signal"))))
     return table(rows, numbers=4)
 
@@ -220,9 +222,15 @@ def kinds_table() -> str:
 def limit_line() -> str:
     """The share of weights whose scaled residual is limited."""
     limited = measured()["limited"]  # from the second step on
-    at = [step for step in (2, 5, 10, 20, 40, 100, 200, 400) if step - 2 < len(limited)]
-    shares = ", ".join(f"{100 * limited[step - 2]:.0f} % in step {step}" for step in at)
-    return f"Weights whose residual is limited: {shares}.\n"
+    quarter = len(limited) // 4
+    parts = [limited[i * quarter : (i + 1) * quarter] for i in range(4)]
+    shares = ", ".join(f"{100 * statistics.fmean(part):.0f} %" for part in parts)
+    found = where("update", step=steps()[-1])
+    cut = 1.0 - mean(found, "done") / mean(found, "wanted")
+    return (
+        f"Weights whose residual is limited in a step, by quarters of the run: {shares}. In step {steps()[-1]} the "
+        f"limit takes {100 * cut:.0f} % of the residual's length.\n"
+    )
 
 
 def run_line() -> str:
@@ -247,10 +255,10 @@ LOOKS: dict[str, dict[str, Any]] = {
     "two heads, last step": FIRST,
     "one head, two batches, last step": SECOND,
     "chance": BOUND,
-    "another batch each time": FIRST,
+    "another batch": FIRST,
     "the same batch": SECOND,
     "the same mean of several batches": THIRD,
-    "best basis of the newer gradient": BOUND,
+    "best basis of the later one": BOUND,
     "joint basis, its own batch": {**SECOND, "linestyle": "--"},
     "joint basis, another batch": SECOND,
     "shared basis, its own batch": {**FIRST, "linestyle": "--"},
@@ -289,7 +297,6 @@ def blocks() -> dict[tuple[Path, str], str]:
     tables = {
         "run": run_line,
         "heads": heads_table,
-        "modules": modules_line,
         "sources": sources_table,
         "signal": signal_table,
         "kinds": kinds_table,
