@@ -83,6 +83,12 @@ class Probe(TrainerCallback):
         lags: after so many steps the subspaces are looked at again.
         layers: see ``Weights``.
         batches: number of held-out batches, of the size of a step's; at least 3.
+
+    Attributes:
+        tables: rows by name of the table.
+        limited: in every step but the first the share of weights whose scaled residual was limited.
+        bases: of the steps of all measures, from the gradient of the step.
+        held: of these steps, bases of the first held-out batch and of the mean of all but the last.
     """
 
     def __init__(
@@ -97,9 +103,9 @@ class Probe(TrainerCallback):
         self.tables: dict[str, list[Row]] = {name: [] for name in TABLES}
         self.limited: list[Tensor] = []
         self.seconds = 0.0
-        self._norms: Tensor | None = None
-        self._bases: dict[int, Gradients] = {}
-        self._held: dict[int, tuple[Gradients, Gradients]] = {}
+        self.norms: Tensor | None = None
+        self.bases: dict[int, Gradients] = {}
+        self.held: dict[int, tuple[Gradients, Gradients]] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the gradients."""
@@ -107,59 +113,57 @@ class Probe(TrainerCallback):
         if step in self.at or step in self.again:
             start = time.perf_counter()
             with torch.no_grad():
-                self._look(step)
+                self.look(step)
             self.seconds += time.perf_counter() - start
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the scaled residual and its limit."""
         step, optimizer = state.global_step + 1, inner(self.trainer)
         if norms := list(residual_norms(optimizer)):
-            new, old = torch.stack(norms), self._norms
+            new, old = torch.stack(norms), self.norms
             if old is not None:
                 self.limited.append(is_limited(new, old).float().mean())
-            self._norms = new
+            self.norms = new
             if step in self.at or step in self.again:
                 with torch.no_grad():
                     scale, weights = self.config.galore.residual_scale, self.weights.weights
-                    self._add(
-                        "update", step, (rows.update_row(kind, optimizer, weights[kind], scale) for kind in KINDS)
-                    )
+                    self.add("update", step, (rows.update_row(kind, optimizer, weights[kind], scale) for kind in KINDS))
         if step >= self.at[-1]:
             control.should_training_stop = True
 
-    def _add(self, table: str, step: int, found: Iterable[Row]) -> None:
+    def add(self, table: str, step: int, found: Iterable[Row]) -> None:
         self.tables[table] += ({"step": step, **row} for row in found)
 
-    def _look(self, step: int) -> None:
+    def look(self, step: int) -> None:
         weights, rank = self.weights, self.weights.rank
         X = weights.gradients()
         P = rows.bases_of(X, rank)
         for lag in self.lags:
-            if (old := self._bases.get(step - lag)) is not None:
-                self._add("drift", step - lag, rows.compared(old, P, X, lag=lag))
+            if (old := self.bases.get(step - lag)) is not None:
+                self.add("drift", step - lag, rows.compared(old, P, X, lag=lag))
         if step not in self.at:
             return
-        self._bases[step] = P
-        held = list(self._held_out())
+        self.bases[step] = P
+        held = list(self.held_out_gradients())
         mean = {kind: torch.stack([some[kind] for some in held[:-1]]).mean(dim=0) for kind in KINDS}
         of_one, of_mean = rows.bases_of(held[0], rank), rows.bases_of(mean, rank)
-        self._add("drift", step, rows.compared(P, of_one, held[0], lag=0))
-        for before, (one, many) in self._held.items():
-            self._add("same_data", before, rows.compared(one, of_one, held[0], to=step, batches=1))
-            self._add("same_data", before, rows.compared(many, of_mean, mean, to=step, batches=len(held) - 1))
-        self._held[step] = of_one, of_mean
-        self._add("modules", step, rows.module_rows(P))
-        self._add("sources", step, rows.source_rows(of_one, of_mean, X, held))
-        self._add("sides", step, rows.side_rows(P, X, held))
+        self.add("drift", step, rows.compared(P, of_one, held[0], lag=0))
+        for before, (one, many) in self.held.items():
+            self.add("same_data", before, rows.compared(one, of_one, held[0], to=step, batches=1))
+            self.add("same_data", before, rows.compared(many, of_mean, mean, to=step, batches=len(held) - 1))
+        self.held[step] = of_one, of_mean
+        self.add("modules", step, rows.module_rows(P))
+        self.add("sources", step, rows.source_rows(of_one, of_mean, X, held))
+        self.add("sides", step, rows.side_rows(P, X, held))
         for kind in KINDS:
             of_kind, lenders = [some[kind] for some in held], weights.lenders(kind, X[kind])
-            self._add("lost", step, rows.lost_rows(kind, X[kind], P[kind], lenders, of_kind, weights.layers))
-            self._add("signal", step, rows.signal_rows(kind, P[kind], lenders, of_kind))
+            self.add("lost", step, rows.lost_rows(kind, X[kind], P[kind], lenders, of_kind, weights.layers))
+            self.add("signal", step, rows.signal_rows(kind, P[kind], lenders, of_kind))
             if kind in weights.heads:
                 heads, elsewhere = (weights.by_head(kind, Y) for Y in (X[kind], of_kind[0]))
-                self._add("heads", step, rows.head_rows(kind, heads, elsewhere, rows.ranks_of(P), weights.layers))
+                self.add("heads", step, rows.head_rows(kind, heads, elsewhere, rows.ranks_of(P), weights.layers))
 
-    def _held_out(self) -> Iterator[Gradients]:
+    def held_out_gradients(self) -> Iterator[Gradients]:
         """Gradients of held-out batches, the same in every step; those of the weights stay as they are."""
         trainer, model = self.trainer, self.trainer.model_wrapped
         examples, size = trainer.eval_dataset, batch_size(trainer)

@@ -64,7 +64,7 @@ def head_pairs(bases: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         [L] each.
     """
     values = similarity(bases.unsqueeze(2), others.unsqueeze(1))  # [L, heads, heads]
-    return _off_diagonal(values), values.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    return off_diagonal(values), values.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
 
 def kept_by_heads(heads: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def kept_by_heads(heads: Tensor, bases: Tensor) -> tuple[Tensor, Tensor]:
         bases: [L, heads, n, r].
     """
     values = kept(heads.unsqueeze(2), bases.unsqueeze(1))  # [L, heads, heads]: energy of the first in the second
-    return _off_diagonal(values), values.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    return off_diagonal(values), values.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
 
 def lent_bases(heads: Tensor, rank: int) -> Tensor:
@@ -91,7 +91,7 @@ def lent_bases(heads: Tensor, rank: int) -> Tensor:
     return torch.stack([top(some, rank) for some in lent])
 
 
-def _off_diagonal(values: Tensor) -> Tensor:
+def off_diagonal(values: Tensor) -> Tensor:
     """Mean over pairs of different heads, [L]; NaN for a single head."""
     count = values.shape[-1]
     total = values.sum(dim=(-2, -1)) - values.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
@@ -139,7 +139,7 @@ def _products(batches: Sequence[Tensor]) -> Tensor:
 
 def _signal(products: Tensor) -> tuple[Tensor, Tensor]:
     """Mean inner product of different batches, and mean energy of one, [L] each."""
-    return _off_diagonal(products), products.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    return off_diagonal(products), products.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
 
 def _with_mean_of_others(products: Tensor) -> Tensor:
