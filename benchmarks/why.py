@@ -74,7 +74,7 @@ class Weights:
 class Probe(TrainerCallback):
     """Measures in some steps, and stops the training after the last of them.
 
-    Raises OptionError where too few examples are held out.
+    Raises OptionError where too few examples are held out, or training ends before the last step.
 
     Args:
         trainer: with a ``GaLoreAdamW``.
@@ -106,6 +106,11 @@ class Probe(TrainerCallback):
         self.norms: Tensor | None = None
         self.bases: dict[int, Gradients] = {}
         self.held: dict[int, tuple[Gradients, Gradients]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse steps that training does not reach."""
+        if self.at[-1] > state.max_steps:
+            raise OptionError("--at", self.at[-1], f"at most {state.max_steps}, the steps of this run", "Train longer.")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the gradients."""

@@ -122,6 +122,10 @@ def test_a_measurement_is_written_in_full(base: Path, tmp_path: Path) -> None:
     assert content["settings"]["layers"] == [0]
 
 
-def test_too_few_held_out_examples_are_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"data\.eval_samples: got 6, wanted at least 8"):
-        why.measure(load_run_config(base, [f"output_dir={tmp_path / 'run'}"]), (1,), (1,), layers=1, batches=4)
+@pytest.mark.parametrize(
+    ("at", "batches", "message"),
+    [(1, 4, r"data\.eval_samples: got 6, wanted at least 8"), (5, 3, "--at: got 5, wanted at most 4")],
+)
+def test_what_cannot_be_measured_is_refused(at: int, batches: int, message: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=message):
+        why.measure(load_run_config(base, [f"output_dir={tmp_path / 'run'}"]), (at,), (1,), layers=1, batches=batches)
