@@ -1,4 +1,4 @@
-"""Plots and tables of docs/why.md, from results/why/why.json, which ``benchmarks/why.py`` writes."""
+"""Plots and tables of docs/why.md, from what ``benchmarks/why.py`` wrote into results/why."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ Row = dict[str, Any]
 
 @cache
 def measured() -> Any:
-    """The content of results/why/why.json."""
-    return json.loads(SOURCE.read_text(encoding="utf-8"))
+    """The content of results/why/why.json, and tables that it lacks from other runs in the folder."""
+    content: dict[str, Any] = {}
+    for path in (*sorted(SOURCE.parent.glob("*.json")), SOURCE):
+        content |= json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def mean(rows: Iterable[Row], column: str) -> float:
@@ -192,6 +195,16 @@ def sources_table() -> str:
     return table(rows, numbers=4)
 
 
+def sides_table() -> str:
+    """What bases of either side keep of a batch that they do not know, at the last step."""
+    last = max(row["step"] for row in measured()["sides"])
+    rows = [(f"step {last}: energy / signal", *(kinds([kind]) for kind in ALL))]
+    for side, name in (("left", "left: errors"), ("right", "right: inputs")):
+        found = [where("sides", side=side, kind=kind, rank=RANK, step=last)[0] for kind in ALL]
+        rows.append((name, *(f"{row['kept']:.2f} / {row['signal']:.2f}" for row in found)))
+    return table(rows, numbers=len(ALL))
+
+
 def signal_table() -> str:
     """What batches have in common, inside and outside the basis, by rank, over all steps but the first."""
     rows = [("rank", "energy outside", "signal outside", "cosine inside", "cosine outside")]
@@ -206,7 +219,14 @@ def signal_table() -> str:
 def kinds_table() -> str:
     """Effective rank, what is lost and how concentrated it is, by kind of module, over all steps but the first."""
     percent, later = f"{100 * measured()['settings']['large']:g} %", tuple(steps()[1:])
-    head = ("participation ratio", "stable rank", "lost, own batch", "lost, another", f"largest {percent}")
+    noise = measured()["gaussian"]
+    head = (
+        "participation ratio",
+        "stable rank",
+        "lost, own batch",
+        "lost, another",
+        f"largest {percent}; noise: {noise:.2f}",
+    )
     rows = [("", *head, f"chosen {percent}: energy", "signal")]
     for kind in ALL:
         found = where("lost", kind=kind, step=later)
@@ -215,8 +235,7 @@ def kinds_table() -> str:
         lost = [mean(found, f"{column}") for column in (f"joint_{RANK}", f"joint_{RANK}_other_batch", f"large_{RANK}")]
         chosen = [mean(common, column) for column in ("large_energy", "large_signal")]
         rows.append((kinds([kind]), *effective, *cells([*lost, *chosen])))
-    noise = cells([measured()["gaussian"], measured()["settings"]["large"]])
-    return table([*rows, ("Gaussian noise", "", "", "", "", *noise, "")], numbers=7)
+    return table(rows, numbers=7)
 
 
 def limit_line() -> str:
@@ -294,13 +313,14 @@ def draw_all() -> None:
 def blocks() -> dict[tuple[Path, str], str]:
     """Page and name of every block with numbers of this study -> text."""
     page = ROOT / "docs" / "why.md"
-    tables = {
-        "run": run_line,
-        "heads": heads_table,
-        "sources": sources_table,
-        "signal": signal_table,
-        "kinds": kinds_table,
-        "limit": limit_line,
-    }
     readme = SOURCE.parent / "README.md"
-    return {(page, name): text() for name, text in tables.items()} | {(readme, "run"): run_line()}
+    return {
+        (page, "run"): run_line(),
+        (page, "heads"): heads_table(),
+        (page, "sides"): sides_table(),
+        (page, "signal"): signal_table(),
+        (page, "kinds"): kinds_table(),
+        (page, "limit"): limit_line(),
+        (readme, "run"): run_line(),
+        (readme, "sources"): sources_table(),
+    }
