@@ -279,9 +279,9 @@ def blocks(studies: Studies) -> dict[tuple[Path, str], str]:
 # ----------------------------------------------------------------------------------------------------- the plots
 
 
-def rate_curves(studies: Studies) -> plots.Curves:
+def rate_curves(studies: Studies) -> plots.Rates:
     """Mean loss at every learning rate: family -> method -> rate -> loss."""
-    panels: plots.Curves = {name: {} for name in FAMILIES}
+    panels: plots.Rates = {name: {} for name in FAMILIES}
     for study in searches(studies):
         for method, rates in study.runs.items():
             if len(rates) > 1:
@@ -327,7 +327,7 @@ def ends(gap: paired.Difference) -> list[float]:
 
 
 PLOTS: dict[str, tuple[Callable[[Studies], Any], Callable[[Any, str, Path], None], str]] = {
-    "rates.svg": (rate_curves, plots.curves, "Eval loss over learning rate, GSM8K, one epoch of SmolLM2-135M"),
+    "rates.svg": (rate_curves, plots.rates, "Eval loss over learning rate, GSM8K, one epoch of SmolLM2-135M"),
     "differences.svg": (differences, plots.forest, "Paired differences in eval loss: below 0 the first one is better"),
 }
 

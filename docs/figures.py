@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import fit
+import why_figures
 from blocks import table, write_block
 from conversions import conversions
 from evidence import loss_row
-from plots import INK, OTHERS, OURS, drawing, save
+from plots import Panels, bars
 from studies import studies
 from version_table import versions
 
@@ -43,7 +44,6 @@ STEPS = {  # rows of results/speed/details.json
 }
 STUDENT_T = {2: 4.303}
 """97.5 % quantile of Student's t by degrees of freedom."""
-Panels = dict[str, dict[str, float]]
 
 
 def lines(path: str) -> list[dict[str, Any]]:
@@ -294,34 +294,11 @@ def blocks() -> dict[tuple[Path, str], str]:
         (pages / "support-matrix.md", "versions"): versions(),
         **{(pages / "knobs.md", name): text for name, text in knob_tables().items()},
         **{(pages / "migrating.md", name): text for name, text in conversions().items()},
+        **why_figures.blocks(),
     }
 
 
 # ------------------------------------------------------------------------------------------------- the plots
-
-
-def bars(panels: Panels, title: str, unit: str, file: Path, line: tuple[float, str] | None = None) -> None:
-    """Draw horizontal bars, a panel a key."""
-    longest = max(len(panel) for panel in panels.values())
-    with drawing(title, (9, 0.75 + 0.27 * longest)) as figure:
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for axis, (name, values) in zip(axes, panels.items(), strict=True):
-            colours = [OURS if label.startswith("GaLore+") else OTHERS for label in values]
-            drawn = axis.barh([*values], [*values.values()], color=colours, height=0.72)
-            if line:
-                axis.axvline(line[0], color=INK, linewidth=1, linestyle=":", zorder=0)
-                axis.text(
-                    line[0], 1.0, line[1], transform=axis.get_xaxis_transform(), color=INK, ha="center", va="bottom"
-                )
-            labels = axis.bar_label(drawn, [f"{value:.1f}" for value in values.values()], padding=3, color=INK)
-            for label in labels:
-                label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-            axis.set_xlim(0, 1.14 * max(values.values()))
-            axis.set_ylim(len(values) - 0.4, -0.6)
-            axis.set_xlabel(f"{name}: {unit}", color=INK)
-            axis.tick_params(colors=INK, length=0)
-            axis.spines[["top", "right", "left"]].set_visible(False)
-        save(figure, file, title, panels)
 
 
 PLOTS: dict[str, tuple[Callable[[], Panels], str, str, tuple[float, str] | None]] = {
@@ -339,6 +316,7 @@ def main(names: Sequence[str] = tuple(PLOTS)) -> None:
     for name in names:
         numbers, title, unit, line = PLOTS[name]
         bars(numbers(), title, unit, IMAGES / name, line)
+    why_figures.draw_all()
     for (page, name), text in blocks().items():
         write_block(page, name, text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 OURS, OTHERS, INK = "#e07b39", "#8c9aa8", "#3b3f44"
 COLOURS = ("#e07b39", "#3b82c4", "#3a9d6a", "#c2477f", "#8a6fd1", "#b59a2d", "#4bacb8", "#8c9aa8")
 HEIGHT = 0.1  # of a panel of losses, nats per token
-Curves = dict[str, dict[str, dict[str, float]]]  # panel -> method -> learning rate -> loss
+Panels = dict[str, dict[str, float]]  # panel -> label of a bar -> its length
+Curves = dict[str, dict[str, list[list[float]]]]  # panel -> label of a curve -> its x and its y
+Rates = dict[str, dict[str, dict[str, float]]]  # panel -> method -> learning rate -> loss
 Intervals = dict[str, dict[str, list[float]]]  # panel -> difference -> mean, low, high
 
 
@@ -44,7 +46,80 @@ def shown(file: Path) -> Any:
     return json.loads(html.unescape(description[1])) if description else None
 
 
-def curves(panels: Curves, title: str, file: Path) -> None:
+def bars(panels: Panels, title: str, unit: str, file: Path, line: tuple[float, str] | None = None) -> None:
+    """Draw horizontal bars, a panel a key."""
+    longest = max(len(panel) for panel in panels.values())
+    with drawing(title, (9, 0.75 + 0.27 * longest)) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, (name, values) in zip(axes, panels.items(), strict=True):
+            colours = [OURS if label.startswith("GaLore+") else OTHERS for label in values]
+            drawn = axis.barh([*values], [*values.values()], color=colours, height=0.72)
+            if line:
+                axis.axvline(line[0], color=INK, linewidth=1, linestyle=":", zorder=0)
+                axis.text(
+                    line[0], 1.0, line[1], transform=axis.get_xaxis_transform(), color=INK, ha="center", va="bottom"
+                )
+            labels = axis.bar_label(drawn, [f"{value:.1f}" for value in values.values()], padding=3, color=INK)
+            for label in labels:
+                label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+            axis.set_xlim(0, 1.14 * max(values.values()))
+            axis.set_ylim(len(values) - 0.4, -0.6)
+            axis.set_xlabel(f"{name}: {unit}", color=INK)
+            axis.tick_params(colors=INK, length=0)
+            axis.spines[["top", "right", "left"]].set_visible(False)
+        save(figure, file, title, panels)
+
+
+def curves(
+    panels: Curves,
+    title: str,
+    x: str,
+    y: str,
+    file: Path,
+    *,
+    looks: Mapping[str, Mapping[str, Any]],
+    ticks: list[float] | None = None,
+    log: bool = False,
+) -> None:
+    """Draw curves, a panel a key.
+
+    Args:
+        panels: the numbers.
+        title, x, y: of the figure and its axes.
+        file: to write.
+        looks: keywords of ``Axes.plot`` by label.
+        ticks: of the x axis.
+        log: whether the x axis is logarithmic.
+    """
+    with drawing(title, (9, 3.3)) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        shown_labels: dict[str, Any] = {}
+        for axis, (name, lines) in zip(axes, panels.items(), strict=True):
+            for label, (at, values) in lines.items():
+                (shown_labels[label],) = axis.plot(at, values, **looks[label])
+            if log:
+                axis.set_xscale("log", base=2)
+            if ticks:
+                axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axis.minorticks_off()
+            axis.set_title(name, fontsize=9, color=INK)
+            axis.set_xlabel(x, color=INK)
+            axis.tick_params(colors=INK, length=2)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel(y, color=INK)
+        axes[0].set_ylim(0, 1.05 * max(max(values) for lines in panels.values() for _, values in lines.values()))
+        figure.legend(
+            [*shown_labels.values()],
+            [*shown_labels],
+            loc="outside lower center",
+            ncols=min(4, len(shown_labels)),
+            frameon=False,
+            labelcolor=INK,
+        )
+        save(figure, file, title, panels)
+
+
+def rates(panels: Rates, title: str, file: Path) -> None:
     """Draw loss over learning rate, a line a method with a ring around its best rate; a panel a family of methods."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -13,12 +13,12 @@ from collections import Counter
 import pytest
 
 import fit
-import rates
 from galore_trainer.optim import plain
 from galore_trainer.optim.param_groups import scale_of
 from galore_trainer.run.memory.estimate import empty_model
 from galore_trainer.run.settings.run_config import load_run_config, packaged_configs
 from galore_trainer.targets.groups import plan_weights
+from studies import studies
 
 NAMES = list(fit.cards())
 PEAKS = {row["configuration"]: row["peak"] for row in fit.predicted_configurations()}
@@ -74,7 +74,7 @@ def test_it_has_room_on_its_card_and_says_how_much_it_takes(name: str, monkeypat
 
 
 def test_gsm8k_has_the_best_rate_of_each_method_that_the_study_ran() -> None:
+    search = studies()["gsm8k_rates"]
     for method, cell in (("galore_plus", "GaLore+ r 32, scaled"), ("adamw", "AdamW"), ("lora", "LoRA r 32")):
         config = load_run_config("gsm8k", [], {"method": method})
-        best = min(rates.runs()[cell], key=lambda rate: rates.runs()[cell][rate][rates.SEED].loss)
-        assert config.training["learning_rate"] == best
+        assert config.training["learning_rate"] == search.rate(cell)

@@ -11,9 +11,9 @@ import pytest
 
 import figures
 import fit
+import plots
 from blocks import read_block
 from documents import PAGES, ROOT
-from plots import shown
 
 NO_TEXT = re.compile(r"<(pre|script|style)\b.*?</\1>", re.S)
 
@@ -21,13 +21,13 @@ NO_TEXT = re.compile(r"<(pre|script|style)\b.*?</\1>", re.S)
 @pytest.mark.parametrize("name", figures.PLOTS)
 def test_a_plot_shows_the_figures_of_results(name: str) -> None:
     numbers, *_ = figures.PLOTS[name]
-    assert shown(figures.IMAGES / name) == numbers(), "run `make figures`"
+    assert plots.shown(figures.IMAGES / name) == numbers(), "run `make figures`"
 
 
 def test_a_plot_is_drawn_with_its_figures(tmp_path: Path) -> None:
     numbers, title, unit, line = figures.PLOTS["memory.svg"]
-    figures.bars(numbers(), title, unit, tmp_path / "plot.svg", line)
-    assert shown(tmp_path / "plot.svg") == numbers()
+    plots.bars(numbers(), title, unit, tmp_path / "plot.svg", line)
+    assert plots.shown(tmp_path / "plot.svg") == numbers()
 
 
 def test_generated_tables_are_those_that_the_code_writes() -> None:
