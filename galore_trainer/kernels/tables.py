@@ -196,3 +196,14 @@ def rounded(x, noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
         carry = 0x7FFF + ((bits >> 16) & 1)  # ties to even
     high = ((bits + carry) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), high, x).to(TYPE)
+
+
+@triton.jit
+def moved(w, lifted, step, decay, key, row, pair, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """A tile of w (1 - decay) - step lifted, rounded once. 32 random bits serve two neighbouring columns, a ``pair``."""
+    new = w.to(tl.float32) * (1.0 - decay) - step * lifted
+    noise = 0
+    if STOCHASTIC:
+        drawn = mixed(row_keys(key, row)[:, None] ^ pair[None, :])
+        noise = tl.interleave(drawn, drawn << 16)
+    return rounded(new, noise, TYPE, STOCHASTIC)

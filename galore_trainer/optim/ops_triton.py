@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core import galore
 from galore_trainer.core.galore import largest_usable, usable_parts
 from galore_trainer.core.streams import rounding_key
 from galore_trainer.errors import OptionError
@@ -45,6 +46,7 @@ class TritonOps:
     def project(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """R [pieces x blocks, ...], and whether the gradients are usable, [pieces]."""
         from galore_trainer.kernels.project import project
+        from galore_trainer.kernels.routes import route_of
 
         places = self._places(bucket)
         first, matrix = bucket.pieces[0], bucket.matrix
@@ -55,7 +57,13 @@ class TritonOps:
             if has_scaled(matrix, self.config):
                 lines = matrix.moment_shape[1 if matrix.side == "right" else 2]
                 bucket.norms = torch.empty(len(P), lines, dtype=torch.float32, device=P.device)
-            R, ok = project(G, places.layout(first.grad), P, matrix.side, matrix.blocks, LIMIT, bucket.norms)
+            layout = places.layout(first.grad)
+            by_library = bucket.norms is None and G.dtype == P.dtype and layout.length == layout.rows
+            if by_library and route_of(matrix.rank, P.dtype).project.library:
+                R = _by_library(bucket, P)
+                ok = usable_parts(R, len(bucket.pieces))
+            else:
+                R, ok = project(G, layout, P, matrix.side, matrix.blocks, LIMIT, bucket.norms)
         else:
             R = bucket.kept(lambda grad: grad.projected)
             ok = usable_parts(R, len(bucket.pieces))
@@ -171,6 +179,15 @@ class TritonOps:
         """What the factors of the lifted update are rounded to."""
         first = bucket.pieces[0]
         return first.owner.compute_in or first.weight.dtype
+
+
+def _by_library(bucket: Bucket, P: Tensor) -> Tensor:
+    """R by torch's product, matrix by matrix, since gradients lie apart."""
+    blocks, matrix = len(P), bucket.matrix
+    R = torch.empty(blocks, *matrix.moment_shape[1:], dtype=torch.float32, device=P.device)
+    for G, P_i, R_i in zip(bucket.gradients(), bucket.split(P), bucket.split(R), strict=True):
+        galore.project(G, P_i, matrix.side, out=R_i)
+    return R
 
 
 class Places:
