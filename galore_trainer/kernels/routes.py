@@ -36,7 +36,7 @@ class UpdateRoute(NamedTuple):
         rows, columns: of a tile of W.
         warps: of a program.
         looped: ``kernels.looped``: a program moves one tile, and loops over the rank in steps of ``depth``. Else
-            ``kernels.update``: it moves several tiles, one below the other, and keeps ``depth`` rows of the right factor.
+            ``kernels.update``: it moves several tiles, one below the other, and keeps ``depth`` rows of P^T or N.
         depth: as above.
         early: where looped, W is read before the products, and waits in registers.
     """
