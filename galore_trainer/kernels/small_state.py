@@ -192,14 +192,16 @@ def code_near(q, SIGNED: tl.constexpr):
     """A code 0 ... 254 whose value, or else the next one, is the largest of the table that is at most q.
 
     Every decade of ``core.precision`` has half as many values as the one above, at the middles of equal parts. Values
-    at most q are counted with a small bias downwards, since the product with a power of ten is rounded.
+    at most q are counted with a small bias downwards, since the product with a power of ten is not exact. At a power of
+    ten both decades give the same count.
     """
     a = tl.abs(q)
-    parts = tl.full(q.shape, 64 if SIGNED else 128, tl.int32)
-    for _ in tl.static_range(6):
-        lower = a < 0.1
-        a = tl.where(lower, a * 10.0, a)
-        parts = tl.where(lower, parts // 2, parts)
+    halvings = 126 - (a.to(tl.int32, bitcast=True) >> 23)  # a < 2^-halvings
+    decade = tl.minimum(tl.maximum(halvings * 77 >> 8, 0), 6)  # 77 / 256 is a little below log10(2)
+    a *= tl.exp2(decade.to(tl.float32) * 3.3219281)
+    lower = (a < 0.1) & (decade < 6)
+    a = tl.where(lower, a * 10.0, a)
+    parts = (64 if SIGNED else 128) >> tl.where(lower, decade + 1, decade)
     bias = tl.where(q < 0.0, 1.0, -1.0) * 1e-3
     passed = tl.floor((a - 0.1) * (parts.to(tl.float32) / 0.9) + (0.5 + bias)).to(tl.int32)
     count = parts - (1 if SIGNED else 2) + tl.minimum(tl.maximum(passed, 0), parts)
