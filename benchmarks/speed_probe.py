@@ -45,27 +45,29 @@ PASSES = ("project", "adam_", "line_factors", "apply_")
 ORDER = (128, 512, 256, 1024, 32)
 NOW = Route()
 LOOPED = functools.partial(UpdateRoute, warps=8, looped=True, depth=64)
+DESCRIBED = functools.partial(LOOPED, described=True)
 TILES = [
     UpdateRoute(64, 128, 8),
     UpdateRoute(64, 128, 4),
     UpdateRoute(32, 256, 8),
     UpdateRoute(64, 256, 8),
     UpdateRoute(32, 128, 8),
-    LOOPED(128, 128),
+    DESCRIBED(128, 128, registers=128),
 ]
 DEEP = [
     UpdateRoute(64, 128, 8, depth=256),
     UpdateRoute(64, 128, 4, depth=256),
-    LOOPED(128, 128),
-    LOOPED(128, 256, early=False),
-    LOOPED(64, 256),
+    DESCRIBED(128, 128, registers=128),
+    DESCRIBED(128, 256, early=False),
+    DESCRIBED(64, 256),
 ]
 HIGH = [
-    LOOPED(128, 256),
     LOOPED(128, 256, early=False),
-    LOOPED(128, 128),
-    LOOPED(128, 128, warps=4, early=False),
-    LOOPED(256, 128, early=False),
+    DESCRIBED(128, 256),
+    DESCRIBED(128, 256, early=False),
+    DESCRIBED(128, 128, registers=128),
+    LOOPED(128, 128, registers=128),
+    DESCRIBED(256, 128, early=False),
 ]
 LIBRARY = ProjectRoute(library=True)
 CANDIDATES: dict[int, tuple[list[ProjectRoute], list[UpdateRoute]]] = {
@@ -82,7 +84,7 @@ def routes_of(rank: int, candidates: dict[int, Any]) -> list[Route]:
     """Today's route, and enough others that every candidate for a pass is in one of them."""
     projects, updates = candidates[rank]
     pairs = itertools.zip_longest(projects, updates, fillvalue=None)
-    return [NOW, *(Route(project or NOW.project, update or NOW.update) for project, update in pairs)]
+    return [NOW, *(Route(project or projects[0], update or updates[0]) for project, update in pairs)]
 
 
 # ---------------------------------------------------------------------- parity
@@ -321,7 +323,9 @@ def short(route: Any) -> str:
     project, update = ProjectRoute(**route["project"]), UpdateRoute(**route["update"])
     left = "library" if project.library else f"{project.lines}x{project.columns if project.columns < 1 << 29 else 'r'}"
     kind = "loop" if update.looped else "stack"
-    right = f"{kind} {update.rows}x{update.columns}x{update.depth} w{update.warps}{'' if update.early else ' late'}"
+    right = f"{kind} {update.rows}x{update.columns}x{update.depth} w{update.warps}"
+    flags = {"late": not update.early, "tma": update.described, str(update.registers): update.registers}
+    right = " ".join([right, *(name for name, has in flags.items() if has)])
     return f"{left} | {right}"
 
 
@@ -365,7 +369,7 @@ def main() -> None:
         if time.perf_counter() - begin > args.seconds:
             print(f"rank {rank}: left out, {args.seconds:.0f} s are over")
             continue
-        routes = [route for route in routes_of(rank, candidates) if not failures[rank, route]]
+        routes = [route for route in routes_of(rank, candidates) if not failures[rank, route]] or [NOW]
         found = measure(bench, model, rank, routes, bandwidth, min(args.rounds, 2) if rank >= 1024 else args.rounds)
         chosen = found.pop("chosen")
         content["ranks"].append(found)

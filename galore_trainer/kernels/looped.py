@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from galore_trainer.kernels.tables import GOLDEN, moved, multiply, pointer_at, row_starts
+from galore_trainer.kernels.tables import ALIGNMENT, GOLDEN, moved, multiply, pointer_at, row_starts
 
 GROUP = 8  # rows of tiles whose programs run one after the other, so that they share what they read in the L2 cache
+
+
+def described(N: Tensor, P: Tensor, side: str, rows: int, columns: int, depth: int) -> tuple[Any, Any] | None:
+    """N and P as descriptors of tiles, which Hopper's copy engine reads; None where strides do not allow that.
+
+    Args:
+        N, P, side: as for ``apply_update_``.
+        rows, columns, depth: of a tile of W, and of a product.
+    """
+    rank = P.shape[-1]
+    ragged = side == "left" and rank % depth != 0  # the rows of N beyond the rank are those of the next matrix
+    if ragged or any(x.shape[-1] * x.element_size() % ALIGNMENT != 0 for x in (N, P)):
+        return None
+    of_N, of_P = ((rows, depth), (columns, depth)) if side == "right" else ((depth, columns), (rows, depth))
+    N, P = N.flatten(0, 1), P.flatten(0, 1)
+    return TensorDescriptor.from_tensor(N, list(of_N)), TensorDescriptor.from_tensor(P, list(of_P))
 
 
 @triton.jit
@@ -46,10 +66,15 @@ def apply_looped(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     TOGETHER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """A program moves one tile of one block. Arguments as for ``_apply_update``; ``TOGETHER`` is ``GROUP``."""
+    """A program moves one tile of one block.
+
+    Arguments as for ``_apply_update``; ``TOGETHER`` is ``GROUP``, and N and P are what ``described`` returns if
+    ``DESCRIBED``.
+    """
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     block = tl.program_id(0) // (down * across)
     matrix = block // blocks
@@ -68,26 +93,35 @@ def apply_looped(
         if EARLY:
             w = tl.load(at, mask=mask, other=0.0)
         k = tl.arange(0, DEPTH)
-        if RIGHT:
-            left, right = N + block.to(tl.int64) * rows * RANK, P + block.to(tl.int64) * columns * RANK
-            b_at = right + (j.to(tl.int64) * RANK)[None, :] + k[:, None]
-            b_step = DEPTH
-        else:
-            left, right = P + block.to(tl.int64) * rows * RANK, N + block.to(tl.int64) * columns * RANK
-            b_at = right + (k.to(tl.int64) * columns)[:, None] + j[None, :]
-            b_step = DEPTH * columns
-        a_at = left + (i.to(tl.int64) * RANK)[:, None] + k[None, :]
+        if not DESCRIBED:
+            if RIGHT:
+                left, right = N + block.to(tl.int64) * rows * RANK, P + block.to(tl.int64) * columns * RANK
+                b_at = right + (j.to(tl.int64) * RANK)[None, :] + k[:, None]
+                b_step = DEPTH
+            else:
+                left, right = P + block.to(tl.int64) * rows * RANK, N + block.to(tl.int64) * columns * RANK
+                b_at = right + (k.to(tl.int64) * columns)[:, None] + j[None, :]
+                b_step = DEPTH * columns
+            a_at = left + (i.to(tl.int64) * RANK)[:, None] + k[None, :]
         lifted = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in tl.range(0, RANK, DEPTH, num_stages=STAGES):
-            a_mask, b_mask = i[:, None] < rows, j[None, :] < columns
-            if RANK % DEPTH != 0:
-                a_mask = a_mask & (k[None, :] < RANK - first)
-                b_mask = b_mask & (k[:, None] < RANK - first)
-            a = tl.load(a_at, mask=a_mask, other=0.0)
-            b = tl.load(b_at, mask=b_mask, other=0.0)
+            if DESCRIBED:  # beyond the tile's matrix they read the next one, for weights that the mask leaves out
+                if RIGHT:
+                    a = N.load([block * rows + tile_down * ROWS, first])
+                    b = P.load([block * columns + tile_across * COLUMNS, first]).T
+                else:
+                    a = P.load([block * rows + tile_down * ROWS, first])
+                    b = N.load([block * RANK + first, tile_across * COLUMNS])
+            else:
+                a_mask, b_mask = i[:, None] < rows, j[None, :] < columns
+                if RANK % DEPTH != 0:
+                    a_mask = a_mask & (k[None, :] < RANK - first)
+                    b_mask = b_mask & (k[:, None] < RANK - first)
+                a = tl.load(a_at, mask=a_mask, other=0.0)
+                b = tl.load(b_at, mask=b_mask, other=0.0)
+                a_at += DEPTH
+                b_at += b_step
             lifted = multiply(a, b, lifted)
-            a_at += DEPTH
-            b_at += b_step
         if not EARLY:
             w = tl.load(at, mask=mask, other=0.0)
         if DENSE:

@@ -39,6 +39,8 @@ class UpdateRoute(NamedTuple):
             ``kernels.update``: it moves several tiles, one below the other, and keeps ``depth`` rows of P^T or N.
         depth: as above.
         early: where looped, W is read before the products, and waits in registers.
+        described: where looped, N and P are read by Hopper's copy engine, if their strides allow it.
+        registers: most of a thread, so that more programs share a multiprocessor; None sets no limit.
     """
 
     rows: int = 32
@@ -47,6 +49,8 @@ class UpdateRoute(NamedTuple):
     looped: bool = False
     depth: int = 128
     early: bool = True
+    described: bool = False
+    registers: int | None = None
 
 
 class Route(NamedTuple):

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from galore_trainer.kernels import has_warpgroups, shared_memory
-from galore_trainer.kernels.looped import GROUP, apply_looped
+from galore_trainer.kernels.looped import GROUP, apply_looped, described
 from galore_trainer.kernels.routes import UpdateRoute, route_of
 from galore_trainer.kernels.tables import (
     GOLDEN,
@@ -83,7 +83,8 @@ def apply_update_(
         kernel: Any = apply_looped
         stages = shared_memory(N.device) // ((tall + wide) * depth * entry)
         programs = triton.cdiv(rows, tall) * triton.cdiv(columns, wide)
-        shape = {"EARLY": route.early, "TOGETHER": GROUP}
+        factors = described(N, P, side, tall, wide, depth) if route.described else None
+        shape = {"EARLY": route.early, "TOGETHER": GROUP, "DESCRIBED": factors is not None}
     else:
         kernel = _apply_update
         shared = depth * wide * entry  # bytes that all tiles share
@@ -91,12 +92,11 @@ def apply_update_(
         stages = (shared_memory(N.device) - shared) // per_tile
         tiles = min(TILES, triton.cdiv(rows, tall))
         programs = triton.cdiv(rows, tall * tiles) * triton.cdiv(columns, wide)
-        shape = {"TILES": tiles}
+        shape, factors = {"TILES": tiles}, None
     of_G = dense or Dense(W, layout, ok)  # pointers that are not read
     kernel[(total * programs,)](
         W.addresses,
-        N,
-        P,
+        *(factors or (N, P)),
         ok,
         ok if keys is None else keys,  # a pointer that is not read
         rows,
@@ -119,6 +119,7 @@ def apply_update_(
         STOCHASTIC=keys is not None,
         **shape,
         num_warps=route.warps,
+        maxnreg=route.registers,
     )
 
 

@@ -35,6 +35,7 @@ TRAINED = ["PLAIN", "WIDE", "HEADS", "EXPERTS", "FUSED", "CONV1D", "INTERLEAVED"
 SMALL = Route(ProjectRoute(columns=16), UpdateRoute(16, 32, 4, looped=True, depth=16))  # several of everything
 LATE = Route(ProjectRoute(lines=32, columns=32), UpdateRoute(32, 16, 4, looped=True, depth=32, early=False))
 WIDE = Route(ProjectRoute(columns=256), UpdateRoute(128, 256, 8, looped=True, depth=64))
+DESCRIBED = Route(ProjectRoute(columns=256), UpdateRoute(128, 256, 8, looped=True, depth=64, described=True))
 STACKED = Route(ProjectRoute(lines=256), UpdateRoute(64, 128, 8, depth=256))
 
 
@@ -81,7 +82,7 @@ def test_ranks_up_to_1024(rank: int, side: str, device: torch.device) -> None:
     N = random(device, *((1, rows, rank) if side == "right" else (1, rank, columns)), seed=4).to(LOW)
     exact = G.double() @ P[0].double() if side == "right" else P[0].double().mT @ G.double()
     moved = W.double() - 0.1 * lift(N.double(), P.double(), side)[0]
-    for route in (WIDE, STACKED) if rank <= 256 else (WIDE,):
+    for route in (WIDE, DESCRIBED, STACKED) if rank <= 256 else (WIDE, DESCRIBED):
         here, one = W.clone(), torch.ones(1, device=device)
         with forced(route):
             R, _ = project(places([G]), Layout.of(G[None]), P, side, 1)
@@ -99,7 +100,7 @@ def test_the_same_numbers_round_on_every_route(side: str, device: torch.device) 
     if side == "left":
         N, P = P.mT.contiguous(), N
     results = []
-    for route in (Route(), SMALL, LATE, STACKED):
+    for route in (Route(), SMALL, LATE, DESCRIBED, STACKED):
         W = [random(device, rows, columns, seed=i).to(LOW) for i in range(JOBS)]
         with forced(route):
             at, keys = Layout.of(W[0][None]), keys_of(device, 5)
