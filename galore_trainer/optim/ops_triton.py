@@ -62,7 +62,7 @@ class TritonOps:
             by_library = bucket.norms is None and G.dtype == P.dtype and layout.length == layout.rows
             if by_library and route_of(matrix.rank, P.dtype).project.library:
                 R = _by_library(bucket, P)
-                ok = usable_parts(R, len(bucket.pieces))
+                ok = usable_parts(R, len(bucket.pieces)) if known is None else known
             else:
                 R, ok = project(G, layout, P, matrix.side, matrix.blocks, LIMIT, bucket.norms)
         else:
