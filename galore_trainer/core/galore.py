@@ -23,7 +23,8 @@ The residuals add to lift(N): all that the projection loses (``core/scaled.py``)
 (``core/residual.py``), whose moments may correct M and V there instead.
 A refresh replaces P (``core/basis.py``) and carries M and V over (``with_signs_of`` or ``rotate``).
 
-Functions return new tensors; ``apply_update_`` alone changes its first argument. No function waits for the device.
+Functions return new tensors, but for ``out``; ``apply_update_`` alone changes its first argument. No function waits for
+the device.
 Sources: Zhao et al., arXiv 2403.03507; Liao et al., arXiv 2412.19820; moment rotation as in LDAdam, arXiv 2410.16103.
 """
 
@@ -44,10 +45,10 @@ CHUNK = 1 << 24  # entries of a low-precision weight that are copied to float32 
 # ---------------------------------------------------------------------- one step
 
 
-def project(G: Tensor, P: Tensor, side: str) -> Tensor:
-    """R = G P (right) or P^T G (left), in ``compute_dtype``."""
+def project(G: Tensor, P: Tensor, side: str, *, out: Tensor | None = None) -> Tensor:
+    """R = G P (right) or P^T G (left), in ``compute_dtype``; ``out`` takes it where it is given."""
     P = P.to(G.dtype)
-    return matmul_wide(G, P) if side == "right" else matmul_wide(P.mT, G)
+    return matmul_wide(G, P, out=out) if side == "right" else matmul_wide(P.mT, G, out=out)
 
 
 def usable_parts(R: Tensor, parts: int) -> Tensor:
@@ -268,14 +269,14 @@ def widen(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
-def matmul_wide(A: Tensor, B: Tensor) -> Tensor:
+def matmul_wide(A: Tensor, B: Tensor, *, out: Tensor | None = None) -> Tensor:
     """A B in ``compute_dtype``, accumulated in it; bfloat16 factors are not widened where the device allows it."""
     if A.dtype == B.dtype and A.dtype in (torch.float32, torch.float64):
-        return A @ B
+        return torch.matmul(A, B, out=out)
     if A.device.type in MULTIPLIES_BF16 and A.dtype == torch.bfloat16:
-        return torch.bmm(A, B.to(A.dtype), out_dtype=torch.float32)
+        return torch.bmm(A, B.to(A.dtype), out_dtype=torch.float32, **({} if out is None else {"out": out}))
     wide = compute_dtype(torch.promote_types(A.dtype, B.dtype))
-    return A.to(wide) @ B.to(wide)
+    return torch.matmul(A.to(wide), B.to(wide), out=out)
 
 
 def largest_usable(dtype: torch.dtype) -> float:

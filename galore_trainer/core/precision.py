@@ -57,14 +57,15 @@ def encode(x: Tensor, bits: int, noise: Tensor | None, *, signed: bool) -> Store
     blocks = _blocks(x if signed else x.sqrt())
     largest = blocks.abs().argmax(dim=-1, keepdim=True)
     scale = blocks.gather(-1, largest)  # signed, so that this entry is exactly 1: the table has no -1
-    table = _table(signed, x.device)
+    values = table(signed, x.device)
     quotients = blocks / torch.where(scale == 0.0, 1.0, scale)
-    below = (torch.bucketize(quotients, table, right=True, out_int32=True) - 1).clamp_(0, len(table) - 2)
-    low, high = table[below], table[below + 1]
+    below = (torch.bucketize(quotients, values, right=True, out_int32=True) - 1).clamp_(0, len(values) - 2)
+    low, high = values[below], values[below + 1]
     codes = below.add_(quotients - low > (high - low) * (_blocks(noise).float() / NOISE))
     if not signed:  # code 0 of a positive number would divide M by zero
         codes = torch.where(blocks > 0.0, codes.clamp(min=1), codes)
-    return Stored(codes.to(torch.uint8).flatten(1)[:, : x[0].numel()].view(x.shape), scale.squeeze(-1))
+    kept = codes.to(torch.uint8).flatten(1)[:, : x[0].numel()].contiguous()  # without the last block's padding
+    return Stored(kept.view(x.shape), scale.squeeze(-1))
 
 
 def decode(stored: Stored, *, signed: bool) -> Tensor:
@@ -72,7 +73,7 @@ def decode(stored: Stored, *, signed: bool) -> Tensor:
     values, scale = stored
     if scale is None:
         return widen(values)
-    quotients = _table(signed, values.device)[_blocks(values).long()]
+    quotients = table(signed, values.device)[_blocks(values).long()]
     x = (quotients * scale.unsqueeze(-1)).flatten(1)[:, : values[0].numel()].view(values.shape)
     return x if signed else x.square()
 
@@ -151,14 +152,14 @@ def _blocks(x: Tensor) -> Tensor:
     return flat.view(len(x), -1, BLOCK)
 
 
-def _table(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values of 8-bit codes, cached by device."""
-    table = _TABLES.get((signed, device))
-    if table is None:
-        table = torch.tensor(_values(signed), dtype=torch.float32, device=device)
-        if type(table) is Tensor:  # fake tensors, from tracing or memory estimates, must not reach later calls
-            _TABLES[signed, device] = table
-    return table
+def table(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of 8-bit codes, in rising order, cached by device."""
+    values = _TABLES.get((signed, device))
+    if values is None:
+        values = torch.tensor(_values(signed), dtype=torch.float32, device=device)
+        if type(values) is Tensor:  # fake tensors, from tracing or memory estimates, must not reach later calls
+            _TABLES[signed, device] = values
+    return values
 
 
 _TABLES: dict[tuple[bool, torch.device], Tensor] = {}

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from galore_trainer.kernels import shared_memory
+from galore_trainer.kernels.routes import route_of
 from galore_trainer.kernels.tables import WIDEN, Layout, Scattered, multiply, pointer_at, rounded, row_starts
 
 ACCUMULATORS = 1 << 15  # most float32 entries of R in one program
-MAX_LINES = 128  # most lines of R in one program
 MIN_PROGRAMS = 264  # two for every multiprocessor of an H100; fewer lines a program give more programs
 JOIN_BLOCK = 2048  # entries that one program copies
 
@@ -80,15 +80,17 @@ def project(
     lines = rows if right else layout.columns
     R = torch.empty((total, lines, rank) if right else (total, rank, lines), dtype=torch.float32, device=P.device)
     ok = torch.ones(len(G.addresses), dtype=torch.float32, device=P.device)
-    width = max(16, triton.next_power_of_2(rank))
-    tall = max(16, min(MAX_LINES, ACCUMULATORS // (2 if single else 1) // width))
+    route = route_of(rank, P.dtype).project
+    width = max(16, triton.next_power_of_2(min(rank, route.columns)))
+    across = triton.cdiv(rank, width)
+    tall = max(16, min(route.lines, ACCUMULATORS // (2 if single else 1) // width))
     # A tile fixes the order of the sums in norms: there the number of matrices must not change it.
-    while norms is None and tall > 64 and total * triton.cdiv(lines, tall) < MIN_PROGRAMS:
+    while norms is None and tall > 64 and total * triton.cdiv(lines, tall) * across < MIN_PROGRAMS:
         tall //= 2
     deep = 16 if single else max(16, min(64, 16384 // width))
     stages = shared_memory(P.device) // (deep * (tall * G.dtype.itemsize + width * P.element_size()))
     kernel: Any = _project
-    kernel[(total * triton.cdiv(lines, tall),)](
+    kernel[(total * triton.cdiv(lines, tall) * across,)](
         G.addresses,
         P,
         R,
@@ -106,6 +108,7 @@ def project(
         LINES=tall,
         DEPTH=deep,
         WIDTH=width,
+        ACROSS=across,
         NORMS=norms is not None,
         num_warps=8 if single or tall * width > 16384 else 4,
         num_stages=max(1, min(3, stages)),
@@ -137,17 +140,22 @@ def _project(
     LINES: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
+    ACROSS: tl.constexpr,
     NORMS: tl.constexpr,
 ):
-    """A program computes ``LINES`` rows (right) or columns (left) of R, as sums over ``inner`` entries of G."""
+    """A program computes ``WIDTH`` entries of ``LINES`` rows (right) or columns (left) of R: sums over ``inner`` of G.
+
+    The next of ``ACROSS`` programs computes the next entries of the same lines, so that G comes from the L2 cache.
+    """
     tiles = tl.cdiv(lines, LINES)
-    block = tl.program_id(0) // tiles
+    program, part = tl.program_id(0) // ACROSS, tl.program_id(0) % ACROSS
+    block = program // tiles
     matrix, first = block // blocks, block % blocks * rows
     G = pointer_at(gradients, matrix, TYPE, ALIGNED)
     P += block.to(tl.int64) * inner * RANK
     R += block.to(tl.int64) * lines * RANK
-    line = tl.program_id(0) % tiles * LINES + tl.arange(0, LINES)
-    column = tl.arange(0, WIDTH)
+    line = program % tiles * LINES + tl.arange(0, LINES)
+    column = part * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((LINES, WIDTH), tl.float32)
     if NORMS:
         of_line = tl.zeros((LINES,), tl.float32)
@@ -185,6 +193,6 @@ def _project(
         out = R + column.to(tl.int64)[None, :] * lines + line[:, None]
     tl.store(out, total, mask=mask)
     if NORMS:
-        tl.store(norms + block.to(tl.int64) * lines + line, of_line, mask=line < lines)
+        tl.store(norms + block.to(tl.int64) * lines + line, of_line, mask=(line < lines) & (part == 0))
     usable = tl.min(tl.min((tl.abs(total) < limit).to(tl.int32), axis=1), axis=0)  # 0 for NaN, too
     tl.store(ok + matrix, 0.0, mask=usable == 0)

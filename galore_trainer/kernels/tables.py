@@ -18,7 +18,7 @@ ALIGNMENT = 16  # bytes of the widest memory access of a thread
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bit patterns of bfloat16, and truncates to bfloat16
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # smallest normal float32
 GOLDEN = tl.constexpr(0x9E3779B1)  # odd 32-bit multiplier near 2^32 / golden ratio: spreads consecutive numbers
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.int32: tl.int32}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.int32: tl.int32, torch.uint8: tl.uint8}
 
 
 class Scattered(NamedTuple):
@@ -196,3 +196,14 @@ def rounded(x, noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
         carry = 0x7FFF + ((bits >> 16) & 1)  # ties to even
     high = ((bits + carry) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), high, x).to(TYPE)
+
+
+@triton.jit
+def moved(w, lifted, step, decay, key, row, pair, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """A tile of w (1 - decay) - step lifted, rounded once. 32 random bits serve a ``pair`` of neighbouring columns."""
+    new = w.to(tl.float32) * (1.0 - decay) - step * lifted
+    noise = 0
+    if STOCHASTIC:
+        drawn = mixed(row_keys(key, row)[:, None] ^ pair[None, :])
+        noise = tl.interleave(drawn, drawn << 16)
+    return rounded(new, noise, TYPE, STOCHASTIC)

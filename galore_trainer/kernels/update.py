@@ -10,11 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from galore_trainer.kernels import has_warpgroups, shared_memory
+from galore_trainer.kernels.looped import GROUP, apply_looped, described
+from galore_trainer.kernels.routes import UpdateRoute, route_of
 from galore_trainer.kernels.tables import (
     GOLDEN,
     Layout,
     Scattered,
     mixed,
+    moved,
     multiply,
     pointer_at,
     rounded,
@@ -22,7 +25,7 @@ from galore_trainer.kernels.tables import (
     row_starts,
 )
 
-WARPS = 4  # warps of a program
+WARPS = 4  # warps of a program of ``add_at_``
 TILES = 16  # most tiles of a program, one below the other: loads of the next tiles overlap with the products of one
 SPARSE_KEY = 0x5851F42D4C957F2D  # makes the noise of ``add_at_`` differ from that of ``apply_update_``
 BLOCK = 1024  # entries of a support in a program
@@ -72,19 +75,28 @@ def apply_update_(
     total, rank = len(P), P.shape[-1]
     rows, columns = layout.rows // blocks, layout.columns
     width, entry = max(16, triton.next_power_of_2(rank)), N.element_size()
-    tall, wide, depth = _tile(N, width)
-    shared = depth * wide * entry  # bytes that all tiles share
+    route = _tile(N, rank)
+    tall, wide, depth = route.rows, route.columns, min(route.depth, width)
     per_entry = W.dtype.itemsize + (dense.G.dtype.itemsize if dense else 0)
-    per_tile = (tall * width + (width - depth) * wide) * entry + tall * wide * per_entry  # bytes
-    stages = (shared_memory(N.device) - shared) // per_tile
-    tiles = min(TILES, triton.cdiv(rows, tall))
-    programs = triton.cdiv(rows, tall * tiles) * triton.cdiv(columns, wide)
+    shape: dict[str, object]
+    if route.looped:
+        kernel: Any = apply_looped
+        stages = shared_memory(N.device) // ((tall + wide) * depth * entry)
+        programs = triton.cdiv(rows, tall) * triton.cdiv(columns, wide)
+        factors = described(N, P, side, tall, wide, depth) if route.described else None
+        shape = {"EARLY": route.early, "TOGETHER": GROUP, "DESCRIBED": factors is not None}
+    else:
+        kernel = _apply_update
+        shared = depth * wide * entry  # bytes that all tiles share
+        per_tile = (tall * width + (width - depth) * wide) * entry + tall * wide * per_entry  # bytes
+        stages = (shared_memory(N.device) - shared) // per_tile
+        tiles = min(TILES, triton.cdiv(rows, tall))
+        programs = triton.cdiv(rows, tall * tiles) * triton.cdiv(columns, wide)
+        shape, factors = {"TILES": tiles}, None
     of_G = dense or Dense(W, layout, ok)  # pointers that are not read
-    kernel: Any = _apply_update
     kernel[(total * programs,)](
         W.addresses,
-        N,
-        P,
+        *(factors or (N, P)),
         ok,
         ok if keys is None else keys,  # a pointer that is not read
         rows,
@@ -102,21 +114,22 @@ def apply_update_(
         RANK=rank,
         ROWS=tall,
         COLUMNS=wide,
-        TILES=tiles,
         DEPTH=depth,
         STAGES=max(1, min(3, stages)),
         STOCHASTIC=keys is not None,
-        num_warps=WARPS,
+        **shape,
+        num_warps=route.warps,
+        maxnreg=route.registers,
     )
 
 
-def _tile(N: Tensor, width: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and the inner length of one product."""
+def _tile(N: Tensor, rank: int) -> UpdateRoute:
+    """The tile of W, and how the rank is taken."""
     if N.dtype == torch.bfloat16:
-        return 32, 128, min(width, 128)
+        return route_of(rank, N.dtype).update
     if not has_warpgroups(N.device):  # float32 factors are split in three; larger tiles exceed the registers
-        return 32, 64, min(width, 64)
-    return 64, 64, width if width <= 128 else 64
+        return UpdateRoute(32, 64, depth=64)
+    return UpdateRoute(64, 64, depth=128 if rank <= 128 else 64)
 
 
 @triton.jit
@@ -184,6 +197,7 @@ def _apply_update(
                 phi += block.to(tl.int64) * rows
             else:
                 factor = tl.load(phi + block.to(tl.int64) * columns + j, mask=j < columns, other=0.0)[None, :]
+        key, pair = 0, 0
         if STOCHASTIC:
             key = tl.load(keys + matrix)
             pair = (program % across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)).to(tl.uint32) * GOLDEN
@@ -212,12 +226,7 @@ def _apply_update(
                     lifted = multiply(a, next_b, lifted)
             if DENSE:
                 lifted += factor * g.to(tl.float32)
-            new = w.to(tl.float32) * (1.0 - decay) - step * lifted
-            noise = 0
-            if STOCHASTIC:  # 32 random bits serve two neighbouring columns
-                drawn = mixed(row_keys(key, row)[:, None] ^ pair[None, :])
-                noise = tl.interleave(drawn, drawn << 16)
-            tl.store(at, rounded(new, noise, TYPE, STOCHASTIC), mask=mask)
+            tl.store(at, moved(w, lifted, step, decay, key, row, pair, TYPE, STOCHASTIC), mask=mask)
 
 
 def add_at_(

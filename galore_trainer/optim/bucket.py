@@ -121,6 +121,13 @@ class Bucket:
         """A state tensor [blocks, ...] of every piece, as it is stored."""
         return [piece.owner.state[piece.prefix + key] for piece in self.pieces]
 
+    def stored_contiguous(self, key: str) -> list[Tensor]:
+        """``stored``, for kernels that write there: what a checkpoint left with gaps between blocks is closed up."""
+        for piece, value in zip(self.pieces, self.stored(key), strict=True):
+            if not value.is_contiguous():
+                piece.owner.state[piece.prefix + key] = value.contiguous()
+        return self.stored(key)
+
     def get(self, key: str) -> Tensor:
         """``stored``, joined."""
         return _join(self.stored(key))

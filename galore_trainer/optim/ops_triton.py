@@ -7,19 +7,21 @@ to torch. Each bucket costs one upload of addresses. Triton is imported only whe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core import galore
 from galore_trainer.core.galore import largest_usable, usable_parts
+from galore_trainer.core.precision import table
 from galore_trainer.core.streams import rounding_key
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual
-from galore_trainer.optim.bucket import BASIS, MOMENTS, Bucket, entries
+from galore_trainer.optim.bucket import BASIS, MOMENTS, SCALE, Bucket, entries
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, Piece
 from galore_trainer.optim.ops_torch import Incoming, TorchOps, rounds
 from galore_trainer.optim.param_groups import scale_of
@@ -45,6 +47,7 @@ class TritonOps:
     def project(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """R [pieces x blocks, ...], and whether the gradients are usable, [pieces]."""
         from galore_trainer.kernels.project import project
+        from galore_trainer.kernels.routes import route_of
 
         places = self._places(bucket)
         first, matrix = bucket.pieces[0], bucket.matrix
@@ -55,7 +58,13 @@ class TritonOps:
             if has_scaled(matrix, self.config):
                 lines = matrix.moment_shape[1 if matrix.side == "right" else 2]
                 bucket.norms = torch.empty(len(P), lines, dtype=torch.float32, device=P.device)
-            R, ok = project(G, places.layout(first.grad), P, matrix.side, matrix.blocks, LIMIT, bucket.norms)
+            layout = places.layout(first.grad)
+            by_library = bucket.norms is None and G.dtype == P.dtype and layout.length == layout.rows
+            if by_library and route_of(matrix.rank, P.dtype).project.library:
+                R = _by_library(bucket, P)
+                ok = usable_parts(R, len(bucket.pieces)) if known is None else known
+            else:
+                R, ok = project(G, layout, P, matrix.side, matrix.blocks, LIMIT, bucket.norms)
         else:
             R = bucket.kept(lambda grad: grad.projected)
             ok = usable_parts(R, len(bucket.pieces))
@@ -75,7 +84,7 @@ class TritonOps:
         return loss_at(G, layout, places[key], R, P, matrix.side, matrix.blocks, count)
 
     def adam_(self, incoming: Sequence[Incoming], moments: Sequence[tuple[str, bool]], age: str) -> list[Tensor]:
-        """Take R into a pair of moments, in place; the normalised update N. Moments of few bits go through torch."""
+        """Take R into a pair of moments, in place; the normalised update N."""
         from galore_trainer.kernels.adam import adam_
         from galore_trainer.kernels.scaled import Moments
 
@@ -93,10 +102,30 @@ class TritonOps:
                     bucket.factors = self._line_factors(bucket, R, N, ok, taken_in)  # reads R once, and never N
                 else:
                     N = adam_(M, V, places[age], R, ok, dtype=dtype, betas=betas, eps=eps)
+            elif places.moves_small_state:
+                N = self._adam_small(bucket, R, ok, moments, age, dtype)
             else:
                 N = self._torch.adam_([Incoming(bucket, R, ok)], moments, age)[0].to(dtype)
             updates.append(N)
         return updates
+
+    def _adam_small(
+        self,
+        bucket: Bucket,
+        R: Tensor,
+        ok: Tensor,
+        moments: Sequence[tuple[str, bool]],
+        age: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """``adam_`` for moments of 16 or 8 bits."""
+        from galore_trainer.kernels.small_state import Small, adam_small_
+
+        places, group = self._places(bucket), bucket.group
+        M, V = (Small(places[key], places.get(key + SCALE)) for key, _ in moments)
+        codes = table(True, R.device), table(False, R.device)
+        keys = places[noise_key(moments)].addresses
+        return adam_small_(M, V, places[age], R, ok, keys, codes, dtype=dtype, betas=group["betas"], eps=group["eps"])
 
     def line_factors(self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
         """As ``TorchOps.line_factors``."""
@@ -173,14 +202,30 @@ class TritonOps:
         return first.owner.compute_in or first.weight.dtype
 
 
+def _by_library(bucket: Bucket, P: Tensor) -> Tensor:
+    """R by torch's product, matrix by matrix, since gradients lie apart."""
+    blocks, matrix = len(P), bucket.matrix
+    R = torch.empty(blocks, *matrix.moment_shape[1:], dtype=torch.float32, device=P.device)
+    for G, P_i, R_i in zip(bucket.gradients(), bucket.split(P), bucket.split(R), strict=True):
+        galore.project(G, P_i, matrix.side, out=R_i)
+    return R
+
+
+def noise_key(moments: Sequence[tuple[str, bool]]) -> str:
+    """Under which name the random keys for the rounding of a pair of moments lie."""
+    return f"{moments[0][0]} noise"
+
+
 class Places:
     """Where everything of a bucket lies, by key of the state or name; one upload for all of it.
 
     Attributes:
         keys: for the rounding of bfloat16 weights, int64 [pieces]; None rounds to nearest.
+        moves_small_state: whether moments of 16 and 8 bits are among them; else torch moves those.
     """
 
     def __init__(self, bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
+        from galore_trainer.kernels.routes import route_of
         from galore_trainer.kernels.tables import scatter
 
         first = bucket.pieces[0]
@@ -191,10 +236,14 @@ class Places:
         moves_residual = bucket.has(residual.INDEX)
         if moves_residual:
             tensors[residual.INDEX] = bucket.stored(residual.INDEX)
-        if bucket.group["galore"]["state_bits"] == 32:
-            for key, _ in (*MOMENTS, *residual.MOMENTS):
-                if bucket.has(key):
-                    tensors[key] = bucket.stored(key)
+        galore = bucket.group["galore"]
+        bits = galore["state_bits"]
+        self.moves_small_state = bits < 32 and route_of(bucket.matrix.rank, torch.bfloat16).small_state
+        if bits == 32 or self.moves_small_state:
+            for moment, _ in (*MOMENTS, *residual.MOMENTS):
+                for key in (moment, moment + SCALE):
+                    if bucket.has(key):
+                        tensors[key] = bucket.stored(key) if bits == 32 else bucket.stored_contiguous(key)
             for key in (AGE, *((RESIDUAL_AGE,) if moves_residual else ())):
                 tensors[key] = [piece.owner.state[key] for piece in bucket.pieces]
         columns = {key: [x.data_ptr() for x in members] for key, members in tensors.items()}
@@ -209,6 +258,14 @@ class Places:
             self._alive.append(sampled)
             columns["sampled"] = [x.data_ptr() for x in bucket.split(sampled)]
             dtypes["sampled"] = sampled.dtype
+        if self.moves_small_state:
+            for moments in (MOMENTS, *((residual.MOMENTS,) if moves_residual else ())):
+                key = noise_key(moments)
+                columns[key] = [
+                    rounding_key(galore["seed"], f"{piece.name}|{key}", piece.owner.state["calls"])
+                    for piece in bucket.pieces
+                ]
+                dtypes[key] = torch.int64
         noise = None
         if rounds(first.weight, config):
             noise = [rounding_key(seed, piece.name, piece.owner.state["calls"]) for piece in bucket.pieces]
@@ -217,6 +274,10 @@ class Places:
     def __getitem__(self, name: str) -> Any:
         """Weights, gradients, or tensors of the state by their key."""
         return self._scattered[name]
+
+    def get(self, name: str) -> Any:
+        """The same; None where there are none."""
+        return self._scattered.get(name)
 
     def _stored_bases(self, bucket: Bucket) -> list[Any]:
         """The stored bases; copies where a piece has some of a matrix's bases that do not follow one another."""
@@ -336,29 +397,3 @@ def _key(piece: Piece, config: GaLoreConfig) -> tuple[Any, ...]:
     strides = None if piece.kept is None and p.is_contiguous() and g.is_contiguous() else (p.stride(), g.stride())
     known = (piece.kept is None, owner.ok is None, residual.kernel_phase(piece, config))
     return (id(owner.group), matrix.form, known, p.shape, strides, p.dtype, g.dtype, owner.compute_in, p.get_device())
-
-
-def count_on_gpu(
-    states: Sequence[MutableMapping[str, Any]], ok: Tensor, ages: Sequence[str], config: GaLoreConfig
-) -> bool:
-    """Count ages and skipped gradients of weights by a kernel; False where none can.
-
-    Args:
-        states: of the weights, all on one device.
-        ok: [weights], 1.0 or 0.0.
-        ages: keys of the ages that grow.
-        config: of the optimizer.
-    """
-    device = ok.device
-    if not wanted(config, device) or obstacle(device, torch.float32) is not None:
-        return False
-    from galore_trainer.kernels.adam import count_
-    from galore_trainer.kernels.tables import scatter
-
-    keys = ("skipped", *ages)
-    columns = {key: [state[key].data_ptr() for state in states] for key in keys}
-    dtypes = {key: states[0][key].dtype for key in keys}
-    with torch.cuda.device_of(ok):
-        tables, _ = scatter(columns, dtypes, None, device)
-        count_([tables[key] for key in ages], tables["skipped"], ok)
-    return True

@@ -8,13 +8,14 @@ Letters as in ``core/galore.py``. Torch and Triton are two objects with the same
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.kernels import obstacle
 from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import (
     MOMENTS,
@@ -28,7 +29,7 @@ from galore_trainer.optim.bucket import (
 from galore_trainer.optim.guards import count_skips
 from galore_trainer.optim.local import AGE, LocalWeight, Moved, Piece, moved_together
 from galore_trainer.optim.ops_torch import Incoming, TorchOps
-from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, count_on_gpu
+from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, wanted
 
 
 class Taken(NamedTuple):
@@ -164,9 +165,35 @@ def count(moved: Sequence[Moved], config: GaLoreConfig) -> None:
         states = [w.state for some in members for w in some.weights]
         oks = [some.ok for some in members]
         ok = oks[0] if len(oks) == 1 else torch.cat(oks)
-        if not count_on_gpu(states, ok, ages, config):
+        if not _count_on_gpu(states, ok, ages, config):
             for key in ages:
                 torch._foreach_add_([state[key] for state in states], list(ok.unbind()))
             count_skips(states, ok)
         for state in states:
             state["calls"] += 1
+
+
+def _count_on_gpu(
+    states: Sequence[MutableMapping[str, Any]], ok: Tensor, ages: Sequence[str], config: GaLoreConfig
+) -> bool:
+    """Count ages and skipped gradients of weights by a kernel; False where none can.
+
+    Args:
+        states: of the weights, all on one device.
+        ok: [weights], 1.0 or 0.0.
+        ages: keys of the ages that grow.
+        config: of the optimizer.
+    """
+    device = ok.device
+    if not wanted(config, device) or obstacle(device, torch.float32) is not None:
+        return False
+    from galore_trainer.kernels.adam import count_
+    from galore_trainer.kernels.tables import scatter
+
+    keys = ("skipped", *ages)
+    columns = {key: [state[key].data_ptr() for state in states] for key in keys}
+    dtypes = {key: states[0][key].dtype for key in keys}
+    with torch.cuda.device_of(ok):
+        tables, _ = scatter(columns, dtypes, None, device)
+        count_([tables[key] for key in ages], tables["skipped"], ok)
+    return True

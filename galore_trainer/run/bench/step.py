@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from galore_trainer.run.bench.limit import limit_ms, passes
 from galore_trainer.run.bench.measure import Step, Timing, copy_bandwidth, ratio, take_turns
 from galore_trainer.run.bench.weights import (
     Bench,
@@ -28,8 +29,8 @@ def bench_step(bench: Bench) -> dict[str, Any]:
 
     Returns:
         ``timings`` by name; ``floor`` in milliseconds: weights read and written, gradients read, moments read and
-        written and bases read once, at the bandwidth of a plain copy (``bandwidth``, bytes a second); ``missing``
-        methods; ``profiles`` of our steps where they were asked for.
+        written and bases read once, at the bandwidth of a plain copy (``bandwidth``, bytes a second); ``limits`` of our
+        steps in milliseconds (``limit.py``); ``missing`` methods; ``profiles`` of our steps where they were asked for.
     """
     missing = missing_peers(bench)
     model = linear_weights(bench)
@@ -43,13 +44,16 @@ def bench_step(bench: Bench) -> dict[str, Any]:
             methods[title] = optimizer.step
     galore = galore_plus(bench, model)
     sparse = {"residual_percent": bench.residual_percent, "residual_warmup_steps": 0}
-    methods |= {
-        "GaLore+": galore.step,
-        SCALED: galore_plus(bench, model, residual="scaled").step,
-        "GaLore+, residual": galore_plus(bench, model, **sparse).step,
-        "GaLore+, without kernels": galore_plus(bench, model, kernels="torch").step,
-        "GaLore+, residual, without kernels": galore_plus(bench, model, kernels="torch", **sparse).step,
+    ours = {
+        "GaLore+": galore,
+        SCALED: galore_plus(bench, model, residual="scaled"),
+        "GaLore+, residual": galore_plus(bench, model, **sparse),
+        "GaLore+, 16-bit state": galore_plus(bench, model, state_bits=16),
+        "GaLore+, 8-bit state": galore_plus(bench, model, state_bits=8),
+        "GaLore+, without kernels": galore_plus(bench, model, kernels="torch"),
+        "GaLore+, residual, without kernels": galore_plus(bench, model, kernels="torch", **sparse),
     }
+    methods |= {name: optimizer.step for name, optimizer in ours.items()}
     for method, title in (("lora", "LoRA"), ("dora", "DoRA")):
         if method not in missing:
             methods[title] = _adapters(bench, dora=method == "dora")
@@ -62,6 +66,7 @@ def bench_step(bench: Bench) -> dict[str, Any]:
         "bandwidth": bandwidth,
         "missing": missing,
         "floor": 1e3 * least_bytes(galore) / bandwidth,
+        "limits": {name: limit_ms(passes(optimizer), bandwidth) for name, optimizer in ours.items()},
     }
 
 
@@ -84,8 +89,9 @@ def _profile(step: Step) -> str:
 
 
 def lines(part: dict[str, Any]) -> list[str]:
-    """The timings as text."""
-    text = [line_of(name, timing) for name, timing in part["timings"].items()]
+    """The timings as text, those of our steps with their limits."""
+    limits = part.get("limits", {})
+    text = [line_of(name, timing, limits.get(name)) for name, timing in part["timings"].items()]
     if {SCALED, "AdamW fused"} <= part["timings"].keys():
         share = ratio(part["timings"][SCALED], part["timings"]["AdamW fused"])["ratio"]
         text.append(f"{SCALED} / AdamW fused: {share:.3f}, to be at most {MOST_SCALED}")
@@ -94,8 +100,9 @@ def lines(part: dict[str, Any]) -> list[str]:
     return text + [f"{name}: left out, {why}" for name, why in part["missing"].items()]
 
 
-def line_of(name: str, timing: Timing) -> str:
-    """Median, quartiles and the host's share of one method."""
+def line_of(name: str, timing: Timing, limit: float | None = None) -> str:
+    """Median, quartiles and the host's share of one method; how often the median holds the limit, in milliseconds."""
     figures = timing.to_dict()
     quartiles = f"({figures['low']:.3f} to {figures['high']:.3f})"
-    return f"{name:<36}{figures['ms']:10.3f} ms   {quartiles}, host {figures['host_ms']:.3f} ms"
+    text = f"{name:<36}{figures['ms']:10.3f} ms   {quartiles}, host {figures['host_ms']:.3f} ms"
+    return text if limit is None else f"{text}; limit {limit:.3f} ms, {figures['ms'] / limit:.2f} of it"
