@@ -11,7 +11,14 @@ from galore_trainer.cli.once import OptionsOnce
 from galore_trainer.cli.options import Debug, Overrides, names_of
 from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.methods import METHODS
-from galore_trainer.run.settings.run_config import load_run_config, packaged_configs, read_packaged
+from galore_trainer.run.settings.run_config import (
+    known_keys,
+    load_run_config,
+    packaged_configs,
+    read_config,
+    read_packaged,
+)
+from galore_trainer.run.settings.sources import command_line_settings, file_settings, still_to_fill_in
 
 app = typer.Typer(help="Packaged configurations, a check of yours, other programs' as ours.", no_args_is_help=True)
 
@@ -77,8 +84,22 @@ def convert(file: Foreign, program: Program = None, debug: Debug = False) -> Non
 @app.command(cls=OptionsOnce)
 def validate(file: File, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check every key, type and value; say which other methods the file would serve. Loads no model and no data."""
-    method = load_run_config(file, overrides or ()).method
+    blanks = still_to_fill_in(file_settings(read_config(file)), known_keys())
+    try:
+        config = load_run_config(file, overrides or ())
+    except OptionError as error:
+        if all(blank.key != error.option for blank in blanks):
+            raise
+        lines = [f"  {blank.key}: {'' if blank.value is None else blank.value} ({blank.place})" for blank in blanks]
+        way_out = "\n".join(["Still to be filled in:", *lines])
+        raise OptionError(file, [blank.key for blank in blanks], "a value for each", way_out) from error
+    method = config.method
     typer.echo(f"{file}: valid, runs {method}.")
+    given = {setting.key for setting in command_line_settings(overrides or (), {})}
+    if names := [f"{blank.key} ({blank.value})" for blank in blanks if blank.key not in given]:
+        typer.echo(f"still to be filled in before it can run: {', '.join(names)}")
+    for sentence in config.idle_settings():
+        typer.echo(f"note: {sentence}")
     for other in METHODS:
         if other != method:
             try:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from galore_trainer.errors import OptionError
+from galore_trainer.fields import knob
 
 ProjType = Literal["std", "reverse_std", "left", "right"]
 Embeddings = Literal["plain", "frozen", "projected"]
@@ -30,6 +31,7 @@ ResidualMode = Literal["separate", "moments"]
 ResidualSelection = Literal["row", "global"]
 AUTO = "auto"
 HEAD_ROLES: tuple[HeadRole, ...] = get_args(HeadRole)
+OF_SPARSE = "residual: sparse, both"
 SPARSE_PERCENT = 1.2
 """Share of entries with sparse moments where ``residual_percent`` is unset."""
 
@@ -39,21 +41,6 @@ EVERY_LINEAR = ("all", "all_linear", ALL_LINEAR)
 COMMAS = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)+")
 """Names with commas between them, which some programs take in place of a list."""
 LARGEST_INTEGER = 2**63 - 1
-
-
-def knob(default: Any, help: str, *, trajectory: bool = False, minimum: float | None = None) -> Any:
-    """Declare one field: its default, its help, and whether changing it at resume would break the run.
-
-    Args:
-        default: value used when neither YAML nor a flag sets the field.
-        help: one sentence, for the flag's help and ``docs/knobs.md``.
-        trajectory: True where saved optimizer state is meaningless under another value; a resume refuses it then.
-        minimum: smallest accepted number, checked by ``GaLoreConfig``.
-    """
-    metadata = {"help": help, "trajectory": trajectory, "minimum": minimum}
-    if isinstance(default, dict | list):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,15 +84,18 @@ class GaLoreConfig:
     )
     share_heads_of: list[HeadRole] = knob(
         list(HEAD_ROLES),
-        "Which of q, k, v share bases as head_sharing says; each of the others has one basis of all its rows. Of no "
-        "effect where head_sharing is joint.",
+        "Which of q, k, v share bases as head_sharing says; each of the others has one basis of all its rows.",
         trajectory=True,
+        only_with="head_sharing: shared, grouped, per_head",
     )
-    head_group_size: int = knob(1, "Query heads in a group when head_sharing is grouped.", trajectory=True, minimum=1)
+    head_group_size: int = knob(
+        1, "Query heads in a group.", trajectory=True, minimum=1, only_with="head_sharing: grouped"
+    )
     head_choice: HeadChoice = knob(
         "random",
         "Which head lends its basis: random, energy (the largest gradient), fixed (the first).",
         trajectory=True,
+        only_with="head_sharing: shared, grouped",
     )
     head_fallback: HeadFallback = knob(
         "joint",
@@ -113,9 +103,14 @@ class GaLoreConfig:
         "start table and the log) or refuse.",
     )
     svd: Svd = knob("randomized", "How a basis is found: randomized subspace iteration, or an exact SVD.")
-    subspace_iterations: int = knob(2, "Power iterations of the randomized SVD.", minimum=0)
+    subspace_iterations: int = knob(
+        2, "Power iterations of the randomized SVD.", minimum=0, only_with="svd: randomized"
+    )
     oversampling: int | None = knob(
-        None, "Extra directions the randomized SVD looks at; unset means max(8, rank / 8).", minimum=0
+        None,
+        "Extra directions the randomized SVD and a sketch look at; unset means max(8, rank / 8).",
+        minimum=0,
+        only_with="svd: randomized; first_basis: sketch; layerwise: true",
     )
     warm_start: bool = knob(False, "Begin the randomized SVD from the previous basis.")
     stagger_refresh: bool = knob(
@@ -156,6 +151,7 @@ class GaLoreConfig:
         "Share of entries, in percent, that get sparse moments; unset: 1.2 where residual is sparse or both.",
         trajectory=True,
         minimum=0.0,
+        only_with=OF_SPARSE,
     )
     residual_mode: ResidualMode = knob(
         "separate",
@@ -163,14 +159,24 @@ class GaLoreConfig:
         "correct the lifted moments before these are normalised; with residual sparse alone, by torch).",
         trajectory=True,
     )
-    residual_scale: float = knob(1.0, "Factor on the residual's update, beside lr x scale.", minimum=0.0)
+    residual_scale: float = knob(
+        1.0,
+        "Factor on the residual's update, beside lr x scale.",
+        minimum=0.0,
+        only_with="residual: scaled, sparse, both",
+    )
     residual_warmup_steps: int = knob(
-        20, "Steps over which candidates are averaged before the sparse entries are chosen.", trajectory=True, minimum=0
+        20,
+        "Steps over which candidates are averaged before the sparse entries are chosen.",
+        trajectory=True,
+        minimum=0,
+        only_with=OF_SPARSE,
     )
     residual_selection: ResidualSelection = knob(
         "row",
         "Where sparse entries are chosen: row (as many in each row) or global (anywhere in the matrix).",
         trajectory=True,
+        only_with=OF_SPARSE,
     )
     state_bits: Bits = knob(
         32,

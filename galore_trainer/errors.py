@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 LONGEST = 400
 """Characters of another package's message that an error repeats."""
+ADDRESS = re.compile(r"https?://\S+")
 
 
 class OptionError(ValueError):
@@ -29,9 +31,14 @@ class OptionError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line of at most ``LONGEST`` characters; its type where the message is empty."""
+    """An error's message in one line of ``LONGEST`` characters, or more where an address would be cut.
+
+    It is the error's type where the message is empty.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    addresses = (match.span() for match in ADDRESS.finditer(text))
+    end = next((stop for start, stop in addresses if start < LONGEST < stop), LONGEST)
+    return text if len(text) <= end else f"{text[:end]} ..."
 
 
 def typed_line(error: BaseException) -> str:

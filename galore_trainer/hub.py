@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Literal
 
-from galore_trainer.errors import OptionError
+from galore_trainer.errors import OptionError, one_line
 
 REQUEST_SECONDS = 2.0
 ANSWER_SECONDS = 3.0  # longer: a request's timeout does not include name resolution
@@ -76,7 +76,7 @@ def require_writer(option: str, way_out: str) -> tuple[str, list[str]]:
     try:
         user = HfApi().whoami()
     except Exception as error:  # no token, a revoked token or a broken connection raise many kinds of exceptions
-        reason = " ".join(str(error).split())[:200].rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise OptionError(option, True, wanted, f"The hub says: {reason}. {login}") from error
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":

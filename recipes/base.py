@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from galore_trainer.config import check_fields, knob
+from galore_trainer.config import check_fields
 from galore_trainer.errors import OptionError
+from galore_trainer.fields import knob
 
 Task = Literal["auto", "arithmetic", "gsm8k", "mawps", "nlg", "sft", "text"]
 TrainOn = Literal["all", "last"]

@@ -14,16 +14,17 @@ from source import defined_names
 
 MODULES = modules()
 BENCHMARKS = {f"benchmarks.{path.stem}": path for path in sorted((ROOT / "benchmarks").glob("*.py"))}
-BASE = {"errors", "config"}
+BASE = {"errors", "fields", "config"}
 GROUND = {"core", "layouts", "tables", "timing", "versions", *BASE}
 ROOMS: dict[str, set[str]] = {
     "core": set(),
     "kernels": set(),
     "layouts": set(),
     "errors": set(),
+    "fields": set(),
     "timing": set(),
     "tables": set(),
-    "config": {"errors"},
+    "config": {"errors", "fields"},
     "hub": {"errors"},
     "versions": {"errors"},
     "metrics": {"errors"},

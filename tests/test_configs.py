@@ -51,5 +51,5 @@ def test_the_quickstart_plan_counts_data_and_steps() -> None:
     config = load_run_config("quickstart", settings)
     plan = describe_plan(config)
     assert "100 to train on, 100 held out" in plan
-    assert "14 of 16 examples (2 epochs of 7 steps)" in plan
+    assert "14 steps of 16 examples each (2 epochs of 7 steps)" in plan
     assert "projected weights 0.0002 x sqrt(n / rank) of each, others 0.0002 x 0.25 = 5e-05" in plan

@@ -25,6 +25,15 @@ def test_a_long_message_is_cut() -> None:
     assert one_line(ValueError("x" * 2 * LONGEST)) == "x" * LONGEST + " ..."
 
 
+def test_an_address_at_the_cut_stays_whole() -> None:
+    address = "https://huggingface.co/docs/transformers/installation#offline-mode"
+    for before in (LONGEST - 5, LONGEST - len(address)):
+        begin = "x" * (before - 1) + " " + address
+        assert one_line(ValueError(begin + " and more")) == begin + " ..."
+        assert one_line(ValueError(begin)) == begin
+    assert one_line(ValueError("x" * LONGEST + " " + address)) == "x" * LONGEST + " ..."
+
+
 def test_an_option_error_crosses_processes_with_its_parts() -> None:
     error = pickle.loads(pickle.dumps(OptionError("galore.rank", 0, "at least 1", "Use 4.")))
     assert (error.option, error.got, error.wanted, error.way_out) == ("galore.rank", 0, "at least 1", "Use 4.")

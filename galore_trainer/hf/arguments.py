@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
+
 from galore_trainer.errors import OptionError
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 
@@ -66,6 +68,35 @@ def check_kept(optimizer: GaLoreAdamW, args: Any) -> None:
             wanted = f"{used[name]!r}, which the optimizer was made with"
             way_out = "A Trainer keeps its optimizer between calls of train(): make a new Trainer."
             raise OptionError(" and ".join(FIELDS[name]), now, wanted, way_out)
+
+
+def rebuilt_schedule(state: Any, optimizer: Any, scheduler: Any, saved_steps: int | None = None) -> str:
+    """What a resumed run's learning rate jumps to, in one line; empty where it goes on as it was.
+
+    The Trainer lays a schedule over the steps of the new run, and takes the learning rate of the checkpoint for the
+    first step: with another ``max_steps``, warm-up or kind of schedule the second step has a rate of its own.
+
+    Args:
+        state: of the Trainer.
+        optimizer, scheduler: of the Trainer, with the checkpoint loaded.
+        saved_steps: ``max_steps`` of the checkpoint's run, where it is known.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    # other schedulers, such as reduce_lr_on_plateau, go on from the rate that they find
+    if not state.global_step or not isinstance(scheduler, LambdaLR):
+        return ""
+    rates = [
+        (float(group["lr"]), float(base) * factor(scheduler.last_epoch))
+        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False)
+    ]
+    saved, now = next((pair for pair in rates if not math.isclose(*pair, rel_tol=1e-6)), (0.0, 0.0))
+    if saved == now:
+        return ""
+    before = "" if saved_steps is None or saved_steps == state.max_steps else f" (the checkpoint's run: {saved_steps})"
+    return (
+        f"the schedule of the learning rate is rebuilt for max_steps {state.max_steps}{before}: after step "
+        f"{state.global_step} it gives {now:.6g} where the checkpoint has {saved:.6g}; the first step takes the latter"
+    )
 
 
 def overruled(optimizer: GaLoreAdamW) -> str:

@@ -26,7 +26,7 @@ from galore_trainer.errors import OptionError
 from galore_trainer.hf.arguments import check_ignored, optimizer_settings
 from galore_trainer.hf.backend import SHARDING, check_layerwise, fitted_config, training_backend
 from galore_trainer.hf.callback import GaLoreCallback
-from galore_trainer.hf.checkpoints import check_resumable
+from galore_trainer.hf.checkpoints import check_resumable, check_settings_of_fsdp, resumed_from
 from galore_trainer.hf.membership import watch_first_steps
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
@@ -127,10 +127,17 @@ class GaLoreFactory:
     """
 
     def __call__(self, model: nn.Module, own_args: Any = None, *, config: GaLoreConfig, args: Any) -> GaLoreAdamW:
-        """Build the optimizer from ``TrainingArguments`` as they are now; raises what ``galore_plugin`` raises."""
+        """Build the optimizer from ``TrainingArguments`` as they are now.
+
+        Raises:
+            OptionError: as ``galore_plugin``; the Trainer resumes a checkpoint of FSDP2 that has other settings.
+        """
         args = args if own_args is None else own_args
         check_ignored(args)
-        return _build(model, fitted_config(config, args), **optimizer_settings(args))
+        optimizer = _build(model, fitted_config(config, args), **optimizer_settings(args))
+        if training_backend(args) == "fsdp" and (checkpoint := resumed_from()):
+            check_settings_of_fsdp(checkpoint, optimizer.param_groups)
+        return optimizer
 
 
 def galore_groups(model: nn.Module, config: GaLoreConfig, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from galore_trainer.errors import OptionError
-from galore_trainer.hf.arguments import check_kept, overruled
+from galore_trainer.hf.arguments import check_kept, overruled, rebuilt_schedule
 from galore_trainer.hf.backend import check_averaged, training_backend
-from galore_trainer.hf.checkpoints import lacks_state
+from galore_trainer.hf.checkpoints import lacks_state, saved_steps
 from galore_trainer.hf.membership import Membership
 from galore_trainer.hf.table import show_weights
 from galore_trainer.layouts.shard import checksum
@@ -106,6 +106,8 @@ class GaLoreCallback(TrainerCallback):
                 changed,
             )
         self._optimizer.settings_before_load = []
+        if state.is_world_process_zero:
+            tell_rebuilt_schedule(state, self._optimizer, kwargs.get("lr_scheduler"))
         if (model := kwargs.get("model")) is not None:
             check_averaged(model, args)
             self._membership = Membership(model, self._optimizer, training_backend(args))
@@ -211,6 +213,12 @@ class GaLoreCallback(TrainerCallback):
         assert self._optimizer is not None
         state = self._optimizer.state_of(name)
         return any(value.any().item() for key, value in state.items() if key.endswith("exp_avg"))
+
+
+def tell_rebuilt_schedule(state: Any, optimizer: Any, scheduler: Any) -> None:
+    """Warn, when training begins, where a resumed run's learning rate jumps; see ``rebuilt_schedule``."""
+    if jump := rebuilt_schedule(state, optimizer, scheduler, saved_steps()):
+        logger.warning("%s", jump)
 
 
 def _calling_handler() -> CallbackHandler | None:

@@ -7,19 +7,23 @@ with ``save_only_model`` none of them is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.backend import training_backend
-from galore_trainer.hf.reading import OPTION, TRAINER, trainer_state
+from galore_trainer.hf.reading import OPTION, TRAINER, reading, trainer_state
 from galore_trainer.hf.unpickling import check_checkpoint
-from galore_trainer.optim.saved_groups import OTHER_LAYOUT
+from galore_trainer.optim.saved_groups import OTHER_LAYOUT, check_same_settings
 
 OPTIMIZER, SCHEDULER, WEIGHTS = "optimizer.pt", "scheduler.pt", "model.safetensors"
 WHOLE_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 """Names of files that hold whole weights, or an index of them."""
+SETTING = re.compile(r"optimizer\.param_groups\.(\d+)\.galore\.(\w+)")
+"""Name of a setting of a projected group in a checkpoint of ``torch.distributed.checkpoint``: group, setting."""
 OURS = "one whose optimizer was GaLoreAdamW, of this version"
 WEIGHTS_ONLY = (
     "It holds weights only (save_only_model), no state of an optimizer: start a new run from them "
@@ -88,6 +92,56 @@ def lacks_state(args: Any, step: int) -> OptionError:
     way_out = {"weights": WEIGHTS_ONLY, "fsdp": OTHER_LAYOUT, "deepspeed": OTHER_LAYOUT}.get(str(kind), either)
     got = f"a run at step {step} whose optimizer has no state"
     return OptionError("resume_from_checkpoint", got, "a checkpoint with this launch's state", way_out)
+
+
+def resumed_from() -> Path | None:
+    """The checkpoint that the calling Trainer goes on from; read from the stack, as its arguments do not hold it."""
+    from transformers import Trainer
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        values = frame.f_locals
+        if isinstance(values.get("self"), Trainer) and isinstance(values.get("resume_from_checkpoint"), str):
+            return Path(values["resume_from_checkpoint"])
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def check_settings_of_fsdp(checkpoint: Path, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ``OptionError`` for a checkpoint of FSDP2 that was trained under other settings than an optimizer's groups.
+
+    ``torch.distributed.checkpoint`` would stop earlier than the optimizer, at the first tensor that the checkpoint
+    lacks, without a word of the setting that asks for it.
+
+    Args:
+        checkpoint: the folder; one of another kind is left alone.
+        groups: of the optimizer that is to load it.
+    """
+    folder = checkpoint / f"{OPTIMIZER.removesuffix('.pt')}_0"
+    if not (folder / ".metadata").is_file():
+        return
+    check_checkpoint(checkpoint, "resume_from_checkpoint", best=False)
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    with reading(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it reads in one process
+        reader = FileSystemReader(folder)
+        found = map(SETTING.fullmatch, reader.read_metadata().state_dict_metadata)
+        keys = {match[0]: (match[1], match[2]) for match in found if match}
+        values: dict[str, Any] = dict.fromkeys(keys)
+        load(values, storage_reader=reader, no_dist=True)
+    saved: dict[str, dict[str, Any]] = {}
+    for key, (number, name) in keys.items():
+        saved.setdefault(number, {})[name] = values[key]
+    check_same_settings([{"galore": saved[number]} for number in sorted(saved, key=int)], groups)
+
+
+def saved_steps() -> int | None:
+    """``max_steps`` of the run whose checkpoint the calling Trainer goes on from; None where it is not known."""
+    checkpoint = resumed_from()
+    if checkpoint is None or not (checkpoint / TRAINER).is_file():
+        return None
+    return trainer_state(checkpoint).get("max_steps")
 
 
 def _is_stage3(checkpoint: Path) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.matrix import LogicalMatrix
+from galore_trainer.fields import idle_settings
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.param_groups import scale_of
 from galore_trainer.tables import TextTable, human_bytes
@@ -41,7 +42,7 @@ def weight_table(optimizer: GaLoreAdamW, model: nn.Module | None = None) -> str:
         Text with columns ``COLUMNS``; ``lr`` is the effective one (lr x scale, lr x plain_lr_ratio) at the peak of the
         schedule, ``state`` the bytes of optimizer state; ``heads`` reads "9, one lends" for a shared basis, and
         "unknown: joint" where an attention weight fell back to joint. The line of all projected weights names the
-        residual in force, and whether it corrects moments.
+        residual in force, and whether it corrects moments. Notes below name settings that have no effect.
     """
     return str(plan_table(_weights(optimizer, model), optimizer.config))
 
@@ -81,7 +82,7 @@ def plan_table(weights: Iterable[tuple[Weight, str]], config: GaLoreConfig) -> T
             if residual and config.residual_mode == "moments":
                 residual += " (moments, by torch)"
             lines.append((f"all {kind}", residual, "", f"{count:,}", f"{count / total:.1%}", "", "", "", "", state))
-    return TextTable(COLUMNS, lines, NUMERIC)
+    return TextTable(COLUMNS, lines, NUMERIC, [f"note: {sentence}" for sentence in idle_settings("galore", config)])
 
 
 _ORDER = ("projected", "plain", "frozen")

@@ -36,15 +36,7 @@ def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, 
     """Raise ``OptionError`` where saved groups belong to another method, other settings or other parameters."""
     if not all(isinstance(g, Mapping) and "projected" in g for g in saved):
         raise OptionError("optimizer", "a state saved by another optimizer", "one saved by GaLoreAdamW", WAY_OUT)
-    for before, now in zip([g for g in saved if g["projected"]], [g for g in ours if g["projected"]], strict=False):
-        then, here = _settings_in(before), now["galore"]
-        differ = [key for key, value in here.items() if key != "scale" and then.get(key) != value]
-        if differ:
-            options = {key: "seed" if key == "seed" else f"galore.{key}" for key in differ}
-            key, *more = differ
-            others = "".join(f" Also {options[k]}: got {here[k]!r}, saved {then.get(k)!r}." for k in more)
-            wanted = f"{then.get(key)!r} as in the checkpoint"
-            raise OptionError(options[key], here[key], wanted, WAY_OUT + others)
+    check_same_settings([g for g in saved if g["projected"]], ours)
     names_before, names_now = ([n for g in groups for n in g.get("names", [])] for groups in (saved, ours))
     if names_before != names_now:
         changed = sorted(set(names_before) ^ set(names_now))[:5] or ["the same names in another order"]
@@ -53,6 +45,20 @@ def check_same_method(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, 
         raise OptionError("parameters", "other groups", "the checkpoint's projected and plain groups", WAY_OUT)
     for before, now in zip(saved, ours, strict=True):
         _check_same_matrices(before, now)
+
+
+def check_same_settings(saved: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ``OptionError`` where saved groups, projected ones alone, have other settings than those of ``ours``."""
+    for before, now in zip(saved, [g for g in ours if g["projected"]], strict=False):
+        then, here = _settings_in(before), now["galore"]
+        differ = [key for key, value in here.items() if key != "scale" and then.get(key) != value]
+        if differ:
+            options = {key: "seed" if key == "seed" else f"galore.{key}" for key in differ}
+            key, *more = differ
+            others = "".join(f" Also {options[k]}: got {here[k]!r}, saved {then.get(k)!r}." for k in more)
+            wanted = f"{then.get(key)!r} as in the checkpoint"
+            way_out = WAY_OUT.replace("the saved value", f"{options[key]}={then.get(key)}")
+            raise OptionError(options[key], here[key], wanted, way_out + others)
 
 
 def saved_settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_every_knob_is_a_flag_with_its_help(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_new_field_is_a_new_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     from galore_trainer.cli import options
-    from galore_trainer.config import knob
+    from galore_trainer.fields import knob
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Larger(GaLoreConfig):
@@ -219,7 +219,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(calls: list[tuple], capsys
     assert main(["train", "quickstart", "--dry-run", *settings]) == 0
     out = capsys.readouterr().out
     assert "20 to train on" in out
-    assert "4 of 16 examples" in out
+    assert "4 steps of 16 examples each" in out
     assert calls == []
 
 

@@ -176,6 +176,19 @@ def test_the_index_of_texts_leaves_out_what_was_skipped() -> None:
     assert results["bleu"].dataset_name == "nlg, held out"
 
 
+@pytest.mark.parametrize("interval", [None, [0.6, 0.8]])
+def test_a_card_without_a_score_has_no_column_for_it(interval: list[float] | None) -> None:
+    after = scores(task="chat", score=0.75 if interval else None, interval=interval)
+    text = model_card(RunConfig(), before=None, after=after, environment=FACTS)
+    heads = [*(["exact match (95 % interval)"] if interval else []), "loss on the targets", "examples"]
+    assert f"\n| | {' | '.join(heads)} |\n" in text
+    assert ("Task `chat`, greedy decoding, extraction" in text, "Task `chat`.\n" in text) == (
+        bool(interval),
+        not interval,
+    )
+    assert "none |" not in text
+
+
 @pytest.mark.parametrize("method", ["galore_plus", "galore", "lora", "adamw"])
 def test_the_configuration_of_a_card_is_that_of_the_run_without_places(method: str, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()

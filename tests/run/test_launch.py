@@ -184,7 +184,7 @@ def test_show_config_and_dry_run_launch_nothing(
     assert main(["train", str(path), PROCESSES, "3", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "3 processes, ddp" in told
-    assert "6 of 6 examples" in told
+    assert "6 steps of 6 examples each" in told
     assert main(["train", str(path), PROCESSES, "0", "--dry-run"]) == 2
 
 

@@ -31,7 +31,7 @@ def dry_run(config: RunConfig, folder: Path, *words: str) -> int:
 
 def test_a_run_that_has_everything_passes(short_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run(short_run(), tmp_path) == 0
-    assert "6 of 2 examples" in capsys.readouterr().out
+    assert "6 steps of 2 examples each" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

@@ -46,9 +46,10 @@ def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
         ),
         *(("", f"- {note}") for note in data.notes),
         ("learning rate", learning_rates(config, arguments.learning_rate)),
-        ("steps", _steps(arguments, len(data.train), world, config.packing)),
+        ("steps", steps_in_words(arguments, len(data.train), world, packing=config.packing)),
         *([("launch", f"{world} processes, {launch.name}")] if launch else ()),
         ("output", config.output_dir + _taken(config.output_dir)),
+        *(("note", sentence) for sentence in config.idle_settings()),
         *([("upload", f"model, tokenizer and card to {destination.repo_id}")] if destination else ()),
     ]
     # Not a table of rich's, which would fold paths and sentences and break what is searched for.
@@ -98,16 +99,35 @@ def _method(config: RunConfig) -> str:
     )
 
 
-def _steps(arguments: TrainingArguments, examples: int, world: int, packing: bool) -> str:
+def steps_in_words(arguments: TrainingArguments, examples: int, world: int = 1, *, packing: bool = False) -> str:
+    """Steps, the examples or rows of each, epochs and schedule: ``6 steps of 2 examples each (3 epochs of 2 steps)``.
+
+    Args:
+        arguments: of the Trainer.
+        examples: that it is trained on, before they are packed.
+        world: processes that share them.
+        packing: whether a batch counts rows of several examples.
+    """
     from transformers import SchedulerType
 
     total, per_epoch = count_steps(arguments, examples, world)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * world
+    unit = "row" if packing else "example"
+    size = f"{_count(batch, unit)} each"
+    if not packing and batch > examples:  # an epoch ends before the batch is full
+        size = f"all {_count(examples, unit)} each, less than the batch of {batch}"
     packed = ", fewer once they are packed" if packing else ""
     return (
-        f"{total} of {batch} examples ({total / per_epoch:.2g} epochs of {per_epoch} steps{packed}), "
-        f"warm-up {arguments.get_warmup_steps(total)}, schedule {SchedulerType(arguments.lr_scheduler_type).value}"
+        f"{_count(total, 'step')} of {size} ({_count(total / per_epoch, 'epoch')} of {_count(per_epoch, 'step')}"
+        f"{packed}), warm-up {arguments.get_warmup_steps(total)}, "
+        f"schedule {SchedulerType(arguments.lr_scheduler_type).value}"
     )
+
+
+def _count(number: float, what: str) -> str:
+    """A number with its noun: ``1 step``, ``2.5 epochs``."""
+    shown = str(number) if isinstance(number, int) else f"{number:.2g}"
+    return f"{shown} {what}{'' if number == 1 else 's'}"
 
 
 def _taken(folder: str) -> str:

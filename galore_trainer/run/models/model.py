@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from galore_trainer.errors import OptionError, one_line
+from galore_trainer.errors import OptionError, one_line, typed_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,7 +128,7 @@ def _explained(name: str, source: Source, wanted: str, attention: str | None = N
     except Exception as error:
         if refusal := refused_setting(error, name, attention):
             raise refusal from error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        reason = typed_line(error).rstrip(".")
         remedy = f"Delete {source.path}, it is made again." if name == EMBEDDED else "Check the files or the id."
         raise OptionError(OPTION, name, wanted, f"{reason}. {remedy}") from error
 

@@ -86,6 +86,8 @@ def model_card(
     knobs |= {"kept by the checkpoint that was resumed": overruled} if overruled else {}
     scored = [(name, result) for name, result in (("base model", before), ("this model", after)) if result]
     cells = [(name, _cells(result)) for name, result in scored]
+    titles = dict.fromkeys(title for _, row in cells for title in row)
+    heads = [title for title in titles if any(row.get(title) for _, row in cells)]
     card = ModelCard.from_template(
         header,
         template_path=str(TEMPLATE),
@@ -98,9 +100,10 @@ def model_card(
         key_settings=_key_settings(config),
         recipe=dump(_recipe(config)).rstrip(),
         command=shlex.join(["galore-ft", "train", "config.yaml", *launch]),
-        heads=list(cells[0][1]) if cells else [],
-        scores=[(name, row.values()) for name, row in cells],
+        heads=heads,
+        scores=[(name, [row.get(title) or "none" for title in heads]) for name, row in cells],
         last=scored[-1][1] if scored else {},
+        decoded=any(result["score"] is not None or metric_cells(result) for _, result in scored),
         settings=knobs,
         versions=", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
         device=environment["device"],
@@ -199,9 +202,10 @@ def _is_place(text: str) -> bool:
 
 
 def _cells(result: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of one model by their titles; an empty text for an exact match that the task does not have."""
     cells = metric_cells(result)
     if not cells:
-        match = "none"
+        match = ""
         if result["score"] is not None:
             low, high = result["interval"]
             match = f"{result['score']:.1%} ({low:.1%} to {high:.1%})"

@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from galore_trainer.errors import OptionError
+from galore_trainer.errors import OptionError, one_line
 from galore_trainer.hub import require_writer
 
 if TYPE_CHECKING:
@@ -102,6 +102,6 @@ def publish(destination: Destination, folder: Path) -> str:
         )
     except Exception as error:  # the hub's client raises the classes of its transport
         again = f"hf upload {repo_id} {folder} --exclude training_args.bin"
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise RuntimeError(f"the model is in {folder}, but was not uploaded: {reason}. Try: {again}") from error
     return str(page)

@@ -225,8 +225,9 @@ def coerce(option: str, value: Any, hint: Any, *, written: str | None = None, pl
         except OptionError:
             continue
         return candidate
-    quote = "Put it in quotes." if not isinstance(value, str | list | dict) and _takes_text(hint) else ""
-    raise OptionError(option, value, describe_type(hint), (quote + _written_at(option, place)).strip())
+    way_out = "Put it in quotes." if not isinstance(value, str | list | dict) and _takes_text(hint) else ""
+    way_out = "Write one, or remove the key." if value is None else way_out
+    raise OptionError(option, value, describe_type(hint), (way_out + _written_at(option, place)).strip())
 
 
 def _readings(value: Any, written: str | None) -> Iterable[Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, get_type_hints
 
 from galore_trainer.config import describe_type
+from galore_trainer.fields import default_of, in_words
 from galore_trainer.run.settings.run_config import BLOCKS
 
 
@@ -27,15 +28,16 @@ def knob_table(cls: type) -> str:
 
 
 def field_help(field: dataclasses.Field[Any]) -> str:
-    """The sentence that was declared with a field."""
-    return str(field.metadata["help"])
+    """The sentence that was declared with a field, and the settings that give it an effect."""
+    needed = in_words(field) if "only_with" in field.metadata else ""
+    return f"{field.metadata['help']}{f' Only with {needed}.' if needed else ''}"
 
 
 def show_default(field: dataclasses.Field[Any]) -> str:
     """A field's default as one would write it in YAML; ``unset`` for None."""
     if "shown_default" in field.metadata:
         return str(field.metadata["shown_default"])
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = default_of(field)
     if value is None:
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(value)

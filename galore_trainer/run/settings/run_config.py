@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, check_target_modules, knob
+from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, check_target_modules
 from galore_trainer.errors import OptionError
+from galore_trainer.fields import idle_settings, knob
 from galore_trainer.recipes.base import OF_A_SOURCE, DataConfig
 from galore_trainer.run.settings.convert_tables import FOREIGN, recognise
 from galore_trainer.run.settings.keys import (
@@ -45,12 +46,13 @@ class EvalConfig:
     """How a model is scored: greedy generation on held-out problems."""
 
     limit: int | None = knob(None, "Problems to score; unset means all that are held out.", minimum=1)
-    batch_size: int = knob(32, "Prompts generated at a time.", minimum=1)
-    max_new_tokens: int = knob(256, "Longest answer, in tokens.", minimum=1)
+    batch_size: int = knob(32, "Prompts generated at a time.", minimum=1, only_with="generate: true; samples")
+    max_new_tokens: int = knob(256, "Longest answer, in tokens.", minimum=1, only_with="generate: true; samples")
     extract: Extract = knob(
         "flexible",
         "The number that counts: flexible (the last, as lm-evaluation-harness reads it), strict (the one after ####), "
         "last_number (the last once commas are removed).",
+        only_with="generate: true",
     )
     before: bool = knob(True, "Score the model before training too.")
     generate: bool = knob(True, "Write answers and score them; off, the loss on the held-out targets is all.")
@@ -202,6 +204,12 @@ class RunConfig:
     def loading(self) -> dict[str, Any]:
         """The keyword arguments of ``load_model``."""
         return {name: getattr(self, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
+
+    def idle_settings(self, *, told: bool = False) -> list[str]:
+        """Sentences about settings that have no effect; ``told`` leaves out those that the start table names."""
+        method = METHODS[self.method]
+        blocks = [*([method.block] if method.block and not (told and method.package is None) else []), "eval"]
+        return [sentence for block in blocks for sentence in idle_settings(block, getattr(self, block))]
 
     def to_dict(self) -> dict[str, Any]:
         """Nested as in YAML: own keys and training arguments at the top, then the blocks; ``from_dict`` undoes it."""

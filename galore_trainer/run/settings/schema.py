@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from galore_trainer.fields import default_of
 from galore_trainer.run.settings.keys import ALIASES, TRL_HINTS, training_hints
+from galore_trainer.run.settings.knobs import field_help
 from galore_trainer.run.settings.methods import METHODS
 from galore_trainer.run.settings.ranges import RANGES
 from galore_trainer.run.settings.run_config import BLOCKS, OWN, RunConfig
@@ -80,7 +82,7 @@ def _fields(cls: type, names: tuple[str, ...] | None = None) -> dict[str, Any]:
                 **type_schema(hints[field.name]),
                 **({} if low is None else {"minimum": low}),
                 **_default(field),
-                "description": str(field.metadata["help"]),
+                "description": field_help(field),
             }
     return properties
 
@@ -110,8 +112,7 @@ def _lower_bound(name: str) -> dict[str, Any]:
 
 
 def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return {} if "shown_default" in field.metadata else {"default": value}
+    return {} if "shown_default" in field.metadata else {"default": default_of(field)}
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from galore_trainer.config import check_type
 from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.keys import ALIASES, coerce
 from galore_trainer.run.settings.ranges import check_range
@@ -14,6 +16,10 @@ from galore_trainer.run.settings.yaml_io import Document, parse_value
 
 _BLOCK = re.compile(r"(methods\.[^.]+\.)?(galore|lora|data|eval)|methods(\.[^.]+)?")
 _METHOD = re.compile(r"methods\.[^.]+")
+_PLACEHOLDER = re.compile(
+    r"(\./)?path/to/.*|<[^<>]*>|\?\?\?|\.\.\.|((TODO|FIXME)\b|CHANGE[_ -]?ME|FILL[_ -]?(IN|ME)).*", re.DOTALL
+)
+"""What people, the packaged files and ``config convert`` write where a value is still to come."""
 _FLAGS = {"model_name_or_path": "--model"}
 
 
@@ -78,6 +84,50 @@ def command_line_settings(overrides: Sequence[str], flags: Mapping[str, Any]) ->
         parsed = parse_value(value) if isinstance(value, str) else value
         place = flag_name(key, negated=value is False)
         yield Setting(key, parsed, place if isinstance(value, bool) else f"{place} {written}", written)
+
+
+def still_to_fill_in(settings: Iterable[Setting], hints: Mapping[str, Any]) -> list[Setting]:
+    """The settings whose value is empty where one is needed, or only stands for one, as ``path/to/train.jsonl`` does.
+
+    Args:
+        settings: of one file.
+        hints: the type of every key that is known.
+    """
+    return [
+        dataclasses.replace(setting, key=key, value=value)
+        for setting in settings
+        for key, value in _leaves(setting.key, setting.value)
+        if _is_placeholder(value) or (value is None and _needs_value(key, hints))
+    ]
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A value, or those of a list and a mapping inside it: ``data.sources[1].source``."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _leaves(f"{key}[{number}]", item)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}", item)
+    else:
+        yield key, value
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, str) and (
+        not value.strip() or (_PLACEHOLDER.fullmatch(value.strip()) is not None and not Path(value).exists())
+    )
+
+
+def _needs_value(key: str, hints: Mapping[str, Any]) -> bool:
+    hint = hints.get(re.sub(rf"{_METHOD.pattern}\.", "", key))
+    if hint is None:
+        return False
+    try:
+        check_type(key, None, hint)
+    except OptionError:
+        return True
+    return False
 
 
 def flag_name(key: str, *, negated: bool = False) -> str:

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from galore_trainer.hf.callback import tell_rebuilt_schedule
 from galore_trainer.run.launching.checkpoints import remove, rotate, seal
 from galore_trainer.run.launching.distributed import is_main_process
 from galore_trainer.run.training.finite import FiniteCallback
@@ -100,6 +101,15 @@ class EndCallback(TrainerCallback):
         """Raise ``RunIsOver`` where no step is left."""
         if state.global_step >= state.max_steps:
             raise RunIsOver
+
+
+class ScheduleCallback(TrainerCallback):
+    """Says where a resumed run's learning rate jumps, for methods without ``GaLoreCallback``, which says it itself."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare the checkpoint's rate with the schedule's."""
+        if state.is_world_process_zero:
+            tell_rebuilt_schedule(state, kwargs["optimizer"], kwargs["lr_scheduler"])
 
 
 BURST = 1.0

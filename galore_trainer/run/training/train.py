@@ -206,6 +206,8 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.shown_source})")
     for note in data.notes:
         say(f"  - {note}")
+    for sentence in config.idle_settings(told=True):
+        say(f"note: {sentence}")
     model, tokenizer = load_model(config.model_name_or_path, **config.loading)
     if bad := not_finite(model):
         wanted = "a model of finite weights"
@@ -251,6 +253,7 @@ def _make_trainer(
         EndCallback,
         InterruptCallback,
         LogCallback,
+        ScheduleCallback,
         SealCallback,
         TimingCallback,
     )
@@ -284,6 +287,8 @@ def _make_trainer(
     finite.watch(trainer)
     progress = ProgressCallback(trainer.train_dataset, live=on_terminal() and not config.training.get("disable_tqdm"))
     log = LogCallback(output / LOG)
+    if "callbacks" not in plugin:
+        trainer.add_callback(ScheduleCallback())
     callbacks: list[Any] = [timing, log, progress, finite, SealCallback(limit, finite), interrupt, EndCallback()]
     if shown := sampled(config, data.eval):  # after finite, which looks at the weights first
         callbacks.insert(4, SampleCallback(model, tokenizer, shown, config, output / LOG, progress, trainer))

@@ -39,19 +39,36 @@ def build_trainer(
         return _sft_trainer(train_dataset=_data_set(rows), eval_dataset=_data_set(held_out), **common)
     from transformers import Trainer
 
+    class RunTrainer(_LoadsTiedWeights, Trainer):
+        """Transformers' Trainer as a run uses it."""
+
     multiple = 1 if arguments.device.type == "cpu" else 8
     if config.packing:
         packing = PackingCollator(tokenizer.pad_token_id, multiple, joined=uses_flash(model))
-        return Trainer(train_dataset=rows, eval_dataset=held_out, data_collator=packing, **common)
+        return RunTrainer(train_dataset=rows, eval_dataset=held_out, data_collator=packing, **common)
     collator = make_collator(tokenizer, pad_to_multiple_of=multiple)
-    return Trainer(train_dataset=rows, eval_dataset=held_out, data_collator=collator, **common)
+    return RunTrainer(train_dataset=rows, eval_dataset=held_out, data_collator=collator, **common)
+
+
+class _LoadsTiedWeights:
+    """A Trainer that does not call a weight missing whose other name was loaded, as an output layer's is.
+
+    Files hold a tied weight under one of its names.
+    """
+
+    def _issue_warnings_after_load(self: Any, load_result: Any) -> None:
+        parameters = {name: id(p) for name, p in self.model.named_parameters(remove_duplicate=False)}
+        missing = load_result.missing_keys
+        loaded = {number for name, number in parameters.items() if name not in missing}
+        lost = [name for name in missing if parameters.get(name) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=lost))  # type: ignore[misc]
 
 
 def _sft_trainer(**settings: Any) -> Trainer:
     from datasets.utils.logging import disable_progress_bar
     from trl import SFTTrainer
 
-    class Quiet(SFTTrainer):
+    class Quiet(_LoadsTiedWeights, SFTTrainer):
         """Writes no model card of its own beside ours, and reports to nobody."""
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,65 @@
+"""A checkpoint of FSDP2 under other settings is refused by name, before torch looks for tensors that it lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from galore_trainer import GaLoreConfig, attach
+from galore_trainer.errors import OptionError
+from galore_trainer.hf import build
+from galore_trainer.hf.checkpoints import check_settings_of_fsdp, resumed_from
+
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "checkpoints" / "fsdp2" / "checkpoint-6"
+"""It was written before there were other residuals than the sparse one."""
+SETTINGS: dict[str, Any] = {
+    **{"rank": 4, "update_proj_gap": 4, "residual_warmup_steps": 2, "proj_type": "right"},
+    **{"state_bits": 16, "plain_state_bits": 16, "basis_bits": 8},
+}
+
+
+class Loading(Exception):
+    """The Trainer got to the place where it would load the checkpoint."""
+
+
+def resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **more: Any) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 23, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, vocab_size=32, num_hidden_layers=1))
+    args = TrainingArguments(str(tmp_path), max_steps=9, use_cpu=True, report_to="none", seed=3)
+    trainer = Trainer(model, args, train_dataset=[{"input_ids": [3, 4], "labels": [3, 4]}])
+    attach(trainer, GaLoreConfig(**{**SETTINGS, **more}))
+    monkeypatch.setattr(build, "training_backend", lambda args=None: "fsdp")
+
+    def load(*_: Any) -> None:
+        raise Loading
+
+    monkeypatch.setattr(trainer, "_load_from_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr(trainer, "_load_optimizer_and_scheduler", load)
+    trainer.train(resume_from_checkpoint=str(CHECKPOINT))
+
+
+def test_the_residual_of_its_time_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"galore\.residual: got 'scaled', wanted 'sparse' .*galore\.residual=sparse"):
+        resume(monkeypatch, tmp_path)
+
+
+def test_other_settings_are_named_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    same = {"residual_percent": 10.0}
+    with pytest.raises(OptionError, match=r"galore\.basis_bits: got 32, wanted 8 .*galore\.basis_bits=8"):
+        resume(monkeypatch, tmp_path, **same, basis_bits=32)
+    with pytest.raises(OptionError, match=r"galore\.residual_percent: got 5\.0, wanted 10\.0"):
+        resume(monkeypatch, tmp_path, residual_percent=5.0)
+
+
+def test_the_same_settings_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(Loading):
+        resume(monkeypatch, tmp_path, residual_percent=10.0)
+
+
+def test_other_kinds_and_other_callers_are_left_alone() -> None:
+    check_settings_of_fsdp(CHECKPOINT.parents[1] / "ddp" / CHECKPOINT.name, [])
+    resume_from_checkpoint = str(CHECKPOINT)  # no Trainer's
+    assert resumed_from() is None, resume_from_checkpoint
