@@ -9,6 +9,14 @@ runs that name none; every other line is a finished run: its ``result.json`` wit
 loss and the tokens of each example, and whether its answer was correct, where answers were written. After ``unpack``,
 ``galore-ft ablate`` with the same output folder skips these runs, and ``galore-ft report`` makes tables of them. Logs,
 texts of predictions and weights stay behind.
+
+    python benchmarks/study_lines.py borrow results/gsm8k_seeds/study.jsonl runs/ablate-gsm8k_rank \
+        --study benchmarks/studies/gsm8k_rank.yaml data.source=path/to/train.jsonl
+    python benchmarks/study_lines.py rescore runs/ablate-e2e
+
+``borrow`` takes over the runs that a study has in common with another one: those of equal settings and seed, under the
+words that ``galore-ft ablate`` gets. ``rescore`` scores the predictions of texts again where a metric was skipped, for
+want of Java or of a package.
 """
 
 from __future__ import annotations
@@ -20,8 +28,10 @@ from typing import Any
 
 from galore_trainer.run.files import write_file, write_json
 from galore_trainer.run.results.result import RESULT
+from galore_trainer.run.scoring.score import score_files
 from galore_trainer.run.settings.run_config import RESOLVED_CONFIG, RunConfig
-from galore_trainer.run.study.record import STUDY_FILE, read_result, read_study_file
+from galore_trainer.run.study.grid import Study, comparable, load_study
+from galore_trainer.run.study.record import FINISHED, STUDY_FILE, Record, read_result, read_study_file
 
 LOSSES, PREDICTIONS = "losses.jsonl", "predictions.jsonl"
 LEFT_OUT = ("by_matrix",)
@@ -66,22 +76,66 @@ def unpack(file: Path, folder: Path) -> int:
         return 0
     head, lines = read_lines(file)
     for line in lines:
-        place = folder / line["folder"]
-        if read_result(place) is not None:
-            continue
-        examples = [
-            {"id": name, "loss": loss, "tokens": tokens}
-            for name, (loss, tokens) in zip(head["examples"], line["losses"], strict=False)
-        ]
-        write_rows(place / LOSSES, examples)
-        if "correct" in line:
-            answers = zip(head["examples"], line["correct"], strict=True)
-            write_rows(place / PREDICTIONS, [{"id": name, "correct": bool(correct)} for name, correct in answers])
-        write_file(place / RESOLVED_CONFIG, RunConfig.from_dict(line["result"]["config"]).to_yaml())
-        write_json(place / RESULT, line["result"])
+        if read_result(folder / line["folder"]) is None:
+            _write_run(folder / line["folder"], head, line)
     if not (folder / STUDY_FILE).is_file():
         write_json(folder / STUDY_FILE, head["study"])
     return len(lines)
+
+
+def borrow(file: Path, folder: Path, study: Study) -> int:
+    """Write the runs of a file that are runs of ``study`` too into its folder; returns the new ones.
+
+    Their ``result.json`` says under ``taken_from`` of which study they are, and of which commit of the package.
+    """
+    head, lines = read_lines(file)
+    runs = {_settings(RunConfig.from_dict(line["result"]["config"])): line for line in lines if not line["timing"]}
+    shared = {entry["folder"] for cell in head["study"]["cells"] for entry in cell["runs"] if not entry["exclusive"]}
+    record, taken = Record(study, folder), 0
+    for job in record.runs:
+        line = runs.get(_settings(job.config))
+        if line is None or job.entry["status"] == FINISHED:
+            continue
+        line["result"].setdefault("taken_from", {"study": head["study"]["name"], "commit": head.get("commit")})
+        _write_run(job.folder, head, line)
+        exclusive = line["folder"] not in shared
+        job.entry.update(status=FINISHED, exclusive=exclusive, steps=line["result"]["steps"])
+        taken += 1
+    record.save()
+    return taken
+
+
+def _settings(config: RunConfig) -> str:
+    return json.dumps(comparable(config), sort_keys=True)
+
+
+def _write_run(place: Path, head: dict[str, Any], line: dict[str, Any]) -> None:
+    """The files of a finished run, from its line."""
+    examples = [
+        {"id": name, "loss": loss, "tokens": tokens}
+        for name, (loss, tokens) in zip(head["examples"], line["losses"], strict=False)
+    ]
+    write_rows(place / LOSSES, examples)
+    if "correct" in line:
+        answers = zip(head["examples"], line["correct"], strict=True)
+        write_rows(place / PREDICTIONS, [{"id": name, "correct": bool(correct)} for name, correct in answers])
+    write_file(place / RESOLVED_CONFIG, RunConfig.from_dict(line["result"]["config"]).to_yaml())
+    write_json(place / RESULT, line["result"])
+
+
+def rescore(folder: Path) -> int:
+    """Score the predictions of texts again in each run of a study that skipped a metric; returns their number."""
+    changed = 0
+    for path in sorted(folder.glob(f"*/seed-*/{PREDICTIONS}")):
+        result = read_result(path.parent)
+        if result is None or None not in (result["score_after"].get("meteor"), result["score_after"].get("rouge1")):
+            continue
+        scores = score_files("e2e", str(path), str(path))
+        del scores["task"]
+        result["score_after"] |= scores
+        write_json(path.parent / RESULT, result)
+        changed += 1
+    return changed
 
 
 def read_lines(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -106,12 +160,21 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("way", choices=("pack", "unpack"))
+    parser.add_argument("way", choices=("pack", "unpack", "borrow", "rescore"))
     parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("target", type=Path, nargs="?")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for galore-ft ablate (borrow)")
+    parser.add_argument("--study", help="that borrows: a name or a YAML file, as for galore-ft ablate")
     parser.add_argument("--commit", help="of the package, where runs came from a copy of it that knows none (pack)")
-    arguments = parser.parse_args()
-    if arguments.way == "pack":
+    arguments = parser.parse_intermixed_args()
+    if arguments.way == "rescore":
+        print(f"{rescore(arguments.source)} runs scored again")
+        return
+    if arguments.target is None or (arguments.way == "borrow" and not arguments.study):
+        parser.error("borrow wants a file, a folder and --study; pack and unpack want a file and a folder")
+    if arguments.way == "borrow":
+        runs = borrow(arguments.source, arguments.target, load_study(arguments.study, arguments.overrides))
+    elif arguments.way == "pack":
         runs = pack(arguments.source, arguments.target, arguments.commit)
     else:
         runs = unpack(arguments.source, arguments.target)

@@ -8,7 +8,7 @@ from typing import Any
 
 from galore_trainer.errors import OptionError
 from galore_trainer.hub import is_cached, require_dataset, require_model
-from galore_trainer.recipes import DataConfig
+from galore_trainer.recipes.base import also_sources
 from galore_trainer.recipes.sources import kind_of
 from galore_trainer.run.models.model import EMBEDDED, is_hub_id
 from galore_trainer.run.models.model import OPTION as MODEL_OPTION
@@ -57,14 +57,14 @@ def load(
     if reach and not has_foreign_keys(name, rest):
         project_settings = load_own_settings(name, rest, flags)
         if "data" in reach:
-            _require_data(project_settings.data)
+            _require_data(project_settings)
         if "model" in reach:
             require_reach(model or project_settings.model_name_or_path)
     return load_run_config(name, rest, flags)
 
 
-def _require_data(data: DataConfig) -> None:
-    for option, source in data.named_sources():
+def _require_data(config: RunConfig) -> None:
+    for option, source in [*config.data.named_sources(), *also_sources(config.eval.also)]:
         if kind_of(option, source) == "hub" and not is_cached(source, "dataset"):
             require_dataset(option, source)
 

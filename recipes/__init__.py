@@ -7,7 +7,7 @@ its name in ``base.Task``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -18,12 +18,23 @@ from galore_trainer.metrics.answers import exact_match
 from galore_trainer.metrics.meteor import meteor_missing
 from galore_trainer.metrics.rouge import rouge_missing
 from galore_trainer.recipes import arithmetic, gsm8k, mawps, nlg, reasoning, restaurants, sft, text
-from galore_trainer.recipes.base import REASONING_GYM, RESTAURANTS, DataConfig, Example, Parsed, TaskData
+from galore_trainer.recipes.base import (
+    ALSO,
+    FIELDS,
+    REASONING_GYM,
+    RESTAURANTS,
+    DataConfig,
+    Example,
+    Parsed,
+    TaskData,
+    also_blocks,
+    in_entry,
+)
 from galore_trainer.recipes.mixture import Pool, mix
 from galore_trainer.recipes.sources import Kind, Row, kind_of, read_file, rename_columns
-from galore_trainer.recipes.split import assemble
+from galore_trainer.recipes.split import assemble, prompt_key, trained_prompts
 
-__all__ = ["DataConfig", "Example", "TaskData", "load_data", "score"]
+__all__ = ["DataConfig", "Example", "TaskData", "load_also", "load_data", "score"]
 
 # In the order that auto asks them.
 RECIPES: dict[str, ModuleType] = {"sft": sft, "mawps": mawps, "gsm8k": gsm8k, "nlg": nlg, "text": text}
@@ -46,6 +57,37 @@ def load_data(config: DataConfig) -> TaskData:
     if data.task == "nlg" and data.eval:  # said before a run, not after it
         data.notes.extend(missing for missing in (meteor_missing(), rouge_missing()) if missing)
     return data
+
+
+def load_also(also: Mapping[str, Mapping[str, Any]], train: Iterable[Example]) -> dict[str, TaskData]:
+    """The held-out part of other data, by name, without the examples whose prompts are trained on.
+
+    Args:
+        also: the setting ``eval.also``.
+        train: what a model is trained on.
+
+    Returns:
+        Data without a ``train`` part; ``notes`` says in one sentence what is held out.
+
+    Raises:
+        OptionError: as ``load_data``, or nothing is held out.
+    """
+    trained: set[str] = set().union(*map(trained_prompts, train)) if also else set()
+    held_out = {}
+    for name, block in also_blocks(also).items():
+        place = f"{ALSO}.{name}"
+        with in_entry(place, FIELDS):
+            data = load_data(block)
+        if not data.eval:
+            raise OptionError(f"{place}.eval_samples", block.eval_samples, "at least one example to evaluate on")
+        kept = [example for example in data.eval if prompt_key(example) not in trained]
+        if not kept:
+            wanted, way_out = "examples that are not trained on", "Give it the split_seed of the block data."
+            raise OptionError(f"{place}.source", block.shown_source, wanted, way_out)
+        without = f", without {len(data.eval) - len(kept)} that are trained on" if len(kept) < len(data.eval) else ""
+        note = f"{name}: {len(kept)} held out ({data.task} from {block.shown_source}{without})"
+        held_out[name] = replace(data, train=[], eval=kept, notes=[note])
+    return held_out
 
 
 def _load(config: DataConfig) -> TaskData:

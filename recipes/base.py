@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,8 @@ TrainOn = Literal["all", "last"]
 EMBEDDED = "embedded:arithmetic"
 RESTAURANTS = "embedded:restaurants"
 REASONING_GYM = "reasoning_gym:gsm_symbolic"
+ALSO, ALSO_NAME = "eval.also", re.compile(r"\w[\w.-]*", re.ASCII)
+"""The setting that names other data to evaluate on, and the names that it may give."""
 OF_A_SOURCE = ("source", "task", "columns", "subset", "revision", "split")
 """Settings that an entry of ``data.sources`` has for itself, besides its ``weight``."""
 
@@ -135,6 +138,9 @@ class DataConfig:
         return getattr(self, name) == getattr(DataConfig(), name)
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(DataConfig))
+
+
 class Part(NamedTuple):
     """One source of several: the option that names it, its weight if it has one, and its settings as a whole block."""
 
@@ -161,13 +167,49 @@ def _part(config: DataConfig, option: str, entry: dict[str, Any]) -> Part:
         return Part(option, weight, dataclasses.replace(config, sources=None, **settings))
 
 
+def also_blocks(also: Mapping[str, Mapping[str, Any]]) -> dict[str, DataConfig]:
+    """The blocks of ``eval.also`` by name; they have the fields of ``data:``.
+
+    Raises:
+        OptionError: a name that is no word, a field that is unknown or would be ignored, a block without a source, or
+            what ``DataConfig`` refuses; each named as it stands under ``eval.also``.
+    """
+    known = [name for name in FIELDS if name != "train_samples"]
+    configs = {}
+    for name, block in also.items():
+        if not ALSO_NAME.fullmatch(name):
+            raise OptionError(ALSO, name, "names of letters, digits, '_', '-' and '.', without the latter two first")
+        place = f"{ALSO}.{name}"
+        for field, value in block.items():
+            if field == "train_samples":
+                raise OptionError(f"{place}.{field}", value, "unset, as nothing of this data is trained on")
+            if field not in known:
+                close = difflib.get_close_matches(field, known, n=1)
+                way_out = f"Did you mean {close[0]!r}?" if close else ""
+                raise OptionError(f"{place}.{field}", value, f"one of {', '.join(known)}", way_out)
+        if "source" not in block and "sources" not in block:
+            raise OptionError(place, dict(block), "a source", f"For example {{source: {EMBEDDED}, eval_samples: 100}}.")
+        with in_entry(place, FIELDS):
+            configs[name] = DataConfig(**block)
+    return configs
+
+
+def also_sources(also: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Each source that the blocks of ``eval.also`` read, as (option that names it, name)."""
+    return [
+        (option.replace("data", f"{ALSO}.{name}", 1), source)
+        for name, block in also_blocks(also).items()
+        for option, source in block.named_sources()
+    ]
+
+
 @contextlib.contextmanager
-def in_entry(option: str) -> Iterator[None]:
-    """Errors about the settings of a source name them as they stand in its entry of ``data.sources``."""
+def in_entry(option: str, names: Collection[str] = OF_A_SOURCE) -> Iterator[None]:
+    """Errors about the settings ``data.NAME`` name them as they stand under ``option``."""
     try:
         yield
     except OptionError as error:
-        there = re.compile(rf"\bdata\.({'|'.join(OF_A_SOURCE)})\b(?!\[)")
+        there = re.compile(rf"\bdata\.({'|'.join(names)})\b")
         texts = (there.sub(rf"{option}.\1", text) for text in (error.option, error.wanted, error.way_out))
         name, wanted, way_out = texts
         raise OptionError(name, error.got, wanted, way_out) from error

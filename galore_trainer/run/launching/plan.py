@@ -30,12 +30,13 @@ def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
         OptionError: data that cannot be read, arguments that transformers refuses, a method that cannot run here, a hub
             that cannot be uploaded to.
     """
-    from galore_trainer.recipes import load_data
+    from galore_trainer.recipes import load_also, load_data
 
     arguments = training_arguments(config)
     check_method(config, arguments)
     destination = check_publish(config)
     data = load_data(config.data)
+    also = load_also(config.eval.also, data.train)
     world = launch.processes if launch else arguments.world_size
     lines = [
         ("model", f"{config.model_name_or_path}, weights in {config.dtype}, bf16 autocast {_on(arguments.bf16)}"),
@@ -45,6 +46,7 @@ def describe_plan(config: RunConfig, launch: Launch | None = None) -> str:
             f"{data.task} from {config.data.shown_source}: {len(data.train)} to train on, {len(data.eval)} held out",
         ),
         *(("", f"- {note}") for note in data.notes),
+        *(("", f"- loss on {note}") for other in also.values() for note in other.notes),
         ("learning rate", learning_rates(config, arguments.learning_rate)),
         ("steps", steps_in_words(arguments, len(data.train), world, packing=config.packing)),
         *([("launch", f"{world} processes, {launch.name}")] if launch else ()),

@@ -33,13 +33,14 @@ def check_all(config: RunConfig, processes: int | None = None) -> None:
     Raises:
         OptionError: a method, a tracker, a model, its modules or the output folder that cannot be used, a full disk.
     """
-    from galore_trainer.recipes import load_data
+    from galore_trainer.recipes import load_also, load_data
 
     arguments = run_arguments(config)
     check_method(config, arguments)
     check_output(config)
     check_trackers(arguments)
     data = load_data(config.data)
+    load_also(config.eval.also, data.train)
     check_samples(config, data.eval)
     if (model := _model(config, arguments)) is not None:
         check_room(config, arguments, model, len(data.train), processes or arguments.world_size)

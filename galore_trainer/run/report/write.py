@@ -21,7 +21,7 @@ from galore_trainer.run.report.runs import (
     gather,
     score_interval,
 )
-from galore_trainer.run.results.columns import Column, columns, timed_steps
+from galore_trainer.run.results.columns import LOSS_ON, Column, columns, timed_steps
 from galore_trainer.run.settings.yaml_io import dump
 from galore_trainer.run.study.grid import show_value
 from galore_trainer.run.study.record import TIMING
@@ -84,7 +84,9 @@ def compose(data: ReportData, plots: dict[str, Plot], commands: Sequence[str] = 
         yield Text(data.question)
     yield Text(_summary(data))
     yield Heading("Result")
-    yield _table(data, [table[key] for key in data.metrics if key in table], reasons=True)
+    first = [key for key in data.metrics if key in table]
+    first += [key for key in table if key.startswith(LOSS_ON) and key not in first]
+    yield _table(data, [table[key] for key in first], reasons=True)
     yield Bullets(list(_how_to_read(data)))
     for group, heading in SECTIONS.items():
         chosen = [column for column in table.values() if column.group == group]

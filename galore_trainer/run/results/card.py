@@ -210,7 +210,8 @@ def _cells(result: Mapping[str, Any]) -> dict[str, str]:
             low, high = result["interval"]
             match = f"{result['score']:.1%} ({low:.1%} to {high:.1%})"
         cells = {"exact match (95 % interval)": match}
-    return {**cells, "loss on the targets": f"{result['eval_loss']:.3f}", "examples": str(result["n"])}
+    others = {f"loss on {name}": f"{other['eval_loss']:.3f}" for name, other in (result.get("also") or {}).items()}
+    return {**cells, "loss on the targets": f"{result['eval_loss']:.3f}", "examples": str(result["n"]), **others}
 
 
 def _public_source(source: str) -> str:

@@ -15,6 +15,8 @@ Group = Literal["quality", "time", "memory", "projection"]
 Read = Callable[[Result, Result], float | None]
 
 MIB = 1 / 2**20
+LOSS_ON = "loss_on_"
+"""How the keys of the columns of ``eval.also`` begin."""
 PARTS = {"forward_backward": "forward + backward", "update": "update", "refresh": "refresh"}
 """The parts of a training step, and their names."""
 
@@ -62,6 +64,7 @@ def columns(results: Iterable[Result] = ()) -> dict[str, Column]:
     results = list(results)
     scores = [result["score_after"] for result in results if result.get("score_after")]
     texts = [key for key in TEXT_METRICS if not results or any(key in score for score in scores)]
+    others = dict.fromkeys(name for score in scores for name in score.get("also") or {})
     kinds = dict.fromkeys(kind for result in results for kind in result.get("optimizer_state_bytes", {}))
     table = [
         _score(scores),
@@ -69,6 +72,7 @@ def columns(results: Iterable[Result] = ()) -> dict[str, Column]:
           for key in texts if not (key == "bleu" and scores)),
         Column(key="eval_loss", title="eval loss, nats per token", group="quality", read=_after("eval_loss"), digits=4,
                missing="the run held nothing out"),
+        *(column for name in others for column in _losses_on(name)),
         Column(key="fine_tuning_seconds", title="fine-tuning, s", group="time", read=_fine_tuning),
         Column(key="seconds_per_step", title="s per step", group="time", read=_per_step("training")),
         *(Column(key=key, title=f"{name}, ms per step", group="time", read=_per_step(key), factor=1e3)
@@ -172,6 +176,25 @@ def _score(scores: Sequence[Mapping[str, Any]]) -> Column:
 
 def _after(key: str) -> Read:
     return lambda result, _: (result.get("score_after") or {}).get(key)
+
+
+def _losses_on(name: str) -> tuple[Column, Column]:
+    """The loss on the held-out part of other data after training, and by how much training changed it."""
+
+    def loss(result: Result, when: str = "after") -> float | None:
+        return (((result.get(f"score_{when}") or {}).get("also") or {}).get(name) or {}).get("eval_loss")
+
+    def change(result: Result) -> float | None:
+        before, after = loss(result, "before"), loss(result)
+        return None if before is None or after is None else after - before
+
+    title, key = f"loss on {name}", f"{LOSS_ON}{name}"
+    return (
+        Column(key=key, title=title, group="quality", read=lambda result, _: loss(result), digits=4,
+               missing="the run did not score it (eval.also)"),
+        Column(key=f"{key}_change", title=f"{title}, change by training", group="quality", digits=4,
+               read=lambda result, _: change(result), missing="the run did not score it before training (eval.before)"),
+    )  # fmt: skip
 
 
 def _state(kind: str) -> Read:

@@ -37,6 +37,7 @@ RESULT: dict[str, Field] = {
     "config": MAPPING,
     "config.galore.update_proj_gap": Field(int | None, 1),
     "config.galore.stagger_refresh": Field(bool | None),
+    "score_before": Field(dict[str, Any] | None),
     "score_after": Field(dict[str, Any] | None),
     "seconds.training": AMOUNT,
     "seconds.forward_backward": AMOUNT,
@@ -67,6 +68,7 @@ SCORE: dict[str, Field] = {
     "eval_loss": MAYBE_AMOUNT,
     **{name: MAYBE_AMOUNT for name in TEXT_METRICS},
 }
+OTHER: dict[str, Field] = {"task": TEXT, "n": Field(int, 1), "eval_loss": AMOUNT}
 STUDY: dict[str, Field] = {
     "name": TEXT,
     "title": Field(str | None),
@@ -102,6 +104,10 @@ def check_result(path: Path, result: dict[str, Any]) -> None:
     for name in RESULT:
         if "." not in name:
             result.setdefault(name)  # readers need not ask whether it is there
+    for when in ("score_before", "score_after"):
+        _check(path, result, {f"{when}.also": Field(dict[str, Any] | None)})
+        for name, other in ((result.get(when) or {}).get("also") or {}).items():
+            _check(path, other, OTHER, f"{when}.also.{name}.")
     score = result.get("score_after")
     if score:
         _check(path, score, SCORE, "score_after.")

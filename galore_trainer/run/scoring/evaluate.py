@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,8 @@ from galore_trainer.run.settings.arguments import check_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from galore_trainer.recipes.base import Example
+    from galore_trainer.recipes.base import Example, TaskData
+    from galore_trainer.run.models.prompts import Encoded
     from galore_trainer.run.settings.run_config import RunConfig
 
 LOSS_DIGITS = 6
@@ -35,7 +36,7 @@ def evaluate(
     predictions_path: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Load a model by name and score it on the evaluation part of ``config.data``.
+    """Load a model by name and score it on the evaluation part of ``config.data``, and by loss on ``eval.also``.
 
     Args:
         model_or_run: as ``model_name_or_path``; a run's folder means its trained model.
@@ -50,18 +51,19 @@ def evaluate(
         OptionError: predictions that could not be written, found before anything is loaded; a model or data that
             cannot be read.
     """
-    from galore_trainer.recipes import load_data
+    from galore_trainer.recipes import load_also, load_data
     from galore_trainer.run.models.model import load_model
 
     if predictions_path is not None:
         check_writable("--predictions", predictions_path)
     data = load_data(config.data)
+    also = load_also(config.eval.also, data.train)
     device = device_type(use_cpu=bool(config.training.get("use_cpu")))
     check_attention(config, device, sixteen_bits=uses_bf16(config.training.get("bf16"), device))
     model, tokenizer = load_model(model_or_run, **config.loading)
     model.to(device)  # type: ignore[arg-type]
     return evaluate_examples(
-        model, tokenizer, data.task, data.eval, config, predictions_path=predictions_path, progress=progress
+        model, tokenizer, data.task, data.eval, config, also=also, predictions_path=predictions_path, progress=progress
     )
 
 
@@ -72,6 +74,7 @@ def evaluate_examples(
     examples: Sequence[Example],
     config: RunConfig,
     *,
+    also: Mapping[str, TaskData] | None = None,
     predictions_path: str | Path | None = None,
     losses_path: str | Path | None = None,
     progress: Progress | None = None,
@@ -79,6 +82,7 @@ def evaluate_examples(
     """Score a model in memory on the first ``config.eval.limit`` examples; it is left as it was.
 
     Args:
+        also: other data by name, of which the same number of examples is scored by loss.
         predictions_path: JSON lines written there, one a prediction.
         losses_path: JSON lines written there, one an example that is not too long, or a piece of a raw text: its
             ``id``, its mean ``loss`` in nats per token and its ``tokens``, for comparisons problem by problem.
@@ -87,7 +91,8 @@ def evaluate_examples(
         ``task``; all the recipe's ``score`` reports but ``per_example``, ``n`` among it; ``metric``, ``extract``,
         ``score`` and ``interval`` as ``scores.headline`` has them; ``eval_loss`` (mean over the tokens that would be
         trained on, of the first reference where there are several), ``eval_loss_dropped`` (examples longer than
-        ``max_length``, left out of the loss), ``seconds``. Without ``config.eval.generate`` no answer is written: of
+        ``max_length``, left out of the loss), ``seconds``; ``also`` where there is other data: for each name ``task``,
+        ``n``, ``eval_loss`` and ``eval_loss_dropped``. Without ``config.eval.generate`` no answer is written: of
         the scores there is ``n`` alone.
 
     Raises:
@@ -100,6 +105,12 @@ def evaluate_examples(
         raise OptionError("data.eval_samples", config.data.eval_samples, "at least one example to evaluate on")
     start = time.perf_counter()
     bf16 = uses_bf16(config.training.get("bf16"), model.device.type)
+    batch_size = config.training.get("per_device_eval_batch_size", LOSS_BATCH_SIZE)
+
+    def losses_on(part: Sequence[Example]) -> tuple[Encoded, list[TargetLoss]]:
+        rows = encoded(tokenizer, part, config.max_length)
+        return rows, target_losses(model, tokenizer, rows.rows, batch_size, bf16=bf16)
+
     scores: dict[str, Any] = {"n": len(examples)}
     if config.eval.generate:
         asked = [i for i, example in enumerate(examples) if example.messages]  # the others are raw texts
@@ -123,9 +134,7 @@ def evaluate_examples(
                 line = {"id": example.id, "prompt": prompts[i], "prediction": answers[i], "answer": example.answer}
                 lines.append({**line, **_verdict(verdicts[i], config.eval.extract)})
             _write_lines(predictions_path, lines)
-    rows = encoded(tokenizer, examples, config.max_length)
-    batch_size = config.training.get("per_device_eval_batch_size", LOSS_BATCH_SIZE)
-    losses = target_losses(model, tokenizer, rows.rows, batch_size, bf16=bf16)
+    rows, losses = losses_on(examples)
     if losses_path is not None:
         short = [example.id for example in examples if example.id not in rows.dropped]
         if len(short) < len(losses):  # long raw texts are cut into pieces
@@ -139,14 +148,22 @@ def evaluate_examples(
                 for name, mean, loss in zip(short, means, losses, strict=True)
             ],
         )
+    others = {}
+    for name, data in (also or {}).items():
+        part = data.eval[: config.eval.limit]
+        others[name] = {"task": data.task, "n": len(part), **_loss_figures(*losses_on(part))}
     return {
         "task": task,
         **scores,
         **headline(scores, config.eval.extract),
-        "eval_loss": mean_of(losses),
-        "eval_loss_dropped": len(rows.dropped),
+        **_loss_figures(rows, losses),
+        **({"also": others} if others else {}),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _loss_figures(rows: Encoded, losses: Sequence[TargetLoss]) -> dict[str, Any]:
+    return {"eval_loss": mean_of(losses), "eval_loss_dropped": len(rows.dropped)}
 
 
 def _write_lines(path: str | Path, lines: Sequence[dict[str, Any]]) -> None:

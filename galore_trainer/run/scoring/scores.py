@@ -47,7 +47,8 @@ def in_words(score: Mapping[str, Any]) -> str:
     elif score["score"] is not None:
         low, high = score["interval"]
         parts.append(f"{score['score']:.1%} exact match [{low:.1%}, {high:.1%}] on {score['n']} problems")
-    return ", ".join([*parts, f"eval loss {score['eval_loss']:.4f}"])
+    others = [f"loss on {name} {other['eval_loss']:.4f}" for name, other in (score.get("also") or {}).items()]
+    return ", ".join([*parts, f"eval loss {score['eval_loss']:.4f}", *others])
 
 
 def as_lines(scores: Mapping[str, Any]) -> list[str]:
@@ -66,4 +67,6 @@ def as_lines(scores: Mapping[str, Any]) -> list[str]:
             lines.append((name, str(value)))
         elif name == "notes":
             lines += [("note", note) for note in value]
+        elif name == "also":
+            lines += [(f"loss on {other}", f"{figures['eval_loss']:.4g}") for other, figures in value.items()]
     return [f"{name:<26}{text}" for name, text in lines]

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, check_target_modules
 from galore_trainer.errors import OptionError
 from galore_trainer.fields import idle_settings, knob
-from galore_trainer.recipes.base import OF_A_SOURCE, DataConfig
+from galore_trainer.recipes.base import ALSO, OF_A_SOURCE, DataConfig, also_blocks
 from galore_trainer.run.settings.convert_tables import FOREIGN, recognise
 from galore_trainer.run.settings.keys import (
     ALIASES,
@@ -56,6 +56,11 @@ class EvalConfig:
     )
     before: bool = knob(True, "Score the model before training too.")
     generate: bool = knob(True, "Write answers and score them; off, the loss on the held-out targets is all.")
+    also: dict[str, dict[str, Any]] = knob(
+        {},
+        "Other data whose held-out part is scored by its loss, before training (eval.before) and after it: "
+        "{name: {source, task, eval_samples, ...}}, each with the keys of the block data. Training is unchanged.",
+    )
     samples: int = knob(
         0,
         "Held-out prompts that the model answers during training, greedily, for the terminal, log.jsonl, TensorBoard "
@@ -72,6 +77,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         """Check every field; see ``OptionError``."""
         check_fields("eval.", self)
+        also_blocks(self.also)
         if self.samples_steps is not None and not self.samples:
             wanted = "a number of samples beside it"
             raise OptionError("eval.samples_steps", self.samples_steps, wanted, "Add eval.samples=2, or remove it.")
@@ -182,6 +188,8 @@ class RunConfig:
                     f"{value!r}, which is what method {self.method!r} means",
                     "Use method: galore_plus to choose, or set it under 'methods: {galore_plus: ...}' alone.",
                 )
+        if self.eval.also and self.data.eval_samples == 0:
+            raise OptionError("data.eval_samples", 0, f"at least 1 beside {ALSO}", f"Or leave {ALSO} out.")
         training, hints = {}, trainer_hints() if self.training else {}
         if unknown := [key for key in self.training if key not in hints]:
             brief = len(unknown) > 1

@@ -143,7 +143,7 @@ def timing_config(config: RunConfig, steps: int) -> RunConfig:
         config,
         training={**config.training, **short},
         galore=dataclasses.replace(config.galore, diagnose_refreshes=0),
-        eval=dataclasses.replace(config.eval, before=False, limit=1, max_new_tokens=1),
+        eval=dataclasses.replace(config.eval, before=False, also={}, limit=1, max_new_tokens=1),
     )
 
 

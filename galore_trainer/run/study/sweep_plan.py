@@ -25,7 +25,7 @@ def select(record: Record, only: str | None) -> list[Job]:
 
 def count_all_steps(study: Study) -> dict[str, int]:
     """Optimizer steps of a run of each cell, by slug; loads the data, so that a bad source is refused at once."""
-    from galore_trainer.recipes import load_data
+    from galore_trainer.recipes import load_also, load_data
     from galore_trainer.run.launching.plan import count_steps
     from galore_trainer.run.settings.arguments import training_arguments
 
@@ -33,9 +33,11 @@ def count_all_steps(study: Study) -> dict[str, int]:
     steps = {}
     for cell in study.cells:
         config = next(iter(cell.configs.values()))
-        key = str(config.data)
+        key = f"{config.data} {config.eval.also}"
         if key not in examples:
-            examples[key] = len(load_data(config.data).train)
+            data = load_data(config.data)
+            load_also(config.eval.also, data.train)
+            examples[key] = len(data.train)
         steps[cell.slug] = count_steps(training_arguments(config), examples[key])[0]
     return steps
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galore_trainer.errors import OptionError
+from galore_trainer.recipes.base import ALSO
 from galore_trainer.run.files import write_file, write_json
 from galore_trainer.run.launching.checkpoints import ASIDE, checkpoints, make_way, newest_whole, remove, saved_step
 from galore_trainer.run.launching.distributed import (
@@ -104,6 +105,7 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
                 data.task,
                 data.eval,
                 config,
+                also=ready.also,
                 progress=progress,
                 predictions_path=output / f"predictions{when}.jsonl",
                 losses_path=output / f"losses{when}.jsonl",
@@ -111,7 +113,7 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
 
     before, evaluation_seconds = None, 0.0
     if main and config.eval.before and data.eval:
-        before = _read_score(output, resume)
+        before = _read_score(output, resume, config)
         if before is None:
             before = score(config.model_name_or_path, "scoring the model before training", "_before")
             write_json(output / SCORE_BEFORE, before)
@@ -141,8 +143,9 @@ def _run(config: RunConfig, ready: PreparedRun, output: Path, *, resume: str | N
     after = None
     if main and data.eval:
         after = score(str(output / MODEL), "scoring the trained model")
-        if not math.isfinite(after["eval_loss"]):
-            raise FloatingPointError(f"the loss of the trained model on held-out examples is {after['eval_loss']}")
+        for scored in (after, *after.get("also", {}).values()):
+            if not math.isfinite(scored["eval_loss"]):
+                raise FloatingPointError(f"the loss of the trained model on held-out examples is {scored['eval_loss']}")
         evaluation_seconds += after["seconds"]
     result: dict[str, Any] = {}
     if main:
@@ -168,6 +171,7 @@ class PreparedRun:
     model: Any
     tokenizer: Any
     data: TaskData
+    also: dict[str, TaskData]
     checkpoint: Path | None
     timing: Any
     interrupt: Any
@@ -196,7 +200,8 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     PartialState().wait_for_everyone()
 
     from galore_trainer.optim.guards import some_of
-    from galore_trainer.recipes import load_data
+    from galore_trainer.recipes import load_also, load_data
+    from galore_trainer.run.models.encoded import encoded
     from galore_trainer.run.models.model import leave_files, load_model
     from galore_trainer.run.models.prompts import stop_at_turns
     from galore_trainer.run.training.finite import not_finite
@@ -204,6 +209,8 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
     data = load_data(config.data)
     check_samples(config, data.eval)
     say(f"data: {len(data.train)} to train on, {len(data.eval)} held out ({data.task} from {config.data.shown_source})")
+    also = load_also(config.eval.also, data.train)
+    data.notes.extend(f"loss on {note}" for other in also.values() for note in other.notes)
     for note in data.notes:
         say(f"  - {note}")
     for sentence in config.idle_settings(told=True):
@@ -213,13 +220,18 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
         wanted = "a model of finite weights"
         raise OptionError("model_name_or_path", config.model_name_or_path, wanted, f"Not finite: {some_of(bad)}.")
     stop_at_turns(model, tokenizer)
+    for name, other in also.items():  # refused before training where no example fits into max_length
+        try:
+            encoded(tokenizer, other.eval, config.max_length)
+        except OptionError as error:
+            raise OptionError(error.option, error.got, f"{error.wanted} of {ALSO}.{name}", error.way_out) from None
     if not shards_weights(arguments):  # else the backend gives each process its part
         model.to(arguments.device)  # type: ignore[arg-type]
         if arguments.device.type == "cpu":
             leave_files(model)
     trainer, timing, interrupt, progress = _make_trainer(config, arguments, model, tokenizer, data, output, say)
     check_trainer(trainer)
-    return PreparedRun(trainer, model, tokenizer, data, checkpoint, timing, interrupt, progress, say, destination)
+    return PreparedRun(trainer, model, tokenizer, data, also, checkpoint, timing, interrupt, progress, say, destination)
 
 
 def _clear(output: Path) -> None:
@@ -231,10 +243,13 @@ def _clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _read_score(output: Path, resume: str | None) -> dict[str, Any] | None:
+def _read_score(output: Path, resume: str | None, config: RunConfig) -> dict[str, Any] | None:
+    """The score of the model before training, where a run that is resumed has it for the same data."""
     with contextlib.suppress(OSError, ValueError):
         if resume:
-            return json.loads((output / SCORE_BEFORE).read_text(encoding="utf-8"))
+            score = json.loads((output / SCORE_BEFORE).read_text(encoding="utf-8"))
+            if score.get("also", {}).keys() == config.eval.also.keys():
+                return score
     return None
 
 
