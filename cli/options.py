@@ -17,8 +17,8 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.run.models.model import EMBEDDED
 from galore_trainer.run.settings.knobs import field_help, show_default
-from galore_trainer.run.settings.methods import METHOD_DEFAULTS
-from galore_trainer.run.settings.run_config import LoraSettings, RunConfig, packaged_configs
+from galore_trainer.run.settings.methods import METHOD_DEFAULTS, LoraSettings
+from galore_trainer.run.settings.run_config import RunConfig, packaged_configs
 from galore_trainer.run.settings.sources import flag_name
 
 TOP_LEVEL = ("method", "trainer", "model_name_or_path", "output_dir")

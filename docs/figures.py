@@ -271,7 +271,8 @@ def knob_tables() -> dict[str, str]:
     from galore_trainer.config import GaLoreConfig
     from galore_trainer.recipes import DataConfig
     from galore_trainer.run.settings.knobs import knob_table
-    from galore_trainer.run.settings.run_config import EvalConfig, LoraSettings, RunConfig
+    from galore_trainer.run.settings.methods import LoraSettings
+    from galore_trainer.run.settings.run_config import EvalConfig, RunConfig
 
     blocks = {"knobs": GaLoreConfig, "run": RunConfig, "data": DataConfig, "eval": EvalConfig, "lora": LoraSettings}
     return {name: knob_table(block) for name, block in blocks.items()}

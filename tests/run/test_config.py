@@ -13,8 +13,8 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.keys import GONE, NOT_OURS, ONLY_TRL, OUR_NAMES, training_hints
 from galore_trainer.run.settings.knobs import knob_table
-from galore_trainer.run.settings.methods import METHODS
-from galore_trainer.run.settings.run_config import EvalConfig, LoraSettings, RunConfig, known_keys, load_run_config
+from galore_trainer.run.settings.methods import METHODS, LoraSettings
+from galore_trainer.run.settings.run_config import EvalConfig, RunConfig, known_keys, load_run_config
 
 YAML = """\
 learning_rate: "2e-4"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from galore_trainer.errors import OptionError
 from galore_trainer.run.launching.plan import describe_plan
 from galore_trainer.run.models.adapters import add_adapters
-from galore_trainer.run.settings.run_config import LoraSettings, RunConfig, load_run_config
+from galore_trainer.run.settings.methods import LoraSettings
+from galore_trainer.run.settings.run_config import RunConfig, load_run_config
 from galore_trainer.run.training.train import train
 
 Run = Callable[..., RunConfig]

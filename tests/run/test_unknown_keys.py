@@ -11,7 +11,8 @@ from galore_trainer.cli.main import main
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.run.settings.keys import REFUSED
-from galore_trainer.run.settings.run_config import LoraSettings, RunConfig, known_keys, load_run_config
+from galore_trainer.run.settings.methods import LoraSettings
+from galore_trainer.run.settings.run_config import RunConfig, known_keys, load_run_config
 
 FILE = """\
 lerning_rate: 1

@@ -142,7 +142,7 @@ def peer(bench: Bench, method: str, model: nn.Module) -> torch.optim.Optimizer:
 def with_adapters(bench: Bench, model: Any, *, dora: bool) -> Any:
     """The model with LoRA or DoRA on all linear layers, as peft makes them."""
     from galore_trainer.run.models.adapters import add_adapters
-    from galore_trainer.run.settings.run_config import LoraSettings
+    from galore_trainer.run.settings.methods import LoraSettings
 
     model.enable_input_require_grads()
     return add_adapters(model, LoraSettings(rank=bench.lora_rank, alpha=2 * bench.lora_rank), seed=0, dora=dora)

@@ -11,7 +11,7 @@ from galore_trainer.errors import OptionError, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
-    from galore_trainer.run.settings.run_config import LoraSettings
+    from galore_trainer.run.settings.methods import LoraSettings
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -11,7 +11,9 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, Literal
 
+from galore_trainer.config import ALL_LINEAR, check_fields, check_target_modules
 from galore_trainer.errors import OptionError
+from galore_trainer.fields import knob
 from galore_trainer.versions import check_versions
 
 Method = Literal[
@@ -27,6 +29,8 @@ Method = Literal[
     "galore_plus_paper",
 ]
 
+RANK_STABILISED_ALPHA = 16
+"""One alpha for every rank: under ``use_rslora`` the adapters' updates keep their size as the rank grows."""
 SHARDED = ("fsdp", "deepspeed")
 """Backends under which each process keeps only a part of the optimizer's state."""
 ADAPTER = "adapter"
@@ -53,6 +57,40 @@ PACKAGED: dict[str, Any] = {
     "galore.plain_state_bits": 32,
 }
 """What the optimizers of other packages do; their state has the type of the gradients."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two.
+
+    With ``use_rslora`` it moves by ``alpha / sqrt(rank)`` times it (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+
+    rank: int = knob(32, "Rank of the adapters of lora and dora.", trajectory=True, minimum=1)
+    alpha: int | None = knob(
+        None,
+        f"Adapters are scaled by alpha / rank; unset means 2 x rank, or {RANK_STABILISED_ALPHA} under use_rslora.",
+        trajectory=True,
+        minimum=1,
+    )
+    use_rslora: bool = knob(
+        False, "Scale adapters by alpha / sqrt(rank) in place of alpha / rank, as in peft.", trajectory=True
+    )
+    dropout: float = knob(0.0, "Share of an adapter's inputs that is dropped in training.", minimum=0.0)
+    target_modules: str | list[str] = knob(
+        ALL_LINEAR,
+        "What gets adapters: all-linear (all but the output layer), one regex, or name endings, as in peft.",
+        trajectory=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field; see ``OptionError``."""
+        check_fields("lora.", self)
+        if self.alpha is None:  # files of a run hold the number
+            object.__setattr__(self, "alpha", RANK_STABILISED_ALPHA if self.use_rslora else 2 * self.rank)
+        if self.dropout >= 1.0:
+            raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
+        check_target_modules("lora.target_modules", self.target_modules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from galore_trainer.config import ALL_LINEAR, GaLoreConfig, check_fields, check_target_modules
+from galore_trainer.config import GaLoreConfig, check_fields
 from galore_trainer.errors import OptionError
 from galore_trainer.fields import idle_settings, knob
 from galore_trainer.recipes.base import ALSO, OF_A_SOURCE, DataConfig, also_blocks
@@ -25,7 +25,7 @@ from galore_trainer.run.settings.keys import (
     top_level,
     training_hints,
 )
-from galore_trainer.run.settings.methods import METHOD_DEFAULTS, METHODS, Method, methods_reading
+from galore_trainer.run.settings.methods import METHOD_DEFAULTS, METHODS, LoraSettings, Method, methods_reading
 from galore_trainer.run.settings.ranges import check_best_metric, check_range
 from galore_trainer.run.settings.sources import Setting, Source, collect, command_line_settings, file_settings
 from galore_trainer.run.settings.yaml_io import Document, dump, read_mapping
@@ -35,8 +35,6 @@ Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 """The file in a run's folder that holds its resolved configuration."""
-RANK_STABILISED_ALPHA = 16
-"""One alpha for every rank: under ``use_rslora`` the adapters' updates keep their size as the rank grows."""
 _LEAF = re.compile(r"methods\.[^.]+\.")
 _ARGUMENT = {"train": "CONFIG", "studies": "STUDY", "launch": "--launch-config"}
 
@@ -81,40 +79,6 @@ class EvalConfig:
         if self.samples_steps is not None and not self.samples:
             wanted = "a number of samples beside it"
             raise OptionError("eval.samples_steps", self.samples_steps, wanted, "Add eval.samples=2, or remove it.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """The adapters of methods ``lora`` and ``dora``: a weight moves by ``alpha / rank`` times the product of two.
-
-    With ``use_rslora`` it moves by ``alpha / sqrt(rank)`` times it (Kalajdzievski 2023, arXiv 2312.03732).
-    """
-
-    rank: int = knob(32, "Rank of the adapters of lora and dora.", trajectory=True, minimum=1)
-    alpha: int | None = knob(
-        None,
-        f"Adapters are scaled by alpha / rank; unset means 2 x rank, or {RANK_STABILISED_ALPHA} under use_rslora.",
-        trajectory=True,
-        minimum=1,
-    )
-    use_rslora: bool = knob(
-        False, "Scale adapters by alpha / sqrt(rank) in place of alpha / rank, as in peft.", trajectory=True
-    )
-    dropout: float = knob(0.0, "Share of an adapter's inputs that is dropped in training.", minimum=0.0)
-    target_modules: str | list[str] = knob(
-        ALL_LINEAR,
-        "What gets adapters: all-linear (all but the output layer), one regex, or name endings, as in peft.",
-        trajectory=True,
-    )
-
-    def __post_init__(self) -> None:
-        """Check every field; see ``OptionError``."""
-        check_fields("lora.", self)
-        if self.alpha is None:  # files of a run hold the number
-            object.__setattr__(self, "alpha", RANK_STABILISED_ALPHA if self.use_rslora else 2 * self.rank)
-        if self.dropout >= 1.0:
-            raise OptionError("lora.dropout", self.dropout, "a share of at least 0 and below 1")
-        check_target_modules("lora.target_modules", self.target_modules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
