@@ -18,7 +18,8 @@ from tiny_training import arguments, rows
 @pytest.mark.parametrize("settings", [settings for _, asked in figures.SUPPORT for settings in asked], ids=str)
 def test_layer_wise_mode_trains_with_an_option(settings: dict[str, Any], tiny_llama: Any, tmp_path: Path) -> None:
     sharing = "shared" if "share_output_heads" in settings else "joint"  # heads that share are right alone
-    common = {"rank": 4, "update_proj_gap": 2, "residual_percent": 0.0, "head_sharing": sharing}
+    percent = 5.0 if "residual_mode" in settings else 0.0
+    common = {"rank": 4, "update_proj_gap": 2, "residual_percent": percent, "head_sharing": sharing}
     if settings.get("residual") in ("scaled", "both"):
         with pytest.raises(OptionError, match=r"galore\.residual"):
             GaLoreConfig(**{**common, **settings, "layerwise": True})

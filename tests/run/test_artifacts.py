@@ -161,7 +161,7 @@ def test_card_links_a_hub_data_set_and_says_when_nothing_was_scored():
     assert yaml.safe_load(text.split("---\n")[1])["datasets"] == ["openai/gsm8k"]
     assert "Not evaluated." in text
     unscored = model_card(run, before=None, after={**AFTER, "score": None, "interval": None}, environment=FACTS)
-    assert "| this model | none | 0.100 | 100 |" in unscored
+    assert "| this model | 0.100 | 100 |" in unscored
 
 
 def test_card_links_hub_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
