@@ -82,6 +82,12 @@ def lerp(a, b, weight):
 
 
 @triton.jit
+def product(a, b):
+    """a b, rounded by itself: the compiler does not make one operation of it and of a sum that follows."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def normalised(m, v, age, log_beta1, log_beta2, eps):
     """The update of moments of this age."""
     denominator = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
@@ -118,7 +124,7 @@ def _adam(
         m = tl.load(m_at, mask=mask, other=0.0)
         v = tl.load(v_at, mask=mask, other=0.0)
         m = lerp(m, r, rate1)
-        v = lerp(v, r * r, rate2)
+        v = lerp(v, product(r, r), rate2)
         tl.store(m_at, m, mask=mask)
         tl.store(v_at, v, mask=mask)
         n = normalised(m, v, age, log_beta1, log_beta2, eps)

@@ -1,6 +1,6 @@
 """How a step is computed, by rank: the one place where tiles, and torch's products in place of ours, are chosen.
 
-``TABLE`` holds what was measured to be fastest. Every route gives the same step up to the order of float32 sums;
+``TABLE`` holds what was fastest where it was measured. Every route gives the same step up to the order of float32 sums;
 stochastic rounding takes the same random numbers on every route.
 """
 
@@ -66,8 +66,14 @@ class Route(NamedTuple):
     small_state: bool = False
 
 
-TABLE: tuple[tuple[int, Route], ...] = ((WHOLE, Route()),)
-"""Largest rank, and its route, in rising order; for bfloat16 factors."""
+_LOOPED = UpdateRoute(128, 128, 8, looped=True, depth=64, described=True, registers=128)
+
+TABLE: tuple[tuple[int, Route], ...] = (
+    (128, Route(small_state=True)),
+    (256, Route(ProjectRoute(), _LOOPED, small_state=True)),
+    (WHOLE, Route(ProjectRoute(columns=256), _LOOPED, small_state=True)),
+)
+"""Largest rank, and its route, in rising order; for bfloat16 factors. Measured on an H200 (``results/routes``)."""
 
 _forced: list[Route] = []
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels.adam import lerp, log_of, normalised
+from galore_trainer.kernels.adam import lerp, log_of, normalised, product
 from galore_trainer.kernels.tables import GOLDEN, Scattered, mixed, pointer_at, rounded, row_keys
 
 BLOCK = 256  # entries that share a scale, as in ``core.precision``
@@ -137,12 +137,12 @@ def _adam_small(
             v_scale = pointer_at(V_scales, matrix, tl.float32, 4) + scale_at
             m = decoded(m_at, m_scale, signed_table, mask, group < groups)
             root = decoded(v_at, v_scale, unsigned_table, mask, group < groups)
-            v = root * root
+            v = product(root, root)
         else:
             m = tl.load(m_at, mask=mask, other=0.0).to(tl.float32)
             v = tl.load(v_at, mask=mask, other=0.0).to(tl.float32)
         m = lerp(m, r, rate1)
-        v = lerp(v, r * r, rate2)
+        v = lerp(v, product(r, r), rate2)
         dtype: tl.constexpr = N.dtype.element_ty
         n = normalised(m, v, age, log_beta1, log_beta2, eps)
         tl.store(N + joined, rounded(n, 0, dtype, False), mask=mask)
@@ -160,7 +160,7 @@ def decoded(at, scale_at, values, mask, inside):
     """What codes stand for, 0 outside of the mask."""
     code = tl.load(at, mask=mask, other=0).to(tl.int32)
     scale = tl.load(scale_at, mask=inside, other=0.0)[:, None]
-    return tl.where(mask, tl.load(values + code) * scale, 0.0)
+    return tl.where(mask, product(tl.load(values + code), tl.broadcast_to(scale, code.shape)), 0.0)
 
 
 @triton.jit

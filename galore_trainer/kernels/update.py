@@ -83,7 +83,8 @@ def apply_update_(
         kernel: Any = apply_looped
         stages = shared_memory(N.device) // ((tall + wide) * depth * entry)
         programs = triton.cdiv(rows, tall) * triton.cdiv(columns, wide)
-        factors = described(N, P, side, tall, wide, depth) if route.described else None
+        engine = route.described and has_warpgroups(N.device)
+        factors = described(N, P, side, tall, wide, depth) if engine else None
         shape = {"EARLY": route.early, "TOGETHER": GROUP, "DESCRIBED": factors is not None}
     else:
         kernel = _apply_update

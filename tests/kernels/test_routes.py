@@ -147,4 +147,4 @@ def test_the_table_has_a_route_for_every_rank() -> None:
 def test_float32_factors_have_tiles_of_their_own() -> None:
     with forced(WIDE):
         assert route_of(512, LOW) == WIDE
-        assert route_of(512, torch.float32) == Route()
+        assert route_of(512, torch.float32) == Route(small_state=WIDE.small_state)
