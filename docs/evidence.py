@@ -208,8 +208,8 @@ def loss_row(studies: Studies) -> tuple[str, str, str]:
 
 def unfinished(studies: Studies) -> str:
     """Studies that are written and have no run, and runs that did not end."""
-    written = sorted(path.stem for path in (ROOT / "benchmarks" / "studies").glob("gsm8k_*.yaml"))
-    rows = [f"- {not_run(name)}" for name in written if name not in studies]
+    written = sorted(path.stem for path in (ROOT / "benchmarks" / "studies").glob("*.yaml"))
+    rows = [f"- {not_run(name)}" for name in written if not (RESULTS / name).is_dir()]
     for study in studies.values():
         if names := study.unfinished():
             more = f"; and {len(names) - NAMED} more" if len(names) > NAMED else ""
