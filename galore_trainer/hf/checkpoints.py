@@ -22,8 +22,9 @@ from galore_trainer.optim.saved_groups import OTHER_LAYOUT, check_same_settings
 OPTIMIZER, SCHEDULER, WEIGHTS = "optimizer.pt", "scheduler.pt", "model.safetensors"
 WHOLE_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 """Names of files that hold whole weights, or an index of them."""
-SETTING = re.compile(r"optimizer\.param_groups\.(\d+)\.galore\.(\w+)")
-"""Name of a setting of a projected group in a checkpoint of ``torch.distributed.checkpoint``: group, setting."""
+SETTING = re.compile(r"optimizer\.param_groups\.(\d+)\.galore\.(\w+)(?:\.(.+))?", re.DOTALL)
+"""Name of a setting of a projected group in a checkpoint of ``torch.distributed.checkpoint``: group, setting, and the
+key of an entry where the setting is a mapping, as ``rank_pattern`` is."""
 OURS = "one whose optimizer was GaLoreAdamW, of this version"
 WEIGHTS_ONLY = (
     "It holds weights only (save_only_model), no state of an optimizer: start a new run from them "
@@ -127,12 +128,16 @@ def check_settings_of_fsdp(checkpoint: Path, groups: Sequence[Mapping[str, Any]]
         warnings.simplefilter("ignore")  # torch warns that it reads in one process
         reader = FileSystemReader(folder)
         found = map(SETTING.fullmatch, reader.read_metadata().state_dict_metadata)
-        keys = {match[0]: (match[1], match[2]) for match in found if match}
+        keys = {match[0]: match.groups() for match in found if match}
         values: dict[str, Any] = dict.fromkeys(keys)
         load(values, storage_reader=reader, no_dist=True)
     saved: dict[str, dict[str, Any]] = {}
-    for key, (number, name) in keys.items():
-        saved.setdefault(number, {})[name] = values[key]
+    for key, (number, name, entry) in keys.items():
+        settings = saved.setdefault(number, {})
+        if entry is None:
+            settings[name] = values[key]
+        else:
+            settings.setdefault(name, {})[entry] = values[key]
     check_same_settings([{"galore": saved[number]} for number in sorted(saved, key=int)], groups)
 
 

@@ -74,7 +74,7 @@ def saved_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     scale = group.get("scale", own_scale)
     if residual not in ("sparse", "none") or mode != DEFAULT_MODE or scale != SCALE_BEFORE_SAVED:
         of_mode = "" if mode == DEFAULT_MODE else f" {mode}"
-        settings["residual_percent"] = f"{residual} {percent:g}{of_mode}, scale {scale}"
+        settings["residual_percent"] = f"{residual} {percent!r}{of_mode}, scale {scale}"
     if len(roles) < len(HEAD_ROLES):
         settings["head_sharing"] += f"{OF_ROLES}{', '.join(roles)}"
     return settings

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from galore_trainer import GaLoreConfig, attach
 from galore_trainer.errors import OptionError
 from galore_trainer.hf import build
 from galore_trainer.hf.checkpoints import check_settings_of_fsdp, resumed_from
+from galore_trainer.optim.saved_groups import saved_settings
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "checkpoints" / "fsdp2" / "checkpoint-6"
 """It was written before there were other residuals than the sparse one."""
@@ -57,6 +62,22 @@ def test_other_settings_are_named_too(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_the_same_settings_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(Loading):
         resume(monkeypatch, tmp_path, residual_percent=10.0)
+
+
+def test_ranks_of_single_modules_go_on(tmp_path: Path) -> None:
+    """``torch.distributed.checkpoint`` saves the entries of a mapping under names of their own."""
+    config = GaLoreConfig(rank=8, rank_pattern={"self_attn.q_proj": 4, r".*\.layers\.0\..*": 2})
+    group = {"projected": True, "galore": config.trajectory() | {"scale": config.scale, "seed": 0}}
+    checkpoint = tmp_path / CHECKPOINT.name
+    shutil.copytree(CHECKPOINT, checkpoint, ignore=shutil.ignore_patterns("optimizer_0"))
+    saved = {"state": {"w": {"step": torch.ones(())}}, "param_groups": [{"galore": saved_settings(group)}]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it saves in one process
+        distributed_checkpoint.save({"optimizer": saved}, checkpoint_id=checkpoint / "optimizer_0", no_dist=True)
+    check_settings_of_fsdp(checkpoint, [group])
+    group["galore"] = GaLoreConfig(rank=8).trajectory() | {"scale": config.scale, "seed": 0}
+    with pytest.raises(OptionError, match=r"galore\.rank_pattern: got \{\}, wanted \{'self_attn\.q_proj': 4"):
+        check_settings_of_fsdp(checkpoint, [group])
 
 
 def test_other_kinds_and_other_callers_are_left_alone() -> None:
