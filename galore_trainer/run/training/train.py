@@ -220,11 +220,13 @@ def prepare(config: RunConfig, *, resume: str | None = None, overwrite: bool = F
         wanted = "a model of finite weights"
         raise OptionError("model_name_or_path", config.model_name_or_path, wanted, f"Not finite: {some_of(bad)}.")
     stop_at_turns(model, tokenizer)
-    for name, other in also.items():  # refused before training where no example fits into max_length
-        try:
-            encoded(tokenizer, other.eval, config.max_length)
-        except OptionError as error:
-            raise OptionError(error.option, error.got, f"{error.wanted} of {ALSO}.{name}", error.way_out) from None
+    scored = {"the held-out data": data.eval, **{f"{ALSO}.{name}": other.eval for name, other in also.items()}}
+    for place, examples in scored.items():  # refused before training where none that is scored fits into max_length
+        if examples:
+            try:
+                encoded(tokenizer, examples[: config.eval.limit], config.max_length)
+            except OptionError as error:
+                raise OptionError(error.option, error.got, f"{error.wanted} of {place}", error.way_out) from None
     if not shards_weights(arguments):  # else the backend gives each process its part
         model.to(arguments.device)  # type: ignore[arg-type]
         if arguments.device.type == "cpu":
