@@ -45,6 +45,14 @@ def test_every_value_that_is_missing_is_named_at_once(tmp_path: Path, capsys: py
     ]
 
 
+def test_an_empty_text_is_a_value_where_none_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty ``system_prompt`` takes the place of the one of a chat template."""
+    code, lines = validated('run_name: ""\ndata: {system_prompt: ""}\n', tmp_path, capsys)
+    assert (code, [line for line in lines if line.startswith(FILLED)]) == (0, [])
+    code, lines = validated('model_name_or_path: ""\n', tmp_path, capsys)
+    assert (code, lines[1]) == (2, f"  model_name_or_path:  ({tmp_path / 'mine.yaml'}, line 1)")
+
+
 def test_another_mistake_is_told_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = validated("model_name_or_path: path/to/model\ngalore: {rank: 0}\n", tmp_path, capsys)
     assert (code, lines[0].split(":")[1]) == (2, " galore.rank")

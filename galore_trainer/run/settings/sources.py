@@ -97,7 +97,7 @@ def still_to_fill_in(settings: Iterable[Setting], hints: Mapping[str, Any]) -> l
         dataclasses.replace(setting, key=key, value=value)
         for setting in settings
         for key, value in _leaves(setting.key, setting.value)
-        if _is_placeholder(value) or (value is None and _needs_value(key, hints))
+        if _is_placeholder(value) or (_is_empty(value) and _needs_value(key, hints))
     ]
 
 
@@ -114,12 +114,17 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_placeholder(value: Any) -> bool:
-    return isinstance(value, str) and (
-        not value.strip() or (_PLACEHOLDER.fullmatch(value.strip()) is not None and not Path(value).exists())
-    )
+    if not isinstance(value, str) or _PLACEHOLDER.fullmatch(value.strip()) is None:
+        return False
+    return not Path(value).exists()
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _needs_value(key: str, hints: Mapping[str, Any]) -> bool:
+    """Whether a setting is no setting without a value: none is not among those that it takes."""
     hint = hints.get(re.sub(rf"{_METHOD.pattern}\.", "", key))
     if hint is None:
         return False
