@@ -372,7 +372,8 @@ def describe_type(hint: Any) -> str:
         items = get_args(hint)[0]
         return "a list" + (f" of {', '.join(map(str, get_args(items)))}" if get_origin(items) is Literal else "")
     if get_origin(hint) is dict:
-        return "a mapping"
+        of = get_args(hint)[1]
+        return "a mapping" + ("" if of is Any else f" of text to {describe_type(of)}")
     return " or ".join(describe_type(a) for a in get_args(hint)) or str(hint)
 
 
