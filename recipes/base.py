@@ -22,6 +22,8 @@ RESTAURANTS = "embedded:restaurants"
 REASONING_GYM = "reasoning_gym:gsm_symbolic"
 ALSO, ALSO_NAME = "eval.also", re.compile(r"\w[\w.-]*", re.ASCII)
 """The setting that names other data to evaluate on, and the names that it may give."""
+CHANGE = "_change"
+"""How the key ends under which results have the change of such a loss by training."""
 OF_A_SOURCE = ("source", "task", "columns", "subset", "revision", "split")
 """Settings that an entry of ``data.sources`` has for itself, besides its ``weight``."""
 
@@ -171,14 +173,17 @@ def also_blocks(also: Mapping[str, Mapping[str, Any]]) -> dict[str, DataConfig]:
     """The blocks of ``eval.also`` by name; they have the fields of ``data:``.
 
     Raises:
-        OptionError: a name that is no word, a field that is unknown or would be ignored, a block without a source, or
-            what ``DataConfig`` refuses; each named as it stands under ``eval.also``.
+        OptionError: a name that is no word or ends as ``CHANGE``, a field that is unknown or would be ignored, a block
+            without a source, or what ``DataConfig`` refuses; each named as it stands under ``eval.also``.
     """
     known = [name for name in FIELDS if name != "train_samples"]
     configs = {}
     for name, block in also.items():
         if not ALSO_NAME.fullmatch(name):
             raise OptionError(ALSO, name, "names of letters, digits, '_', '-' and '.', without the latter two first")
+        if name.endswith(CHANGE):
+            wanted = f"names that do not end in {CHANGE}, as the columns of a change do"
+            raise OptionError(ALSO, name, wanted)
         place = f"{ALSO}.{name}"
         for field, value in block.items():
             if field == "train_samples":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_what_is_trained_on_is_left_out(tmp_path: Path) -> None:
         ({"a": {"source": "embedded:arithmetic", "eval_samples": "x"}}, "eval.also.a.eval_samples", "an integer"),
         ({"a": {"sources": [{"source": "x.jsonl", "wait": 2}]}}, "eval.also.a.sources[0].wait", "weight"),
         ({"a b": {"source": "embedded:arithmetic"}}, "eval.also", "names"),
-        ({"a": 3}, "eval.also", "a mapping"),
+        ({"a": 3}, "eval.also", "a mapping of text to a mapping"),
+        ({"a_change": {"source": "embedded:arithmetic"}}, "eval.also", "_change"),  # the column of a's change
     ],
 )
 def test_a_block_that_cannot_be_read_is_refused_by_name(also: dict[str, Any], option: str, text: str) -> None:
@@ -181,3 +183,20 @@ def test_examples_that_do_not_fit_are_refused_before_training(
         train(configure("run", also={"long": {"source": str(file), "eval_samples": 2}}))
     assert error.value.option == "max_length"
     assert not (tmp_path / "run").exists()
+
+
+def test_examples_within_the_limit_are_the_ones_that_have_to_fit(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    train_file, file = tmp_path / "short.jsonl", tmp_path / "mixed.jsonl"
+    for path, long, word in ((train_file, -1, "Tell"), (file, 0, "Say")):
+        rows = [{"prompt": f"{word} {i}.", "completion": "long " * 200 if i == long else f"{i}"} for i in range(3)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    block = {"source": str(train_file), "eval_source": str(file), "eval_samples": None}
+    config = configure("run", before=False, limit=1, also={"mixed": block})
+    with pytest.raises(OptionError, match=r"shortest example of eval\.also\.mixed"):
+        train(config)
+    data = RunConfig.from_dict({"data": block}).data
+    with pytest.raises(OptionError, match="shortest example of the held-out data"):
+        train(dataclasses.replace(config, data=data, eval=dataclasses.replace(config.eval, also={})))
+    assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from galore_trainer.metrics.nlg import TEXT_METRICS
+from galore_trainer.recipes.base import CHANGE
 
 Result = Mapping[str, Any]  # the content of a run's result.json
 Group = Literal["quality", "time", "memory", "projection"]
@@ -192,7 +193,7 @@ def _losses_on(name: str) -> tuple[Column, Column]:
     return (
         Column(key=key, title=title, group="quality", read=lambda result, _: loss(result), digits=4,
                missing="the run did not score it (eval.also)"),
-        Column(key=f"{key}_change", title=f"{title}, change by training", group="quality", digits=4,
+        Column(key=f"{key}{CHANGE}", title=f"{title}, change by training", group="quality", digits=4,
                read=lambda result, _: change(result), missing="the run did not score it before training (eval.before)"),
     )  # fmt: skip
 
