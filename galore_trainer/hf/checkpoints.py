@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,8 +103,9 @@ def resumed_from() -> Path | None:
     frame = sys._getframe(1)
     while frame is not None:
         values = frame.f_locals
-        if isinstance(values.get("self"), Trainer) and isinstance(values.get("resume_from_checkpoint"), str):
-            return Path(values["resume_from_checkpoint"])
+        checkpoint = values.get("resume_from_checkpoint")
+        if isinstance(values.get("self"), Trainer) and isinstance(checkpoint, str | PathLike):
+            return Path(checkpoint)
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

@@ -30,7 +30,9 @@ class Loading(Exception):
     """The Trainer got to the place where it would load the checkpoint."""
 
 
-def resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **more: Any) -> None:
+def resume(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: str | Path = str(CHECKPOINT), **more: Any
+) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 23, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, vocab_size=32, num_hidden_layers=1))
     args = TrainingArguments(str(tmp_path), max_steps=9, use_cpu=True, report_to="none", seed=3)
@@ -43,12 +45,17 @@ def resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **more: Any) -> None
 
     monkeypatch.setattr(trainer, "_load_from_checkpoint", lambda *_, **__: None)
     monkeypatch.setattr(trainer, "_load_optimizer_and_scheduler", load)
-    trainer.train(resume_from_checkpoint=str(CHECKPOINT))
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def test_the_residual_of_its_time_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"galore\.residual: got 'scaled', wanted 'sparse' .*galore\.residual=sparse"):
         resume(monkeypatch, tmp_path)
+
+
+def test_a_path_is_read_like_a_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"galore\.residual: got 'scaled', wanted 'sparse'"):
+        resume(monkeypatch, tmp_path, CHECKPOINT)
 
 
 def test_other_settings_are_named_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
