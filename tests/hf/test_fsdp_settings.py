@@ -30,9 +30,7 @@ class Loading(Exception):
     """The Trainer got to the place where it would load the checkpoint."""
 
 
-def resume(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: str | Path = str(CHECKPOINT), **more: Any
-) -> None:
+def resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Any = str(CHECKPOINT), **more: Any) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 23, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, vocab_size=32, num_hidden_layers=1))
     args = TrainingArguments(str(tmp_path), max_steps=9, use_cpu=True, report_to="none", seed=3)
