@@ -46,10 +46,11 @@ def run_folder(short_run: Run) -> Path:
 
 
 def test_a_weight_that_is_really_missing_is_named_alone(
-    short_run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    short_run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = prepare(short_run()).trainer
     trainer.save_model(str(tmp_path / "saved"))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # older versions print by themselves
     file = tmp_path / "saved" / "model.safetensors"
     weights = load_file(file)
     assert "lm_head.weight" not in weights  # it is tied
@@ -57,6 +58,6 @@ def test_a_weight_that_is_really_missing_is_named_alone(
     save_file({name: w for name, w in weights.items() if name != lost}, file, metadata={"format": "pt"})
     with caplog.at_level(logging.WARNING):
         trainer._load_from_checkpoint(str(tmp_path / "saved"))
-    assert [text for text in caplog.messages if "missing keys" in text] == [
+    assert {text for text in caplog.messages if "missing keys" in text} == {
         f"There were missing keys in the checkpoint model loaded: ['{lost}']."
-    ]
+    }
