@@ -12,11 +12,13 @@ from torch import Tensor
 
 from galore_trainer.kernels import shared_memory
 from galore_trainer.kernels.routes import route_of
-from galore_trainer.kernels.tables import WIDEN, Layout, Scattered, multiply, pointer_at, rounded, row_starts
+from galore_trainer.kernels.tables import Layout, Scattered, multiply, pointer_at, rounded, row_starts
 
 ACCUMULATORS = 1 << 15  # most float32 entries of R in one program
 MIN_PROGRAMS = 264  # two for every multiprocessor of an H100; fewer lines a program give more programs
 JOIN_BLOCK = 2048  # entries that one program copies
+NORM_LINES = {"right": 4, "left": 64}  # of a program of ``squared_norms``; neighbours lie next to each other (left)
+NORM_DEPTH = {"right": 512, "left": 32}  # entries of each that it reads at a time
 
 
 def join(tensors: Scattered, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -47,6 +49,74 @@ def _join(addresses, out, entries, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BL
     x = tl.load(pointer_at(addresses, matrix, TYPE, ALIGNED) + entry, mask=entry < entries).to(tl.float32)
     dtype: tl.constexpr = out.dtype.element_ty
     tl.store(out + matrix.to(tl.int64) * entries + entry, rounded(x, 0, dtype, False), mask=entry < entries)
+
+
+def squared_norms(G: Scattered, layout: Layout, norms: Tensor, side: str, blocks: int) -> None:
+    """Write the squared norms of the lines of gradients; see ``project``."""
+    (total, lines), rows, right = norms.shape, layout.rows // blocks, side == "right"
+    tall = NORM_LINES[side]
+    kernel: Any = _squared_norms
+    kernel[(total * triton.cdiv(lines, tall),)](
+        G.addresses,
+        norms,
+        rows,
+        lines,
+        layout.columns if right else rows,
+        blocks,
+        **layout.strides,
+        **G.pointer,
+        RIGHT=right,
+        LINES=tall,
+        DEPTH=NORM_DEPTH[side],
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _squared_norms(
+    gradients,
+    norms,
+    rows,
+    lines,
+    inner,
+    blocks,
+    length,
+    outer_stride,
+    row_stride,
+    column_stride,
+    EVEN: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RIGHT: tl.constexpr,
+    LINES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """A program adds up ``LINES`` rows (right) or columns (left) of one block, ``DEPTH`` entries of each at a time."""
+    tiles = tl.cdiv(lines, LINES)
+    block = tl.program_id(0) // tiles
+    first = block % blocks * rows
+    G = pointer_at(gradients, block // blocks, TYPE, ALIGNED)
+    line = tl.program_id(0) % tiles * LINES + tl.arange(0, LINES)
+    k = tl.arange(0, DEPTH)
+    if RIGHT:  # tiles [LINES, DEPTH], read along rows
+        rows_at = row_starts(first + line, length, outer_stride, row_stride, EVEN)
+        at = G + rows_at[:, None] + (k * column_stride)[None, :]
+        total = tl.zeros((LINES, DEPTH), tl.float32)
+        for start in range(0, inner, DEPTH):
+            g = tl.load(at, mask=(line[:, None] < lines) & (k[None, :] < inner - start), other=0.0).to(tl.float32)
+            total += g * g
+            at += DEPTH * column_stride
+        of_line = tl.sum(total, axis=1)
+    else:  # tiles [DEPTH, LINES]
+        total = tl.zeros((DEPTH, LINES), tl.float32)
+        across = (line.to(tl.int64) * column_stride)[None, :]
+        for start in range(0, inner, DEPTH):
+            rows_at = row_starts(first + start + k, length, outer_stride, row_stride, EVEN)
+            mask = (k[:, None] < inner - start) & (line[None, :] < lines)
+            g = tl.load(G + rows_at[:, None] + across, mask=mask, other=0.0).to(tl.float32)
+            total += g * g
+        of_line = tl.sum(total, axis=0)
+    tl.store(norms + block.to(tl.int64) * lines + line, of_line, mask=line < lines)
 
 
 def project(
@@ -84,6 +154,11 @@ def project(
     width = max(16, triton.next_power_of_2(min(rank, route.columns)))
     across = triton.cdiv(rank, width)
     tall = max(16, min(route.lines, ACCUMULATORS // (2 if single else 1) // width))
+    if norms is not None and G.dtype == torch.bfloat16:
+        # Tensor cores read bfloat16 tiles from shared memory. Norms would need them in registers, too, which takes
+        # longer than a second read of G.
+        squared_norms(G, layout, norms, side, blocks)
+        norms = None
     # A tile fixes the order of the sums in norms: there the number of matrices must not change it.
     while norms is None and tall > 64 and total * triton.cdiv(lines, tall) * across < MIN_PROGRAMS:
         tall //= 2
@@ -177,12 +252,7 @@ def _project(
         p = tl.load(p_at, mask=inside[:, None] & (column[None, :] < RANK), other=0.0)
         p_at += DEPTH * RANK
         if NORMS:
-            exact = g.to(tl.float32)
-            of_line += tl.sum(exact * exact, axis=1)
-            if not WIDEN and g.dtype == tl.bfloat16:  # the same g, but in registers
-                # A tile that is read into registers and also multiplied from shared memory gets one buffer too few
-                # from Triton (3.4 to 3.7): a later load overwrites it while the tensor cores of Hopper still read it.
-                g = (exact.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+            of_line += tl.sum(g * g, axis=1)
         if g.dtype != p.dtype:
             g = rounded(g, 0, p.dtype, False)
         total = multiply(g, p, total)
