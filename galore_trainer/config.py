@@ -187,6 +187,12 @@ class GaLoreConfig:
     plain_state_bits: Bits = knob(
         32, "Bits of the moments of what is not projected: embeddings, output layer, norms.", trajectory=True
     )
+    max_grad_norm: float | None = knob(
+        None,
+        "Clip the norm of all gradients inside the step: as torch's clip_grad_norm_, without reading and writing the "
+        "gradients once more. Unset: off. In a Trainer set its max_grad_norm to 0 beside it.",
+        minimum=0.0,
+    )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
     kernels: Kernels = knob(
         "auto",
@@ -208,6 +214,8 @@ class GaLoreConfig:
         if not self.share_heads_of or len(set(self.share_heads_of)) < len(self.share_heads_of):
             way_out = "Use head_sharing joint to share no heads."
             raise OptionError("galore.share_heads_of", self.share_heads_of, "some of q, k, v, each once", way_out)
+        if self.max_grad_norm == 0.0:
+            raise OptionError("galore.max_grad_norm", 0.0, "more than 0", "Leave it unset to switch it off.")
         if self.residual_mode == "moments":
             self._check_moments()
         if self.layerwise and self.residual in ("scaled", "both"):
@@ -231,6 +239,11 @@ class GaLoreConfig:
     def shared_roles(self) -> tuple[HeadRole, ...]:
         """Which of q, k, v share bases by head, in this order; none under ``head_sharing: joint``."""
         return () if self.head_sharing == "joint" else tuple(r for r in HEAD_ROLES if r in self.share_heads_of)
+
+    @property
+    def clips(self) -> bool:
+        """Whether the step clips gradients."""
+        return self.max_grad_norm is not None
 
     @property
     def staggers(self) -> bool:
