@@ -180,9 +180,9 @@ def _line_factors(
             nn += n * n
         r2, n2 = tl.sum(rr, axis=1), tl.sum(nn, axis=1)
         g2 = tl.load(norms + by_line, mask=line < lines, other=0.0)
-        is_seen = (r2 > 0.0) & (r2 > noise2 * g2)
         if clip is not None:
-            is_seen &= tl.load(clip) > 0.0
+            r2 = tl.where(tl.load(clip) > 0.0, r2, 0.0)
+        is_seen = (r2 > 0.0) & (r2 > noise2 * g2)
         factor = tl.where(is_seen, residual_scale * tl.sqrt(n2) / tl.sqrt(tl.where(is_seen, r2, 1.0)), 0.0)
         wide = factor.to(tl.float64)
         rest = g2.to(tl.float64) - r2.to(tl.float64)
