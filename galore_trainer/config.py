@@ -189,8 +189,8 @@ class GaLoreConfig:
     )
     max_grad_norm: float | None = knob(
         None,
-        "Clip the norm of all gradients inside the step: as torch's clip_grad_norm_, without reading and writing the "
-        "gradients once more. Unset: off. In a Trainer set its max_grad_norm to 0 beside it.",
+        "Limit of the norm of all gradients, which the step clips itself, without reading and writing them once more; "
+        "unset: off. In a Trainer with max_grad_norm: 0, not under DeepSpeed.",
         minimum=0.0,
     )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
@@ -239,11 +239,6 @@ class GaLoreConfig:
     def shared_roles(self) -> tuple[HeadRole, ...]:
         """Which of q, k, v share bases by head, in this order; none under ``head_sharing: joint``."""
         return () if self.head_sharing == "joint" else tuple(r for r in HEAD_ROLES if r in self.share_heads_of)
-
-    @property
-    def clips(self) -> bool:
-        """Whether the step clips gradients."""
-        return self.max_grad_norm is not None
 
     @property
     def staggers(self) -> bool:
@@ -358,13 +353,10 @@ def check_integers(option: str, value: Any) -> None:
 
     Neither tensors nor the files of a run can hold larger ones.
     """
-    if isinstance(value, Mapping):
-        for item in value.values():
-            check_integers(option, item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            check_integers(option, item)
-    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for item in items:
+        check_integers(option, item)
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         raise OptionError(option, value, f"an integer of at most {LARGEST_INTEGER}")
 
 

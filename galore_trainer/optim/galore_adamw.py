@@ -147,7 +147,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         Args:
             weights: with gradients; of cut ones every process passes the same, in the same order.
         """
-        exchange(weights, self.config.clips)
+        clips = self.config.max_grad_norm is not None
+        exchange(weights, clips)
         weights = [w for w in weights if self._prepare(w)]
         plain, projected = [w for w in weights if not w.matrices], [w for w in weights if w.matrices]
         check_wanted(projected, self.config)
@@ -155,7 +156,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         staying, due = [w for w in projected if not w.is_due], [w for w in projected if w.is_due]
         moved: list[Moved] = []
         held: list[Joined] = []  # projections of weights that stay, until the norm of all gradients is known
-        if self.config.clips and weights:
+        if clips and weights:
             with self.stopwatch.measure("update", weights[0].weight.device):
                 how = (self.config, self.seed, self.max_stack_elements)
                 self.grad_norm, held, staying = clipping.clip(plain, staying, due, *how)

@@ -57,7 +57,7 @@ class TritonOps:
             layout = places.layout(first.grad)
             scaled, alike = has_scaled(matrix, self.config), G.dtype == P.dtype and layout.length == layout.rows
             by_library = not scaled and alike and route_of(matrix.rank, P.dtype).project.library
-            if scaled or (self.config.clips and first.owner.energy is None and not by_library):
+            if scaled or (self.config.max_grad_norm is not None and first.owner.energy is None and not by_library):
                 lines = matrix.moment_shape[1 if matrix.side == "right" else 2]
                 bucket.norms = torch.empty(len(P), lines, dtype=torch.float32, device=P.device)
             if by_library:
