@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cut_weights import Run, build, some_gradients
@@ -169,11 +170,14 @@ def test_a_factor_of_a_quarter_is_exact(
     assert_same(inside, outside, rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("settings", RESIDUALS[:4], ids=str)
-def test_kernels_clip_too(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("residual", "bad"), [("both", None), ("both", ("tall", float("nan"))), ("none", ("wide", float("inf")))], ids=str
+)
+def test_kernels_clip_too(residual: str, bad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(refresh, "LIBRARY", 0)
-    check({"kernels": "triton", **settings}, torch.float32)
+    check({"kernels": "triton", "residual": residual}, torch.float32, bad=bad, bad_step=2)
 
 
 @pytest.mark.parametrize("settings", RESIDUALS, ids=str)
@@ -211,8 +215,19 @@ def test_cut_weights_are_clipped_by_the_norm_of_all_processes(kind: str, residua
         torch.testing.assert_close(cut.weights[name], p.detach(), rtol=0, atol=2e-5)
 
 
-def test_the_step_waits_for_no_device() -> None:
-    """Fake tensors have no numbers to read."""
+@pytest.mark.parametrize("settings", RESIDUALS, ids=str)
+def test_a_step_waits_for_no_device(settings: dict[str, Any]) -> None:
+    """Fake tensors have no numbers, so that a step which reads one raises."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weights, optimizer = make(max_grad_norm=LIMIT, **settings)
+        optimizer.make_state()
+        for p in weights.values():
+            p.grad = torch.empty_like(p)
+            optimizer.state[p]["calls"] = 5
+            optimizer.state[p]["due"] = 100
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        assert optimizer.grad_norm.shape == ()
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("inf"), float("nan"), "1"])
