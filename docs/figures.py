@@ -217,6 +217,7 @@ SUPPORT: list[tuple[str, list[dict[str, Any]]]] = [  # what, and settings that t
     ("`residual: sparse`", [{"residual": "sparse"}, {"residual": "sparse", "residual_mode": "moments"}]),
     ("`residual_selection: global`", [{"residual": "sparse", "residual_selection": "global"}]),
     ("`proj_type: left`", [{"proj_type": "left"}]),
+    ("`max_grad_norm`: clipping inside the step", [{"max_grad_norm": 1.0}]),
     ("`share_output_heads`, `diagnose_refreshes`", [{"share_output_heads": True}, {"diagnose_refreshes": 1}]),
 ]
 

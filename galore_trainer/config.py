@@ -189,9 +189,8 @@ class GaLoreConfig:
     )
     max_grad_norm: float | None = knob(
         None,
-        "Limit of the norm of all gradients, which the step clips itself, without reading and writing them once more; "
-        "unset: off. In a Trainer with max_grad_norm: 0, not under DeepSpeed.",
-        minimum=0.0,
+        "Norm to which the step clips all gradients, without one more pass over them; unset: off. Needs the Trainer's "
+        "max_grad_norm to be 0; not under DeepSpeed, which clips itself.",
     )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
     kernels: Kernels = knob(
@@ -214,8 +213,9 @@ class GaLoreConfig:
         if not self.share_heads_of or len(set(self.share_heads_of)) < len(self.share_heads_of):
             way_out = "Use head_sharing joint to share no heads."
             raise OptionError("galore.share_heads_of", self.share_heads_of, "some of q, k, v, each once", way_out)
-        if self.max_grad_norm == 0.0:
-            raise OptionError("galore.max_grad_norm", 0.0, "more than 0", "Leave it unset to switch it off.")
+        if self.max_grad_norm is not None and not 0.0 < self.max_grad_norm < math.inf:
+            wanted = "a finite number above 0"
+            raise OptionError("galore.max_grad_norm", self.max_grad_norm, wanted, "Leave it unset to switch it off.")
         if self.residual_mode == "moments":
             self._check_moments()
         if self.layerwise and self.residual in ("scaled", "both"):
@@ -389,9 +389,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, Sequence) and not isinstance(value, str) and all(_fits(v, arguments[0]) for v in value)
     if origin is dict:
-        return isinstance(value, Mapping) and all(
-            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
-        )
+        key, item = arguments
+        return isinstance(value, Mapping) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
     if arguments:  # a union
         return any(_fits(value, a) for a in arguments)
     if hint is float:

@@ -17,6 +17,8 @@ from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.errors import OptionError
 from galore_trainer.optim import refresh
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.step import hold_projections
+from galore_trainer.run.memory.simulate import LiveBytes
 
 STEPS, LIMIT = 7, 3.0
 USUAL: dict[str, Any] = {"rank": 4, "update_proj_gap": 3, "residual_warmup_steps": 2}
@@ -136,6 +138,17 @@ def test_gradients_that_are_not_finite_do_what_they_do_there(settings: Any, bad:
     check(settings, torch.float64, bad=bad, bad_step=bad_step)
 
 
+def test_a_weight_whose_gradient_is_too_large_skips_the_step() -> None:
+    """There torch would scale it down; the others get what it leaves them, which is almost nothing, here as there."""
+    mine, inside = make(torch.float32, max_grad_norm=LIMIT)
+    for step in range(3):
+        give_gradients(mine, step, 1.0, bad=("tall", 4e18) if step == 2 else None)
+        inside.step()
+        inside.zero_grad()
+    assert inside.check_finite() == {"tall": 1}
+    assert float(inside.grad_norm or 0.0) == pytest.approx(4e18)
+
+
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize(
     ("dtype", "settings"),
@@ -228,6 +241,25 @@ def test_a_step_waits_for_no_device(settings: dict[str, Any]) -> None:
         optimizer.step()
         assert optimizer.grad_norm is not None
         assert optimizer.grad_norm.shape == ()
+
+
+def test_projections_are_held_at_four_bytes_an_entry() -> None:
+    """Beside them, before the first weight moves, only norms, flags and norms of lines are alive."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = [nn.Parameter(torch.empty(400, 300)) for _ in range(3)]
+        group = {"params": params, "names": list("abc"), "projected": True}
+        optimizer = GaLoreAdamW([group], GaLoreConfig(rank=50, max_grad_norm=1.0, residual="none"))
+        optimizer.make_state()
+        for p in params:
+            p.grad = torch.empty_like(p)
+            optimizer.state[p].update(calls=5, due=100)
+        with LiveBytes() as live, torch.no_grad():
+            weights = optimizer.weights_with_gradients()
+            live.count([x for w in weights for x in (w.weight, w.grad, *w.state.values())])
+            before = live.now
+            held = hold_projections(weights, optimizer.config, 0, 1 << 30)
+            assert 0 <= live.now - before - 3 * 4 * 400 * 50 < 100
+            assert len(held) == 1
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("inf"), float("nan"), "1"])
