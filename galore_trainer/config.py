@@ -189,8 +189,8 @@ class GaLoreConfig:
     )
     max_grad_norm: float | None = knob(
         None,
-        "Norm to which the step clips all gradients, without one more pass over them; unset: off. Needs the Trainer's "
-        "max_grad_norm to be 0; not under DeepSpeed, which clips itself.",
+        "Norm to which the step clips all gradients as it reads them, without writing them; unset: off. Needs the "
+        "Trainer's max_grad_norm to be 0; not under DeepSpeed, which clips itself.",
     )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
     kernels: Kernels = knob(
