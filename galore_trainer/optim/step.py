@@ -146,12 +146,13 @@ def hold_projections(
     Args:
         weights, config, seed, asked: as for ``update``.
     """
-    held = list(_joined(weights, config, seed, asked)) if weights else []
-    for joined in held:
+    held: list[Joined] = []
+    for joined in _joined(weights, config, seed, asked) if weights else ():
         with _device_of(joined):
             for bucket in joined.buckets:
                 bucket.projected = joined.ops.project(bucket)
                 bucket.drop_copies()
+        held.append(joined)
     return held
 
 
