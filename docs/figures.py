@@ -205,6 +205,7 @@ def method_support() -> str:
 
 
 BACKENDS = {"single": "one GPU", "ddp": "DDP", "fsdp": "FSDP2", "deepspeed": "ZeRO-1, 2, 3"}
+CLIPPING = "`max_grad_norm`: clipping inside the step"
 SUPPORT: list[tuple[str, list[dict[str, Any]]]] = [  # what, and settings that the code is asked about
     ("`layerwise`", [{"layerwise": True}]),
     (
@@ -217,6 +218,7 @@ SUPPORT: list[tuple[str, list[dict[str, Any]]]] = [  # what, and settings that t
     ("`residual: sparse`", [{"residual": "sparse"}, {"residual": "sparse", "residual_mode": "moments"}]),
     ("`residual_selection: global`", [{"residual": "sparse", "residual_selection": "global"}]),
     ("`proj_type: left`", [{"proj_type": "left"}]),
+    (CLIPPING, [{"max_grad_norm": 1.0}]),
     ("`share_output_heads`, `diagnose_refreshes`", [{"share_output_heads": True}, {"diagnose_refreshes": 1}]),
 ]
 
@@ -253,8 +255,8 @@ def support_rows() -> list[tuple[str, list[str], str]]:
 
 
 def support() -> str:
-    """README's block ``support``."""
-    return table([("", *BACKENDS.values()), *((what, *cells) for what, cells, _ in support_rows())])
+    """README's block ``support``; what few need is in docs/support-matrix.md alone."""
+    return table([("", *BACKENDS.values()), *((what, *cells) for what, cells, _ in support_rows() if what != CLIPPING)])
 
 
 def support_by_mode() -> str:

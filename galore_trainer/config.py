@@ -187,6 +187,11 @@ class GaLoreConfig:
     plain_state_bits: Bits = knob(
         32, "Bits of the moments of what is not projected: embeddings, output layer, norms.", trajectory=True
     )
+    max_grad_norm: float | None = knob(
+        None,
+        "Norm to which the step clips all gradients as it reads them, without writing them; unset: off. Needs the "
+        "Trainer's max_grad_norm to be 0; not under DeepSpeed, which clips itself.",
+    )
     stochastic_rounding: bool = knob(True, "Round updates of bfloat16 weights stochastically, so that none is lost.")
     kernels: Kernels = knob(
         "auto",
@@ -208,6 +213,9 @@ class GaLoreConfig:
         if not self.share_heads_of or len(set(self.share_heads_of)) < len(self.share_heads_of):
             way_out = "Use head_sharing joint to share no heads."
             raise OptionError("galore.share_heads_of", self.share_heads_of, "some of q, k, v, each once", way_out)
+        if self.max_grad_norm is not None and not 0.0 < self.max_grad_norm < math.inf:
+            wanted = "a finite number above 0"
+            raise OptionError("galore.max_grad_norm", self.max_grad_norm, wanted, "Leave it unset to switch it off.")
         if self.residual_mode == "moments":
             self._check_moments()
         if self.layerwise and self.residual in ("scaled", "both"):
@@ -345,13 +353,10 @@ def check_integers(option: str, value: Any) -> None:
 
     Neither tensors nor the files of a run can hold larger ones.
     """
-    if isinstance(value, Mapping):
-        for item in value.values():
-            check_integers(option, item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            check_integers(option, item)
-    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for item in items:
+        check_integers(option, item)
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         raise OptionError(option, value, f"an integer of at most {LARGEST_INTEGER}")
 
 
@@ -384,9 +389,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, Sequence) and not isinstance(value, str) and all(_fits(v, arguments[0]) for v in value)
     if origin is dict:
-        return isinstance(value, Mapping) and all(
-            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
-        )
+        key, item = arguments
+        return isinstance(value, Mapping) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
     if arguments:  # a union
         return any(_fits(value, a) for a in arguments)
     if hint is float:

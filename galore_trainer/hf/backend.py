@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from galore_trainer.config import GaLoreConfig, check_settings
 from galore_trainer.errors import OptionError
+from galore_trainer.optim.lookup import check_sees_all
 
 logger = logging.getLogger(__name__)
 Backend = Literal["single", "ddp", "fsdp", "deepspeed"]
@@ -48,6 +49,7 @@ def fitted_config(config: GaLoreConfig, args: Any) -> GaLoreConfig:
         config = for_shards(config, backend)
         _check_deepspeed(args)
     check_layerwise(config, backend, fp16=getattr(args, "fp16", False))
+    check_clipping(config, args)
     return config
 
 
@@ -58,6 +60,8 @@ def for_shards(config: GaLoreConfig, backend: str) -> GaLoreConfig:
         OptionError: a setting that needs whole weights.
     """
     check_settings(config, backend)
+    if backend == "deepspeed":
+        check_sees_all(config)
     if config.proj_type != "right":
         if os.environ.get("RANK", "0") == "0":
             logger.warning("%s cuts weights into rows: proj_type %s becomes right", backend, config.proj_type)
@@ -76,6 +80,18 @@ def check_layerwise(config: GaLoreConfig, backend: Backend, *, fp16: bool = Fals
         )
     if config.layerwise and fp16:
         raise OptionError("galore.layerwise", "true, with fp16", "bf16 or float32", "fp16 rescales whole gradients.")
+
+
+def check_clipping(config: GaLoreConfig, args: Any) -> None:
+    """Raise ``OptionError`` where the Trainer would clip gradients, too."""
+    limit = getattr(args, "max_grad_norm", None)
+    if config.max_grad_norm is not None and limit:
+        raise OptionError(
+            "galore.max_grad_norm",
+            f"{config.max_grad_norm} beside max_grad_norm {limit} of the Trainer",
+            "one of them",
+            "Set max_grad_norm: 0, so that the step alone clips, or leave galore.max_grad_norm unset.",
+        )
 
 
 def _check_deepspeed(args: Any) -> None:

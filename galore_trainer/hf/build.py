@@ -30,6 +30,7 @@ from galore_trainer.hf.checkpoints import check_resumable, check_settings_of_fsd
 from galore_trainer.hf.membership import watch_first_steps
 from galore_trainer.layouts.shard import Ranks
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.param_groups import given_config
 from galore_trainer.targets import lightning
 from galore_trainer.targets.groups import Weight, parameter_groups, plan_weights
 from galore_trainer.targets.names import logical_name
@@ -44,6 +45,7 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     seed: int = 42,
+    max_grad_norm: float | None = None,
 ) -> GaLoreAdamW:
     """The optimizer for ``Trainer(optimizers=(build_optimizer(model, config), None))``, on one process or under DDP.
 
@@ -56,6 +58,7 @@ def build_optimizer(
         weight_decay: decoupled weight decay; the Trainer's rule leaves out biases and norms.
         betas, eps: as in ``torch.optim.AdamW``.
         seed: seeds the random parts; give the Trainer's seed, so that runs with other seeds differ here too.
+        max_grad_norm: the setting of ``config``, which clips inside the step; the Trainer's has to be 0 then.
 
     Raises:
         OptionError: settings that do not fit the model, or a process set up for DeepSpeed or FSDP, where the Trainer
@@ -71,7 +74,7 @@ def build_optimizer(
             f"Under {backend} the Trainer drops or refuses optimizers=: make the Trainer without it and call "
             "attach(trainer, config), or use Trainer(**galore_plugin(config, args)).",
         )
-    config = config or GaLoreConfig()
+    config = given_config(config, max_grad_norm)
     check_layerwise(config, backend)
     layerwise_lightning = config.layerwise and lightning.is_lightning(model)
     if layerwise_lightning:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback
@@ -12,7 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from galore_trainer.errors import OptionError
 from galore_trainer.hf.arguments import check_kept, overruled, rebuilt_schedule
-from galore_trainer.hf.backend import check_averaged, training_backend
+from galore_trainer.hf.backend import check_averaged, check_clipping, training_backend
 from galore_trainer.hf.checkpoints import lacks_state, saved_steps
 from galore_trainer.hf.membership import Membership
 from galore_trainer.hf.table import show_weights
@@ -22,6 +22,7 @@ from galore_trainer.optim.guards import some_of
 from galore_trainer.optim.param_groups import scale_of
 
 logger = logging.getLogger(__name__)
+Caller = TypeVar("Caller")
 STEPS_TO_MOVE = 3
 """Steps with a learning rate above 0 after which every projected weight must have changed."""
 
@@ -34,7 +35,9 @@ class GaLoreCallback(TrainerCallback):
     - ``galore/projection_error``: mean over matrices of ||G - lift(project(G))|| / ||G|| at their newest refresh,
     - ``galore/refresh_seconds`` and ``galore/update_seconds``: seconds since the last log, on this process; the update
       includes plain parameters,
-    - ``galore/state_bytes``: bytes of optimizer state on this process.
+    - ``galore/state_bytes``: bytes of optimizer state on this process,
+    - ``grad_norm``, before clipping, where the optimizer clips (``max_grad_norm``): it is read at a log alone, and the
+      Trainer measures none of its own.
 
     They reach ``log_history``, every tracker (``report_to``) and every other callback, because the callback moves
     itself to the front of the Trainer's list.
@@ -48,7 +51,7 @@ class GaLoreCallback(TrainerCallback):
         OptionError: the Trainer's optimizer is not a ``GaLoreAdamW`` (for example because it dropped ``optimizers=``);
             it does not hold the weights that the model trains, at the start or after a later change; a checkpoint
             lacks the optimizer's state; an argument changed after ``galore_plugin``'s optimizer was made; several
-            processes train without averaging gradients.
+            processes train without averaging gradients; the Trainer clips gradients, and the optimizer too.
         RuntimeError: a projected weight did not change in three steps with lr > 0 and a non-zero gradient.
     """
 
@@ -79,7 +82,7 @@ class GaLoreCallback(TrainerCallback):
 
     def _move_to_front(self) -> None:
         """Move before the trackers, which the Trainer puts first, so that they see what ``on_log`` adds."""
-        handler = _calling_handler()
+        handler = _calling(CallbackHandler)
         if handler is not None and self in handler.callbacks:
             # the handler is iterating over this list: only callbacks that it has called already change their places
             handler.callbacks.remove(self)
@@ -106,6 +109,11 @@ class GaLoreCallback(TrainerCallback):
                 changed,
             )
         self._optimizer.settings_before_load = []
+        if self._optimizer.config.max_grad_norm is not None:
+            from transformers import Trainer
+
+            check_clipping(self._optimizer.config, args)
+            leave_norm_to_step(_calling(Trainer))
         if state.is_world_process_zero:
             tell_rebuilt_schedule(state, self._optimizer, kwargs.get("lr_scheduler"))
         if (model := kwargs.get("model")) is not None:
@@ -191,6 +199,8 @@ class GaLoreCallback(TrainerCallback):
         errors = list(self._optimizer.projection_errors.values())
         if errors:
             added["galore/projection_error"] = torch.stack([e.to(errors[0].device) for e in errors]).mean().item()
+        if self._optimizer.grad_norm is not None:
+            added["grad_norm"] = self._optimizer.grad_norm.item()
         logs.update(added)
         # the Trainer has put a copy of the log into the history before it called
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -221,12 +231,26 @@ def tell_rebuilt_schedule(state: Any, optimizer: Any, scheduler: Any) -> None:
         logger.warning("%s", jump)
 
 
-def _calling_handler() -> CallbackHandler | None:
-    """The ``CallbackHandler`` that is calling; read from the stack, because transformers does not pass it."""
+def leave_norm_to_step(trainer: Any) -> None:
+    """Let a Trainer measure no norm of gradients before a step that clips: it would read and write each of them.
+
+    A Trainer whose ``max_grad_norm`` is 0 still calls ``clip_grad_norm_``, with an infinite limit, to log the norm.
+    """
+    if hasattr(trainer, "_get_grad_norm"):
+        trainer._get_grad_norm = _norm_as_given
+
+
+def _norm_as_given(model: Any, grad_norm: Any = None) -> Any:
+    """In the place of ``Trainer._get_grad_norm``."""
+    return grad_norm
+
+
+def _calling(kind: type[Caller]) -> Caller | None:
+    """The handler or Trainer that is calling; read from the stack, because transformers does not pass it."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
+        if isinstance(caller, kind):
             return caller
         frame = frame.f_back  # type: ignore[assignment]
     return None

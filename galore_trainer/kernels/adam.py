@@ -26,6 +26,7 @@ def adam_(
     betas: tuple[float, float],
     eps: float,
     dtype: torch.dtype,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """Add R to the moments, in place, and return N of ``core.galore.adam``.
 
@@ -36,6 +37,7 @@ def adam_(
         ok: [matrices], 1.0 or 0.0. Where it is 0.0 moments stay, and entries of N are left undefined.
         betas, eps: of Adam.
         dtype: of N, which is rounded to nearest.
+        clip: float32 scalar that multiplies R; None is 1.
 
     Returns:
         N, in the shape of R.
@@ -50,6 +52,7 @@ def adam_(
         t.addresses,
         R,
         ok,
+        clip,
         N,
         entries,
         1.0 - b1,
@@ -88,6 +91,14 @@ def product(a, b):
 
 
 @triton.jit
+def clipped(x, clip):
+    """x times the factor of clipping, where there is one."""
+    if clip is not None:
+        x = product(x, tl.broadcast_to(tl.load(clip), x.shape))
+    return x
+
+
+@triton.jit
 def normalised(m, v, age, log_beta1, log_beta2, eps):
     """The update of moments of this age."""
     denominator = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
@@ -101,6 +112,7 @@ def _adam(
     t,
     R,
     ok,
+    clip,
     N,
     entries,
     rate1,
@@ -120,7 +132,7 @@ def _adam(
         m_at = pointer_at(M, matrix, tl.float32, ALIGNED) + entry
         v_at = pointer_at(V, matrix, tl.float32, ALIGNED) + entry
         joined = matrix.to(tl.int64) * entries + entry  # position in R and N
-        r = tl.load(R + joined, mask=mask, other=0.0)
+        r = clipped(tl.load(R + joined, mask=mask, other=0.0), clip)
         m = tl.load(m_at, mask=mask, other=0.0)
         v = tl.load(v_at, mask=mask, other=0.0)
         m = lerp(m, r, rate1)
@@ -146,6 +158,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
     keys: Tensor | None,
+    clip: Tensor | None = None,
 ) -> None:
     """One step of ``torch.optim.AdamW`` on plain weights, in place, computed in float32.
 
@@ -157,6 +170,7 @@ def adamw_(
         entries: number of entries of a weight.
         lr, betas, eps, weight_decay: of AdamW.
         keys: int64 [weights], for stochastic rounding of bfloat16 weights; None rounds to nearest.
+        clip: float32 scalar that multiplies G; None is 1.
     """
     kernel: Any = _adamw
     kernel[(triton.cdiv(entries, BLOCK), len(ok))](
@@ -167,6 +181,7 @@ def adamw_(
         t,
         ok,
         ok if keys is None else keys,  # a pointer that is not read
+        clip,
         entries,
         lr,
         lr * weight_decay,
@@ -194,6 +209,7 @@ def _adamw(
     t,
     ok,
     keys,
+    clip,
     entries,
     lr,
     decay,
@@ -222,6 +238,7 @@ def _adamw(
         v_at = pointer_at(V, weight, tl.float32, STATE_ALIGNED) + entry
         w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(pointer_at(gradients, weight, G_TYPE, G_ALIGNED) + entry, mask=mask, other=0.0).to(tl.float32)
+        g = clipped(g, clip)
         m = lerp(tl.load(m_at, mask=mask, other=0.0), g, rate1)
         v = lerp(tl.load(v_at, mask=mask, other=0.0), g * g, rate2)
         tl.store(m_at, m, mask=mask)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels.adam import lerp, log_of, normalised
+from galore_trainer.kernels.adam import clipped, lerp, log_of, normalised
 from galore_trainer.kernels.tables import Scattered, pointer_at, rounded
 
 TILE = 2048  # entries of R that a program takes at a time
@@ -47,6 +47,7 @@ def line_factors(
     residual_scale: float,
     noise: float,
     moments: Moments | None = None,
+    clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """phi before its limit, and d^2 of every line; see ``core.scaled.line_factors``.
 
@@ -59,6 +60,8 @@ def line_factors(
         side: ``right`` or ``left``.
         residual_scale, noise: as in ``core``.
         moments: to take R in, in place: N is written, as by ``adam_``, and not read. So R is read once for both.
+        clip: float32 scalar that multiplies R where moments take it in; None is 1. Both results are for gradients and
+            projections as they are; they are 0 where it is 0.
 
     Returns:
         phi, float32 [matrices x blocks, lines]; (phi_j ||D_j||)^2 in float64 and in the same shape.
@@ -75,6 +78,7 @@ def line_factors(
         N,
         norms,
         ok,
+        clip,
         phi,
         lost,
         lines,
@@ -115,6 +119,7 @@ def _line_factors(
     N,
     norms,
     ok,
+    clip,
     phi,
     lost,
     lines,
@@ -162,8 +167,9 @@ def _line_factors(
                 at = k.to(tl.int64)[None, :] * lines + line[:, None]
             r = tl.load(R + at, mask=mask, other=0.0)
             if M is not None:
-                m = lerp(tl.load(M_block + at, mask=mask, other=0.0), r, rate1)
-                v = lerp(tl.load(V_block + at, mask=mask, other=0.0), r * r, rate2)
+                g = clipped(r, clip)
+                m = lerp(tl.load(M_block + at, mask=mask, other=0.0), g, rate1)
+                v = lerp(tl.load(V_block + at, mask=mask, other=0.0), g * g, rate2)
                 tl.store(M_block + at, m, mask=mask)
                 tl.store(V_block + at, v, mask=mask)
                 n = normalised(m, v, age, log_beta1, log_beta2, eps)
@@ -174,6 +180,8 @@ def _line_factors(
             nn += n * n
         r2, n2 = tl.sum(rr, axis=1), tl.sum(nn, axis=1)
         g2 = tl.load(norms + by_line, mask=line < lines, other=0.0)
+        if clip is not None:
+            r2 = tl.where(tl.load(clip) > 0.0, r2, 0.0)
         is_seen = (r2 > 0.0) & (r2 > noise2 * g2)
         factor = tl.where(is_seen, residual_scale * tl.sqrt(n2) / tl.sqrt(tl.where(is_seen, r2, 1.0)), 0.0)
         wide = factor.to(tl.float64)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels.adam import lerp, log_of, normalised, product
+from galore_trainer.kernels.adam import clipped, lerp, log_of, normalised, product
 from galore_trainer.kernels.tables import GOLDEN, Scattered, mixed, pointer_at, rounded, row_keys
 
 BLOCK = 256  # entries that share a scale, as in ``core.precision``
@@ -42,6 +42,7 @@ def adam_small_(
     betas: tuple[float, float],
     eps: float,
     dtype: torch.dtype,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """``adam_`` for moments of 16 or 8 bits, rounded stochastically as by ``core.precision.encode``.
 
@@ -54,6 +55,7 @@ def adam_small_(
         codes: the values of signed and of unsigned codes, float32 [256]; not read for 16 bits.
         betas, eps: of Adam.
         dtype: of N, which is rounded to nearest.
+        clip: float32 scalar that multiplies R; None is 1.
 
     Returns:
         N, in the shape of R, of the moments before they are rounded.
@@ -73,6 +75,7 @@ def adam_small_(
         R,
         ok,
         keys,
+        clip,
         N,
         entries,
         blocks,
@@ -102,6 +105,7 @@ def _adam_small(
     R,
     ok,
     keys,
+    clip,
     N,
     entries,
     blocks,
@@ -126,7 +130,7 @@ def _adam_small(
         entry = group[:, None] * SHARING + lane[None, :]
         mask = entry < entries
         joined = block.to(tl.int64) * entries + entry  # position in R and N
-        r = tl.load(R + joined, mask=mask, other=0.0)
+        r = clipped(tl.load(R + joined, mask=mask, other=0.0), clip)
         within = part.to(tl.int64) * entries + entry
         m_at = pointer_at(M, matrix, TYPE, ALIGNED) + within
         v_at = pointer_at(V, matrix, TYPE, ALIGNED) + within

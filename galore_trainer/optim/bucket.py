@@ -18,7 +18,7 @@ from galore_trainer.core.precision import NOISE, Stored, decode, decode_basis, e
 from galore_trainer.core.scaled import noise_of
 from galore_trainer.core.sparse import Support, read_at
 from galore_trainer.core.streams import stream
-from galore_trainer.optim.kept import KeptGradient
+from galore_trainer.optim.kept import KeptGradient, norms_of_tensors
 from galore_trainer.optim.local import AGE, Piece
 
 Item = TypeVar("Item")
@@ -47,20 +47,47 @@ class Bucket:
         self.places: Any = None  # where its tensors lie, for kernels
         self.norms: Tensor | None = None  # squared, of the gradients' lines, for the scaled residual
         self.factors: tuple[Tensor, Tensor] | None = None  # of these lines, where kernels made them with N
+        self.projected: tuple[Tensor, Tensor] | None = None  # R and ok, while ``clipping`` holds them
         self._supports: dict[str, Support] = {}
 
     def let_go(self) -> None:
         """Hold nothing that ``LocalWeight.open`` copied; before it can move, its pieces have to be opened again."""
         self.pieces = [p._replace(weight=p.owner.weight, grad=p.owner.grad) for p in self.pieces]
         self.places = None
+        self.drop_copies()
+
+    def drop_copies(self) -> None:
+        """Free joined gradients and bases; they are joined again where they are needed again."""
         for name in ("G", "P"):
             self.__dict__.pop(name, None)
+        if self.places is not None:
+            self.places.drop_copies()
+
+    def take_projected(self) -> tuple[Tensor, Tensor] | None:
+        """R and ok where they were held, which ends here; else None."""
+        projected, self.projected = self.projected, None
+        return projected
 
     @functools.cached_property
     def ok(self) -> Tensor | None:
         """[pieces], 1.0 or 0.0, where flags were known before the step; else None."""
         flags = [piece.owner.ok for piece in self.pieces if piece.owner.ok is not None]
         return torch.stack(flags) if flags else None
+
+    @property
+    def clip(self) -> Tensor | None:
+        """The factor of clipping; None is 1."""
+        return self.pieces[0].owner.clip
+
+    def clipped(self, x: Tensor) -> Tensor:
+        """What is linear in the gradient, as it enters the moments."""
+        return x if self.clip is None else x * self.clip
+
+    def energies(self) -> Tensor:
+        """||G||^2 of every piece, [pieces], float64: from the norms of lines where there are some."""
+        if self.norms is not None:
+            return self.norms.reshape(len(self.pieces), -1).sum(dim=1, dtype=torch.float64)
+        return torch.stack(norms_of_tensors([piece.grad for piece in self.pieces])).double().square()
 
     @property
     def is_kept(self) -> bool:

@@ -14,7 +14,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import Placement
 from galore_trainer.layouts.shard import Ranks
-from galore_trainer.optim import lookup, param_groups, refresh
+from galore_trainer.optim import clipping, lookup, param_groups, refresh
 from galore_trainer.optim.guards import Retries, Watch, compare_bases, total_skips
 from galore_trainer.optim.kept import Directions, KeptWhole
 from galore_trainer.optim.layerwise import Averager, ProjectedGradient, attach_group, drop_projected, is_zero
@@ -25,7 +25,7 @@ from galore_trainer.optim.reshard import put_whole
 from galore_trainer.optim.residual import make_support
 from galore_trainer.optim.state_dict import pack, unpack
 from galore_trainer.optim.state_forms import bare, bytes_by_kind, prepare_state
-from galore_trainer.optim.step import count, update
+from galore_trainer.optim.step import Joined, count, update
 from galore_trainer.timing import Stopwatch
 
 
@@ -42,6 +42,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         lr: learning rate as for AdamW; projected weights move with ``lr * config.scale``.
         betas, eps, weight_decay: as in ``torch.optim.AdamW``; decay is decoupled and in full space.
         seed: seeds heads, test matrices and rounding.
+        max_grad_norm: the setting of ``config``, which clips inside the step; see ``grad_norm``.
+
+    Attributes:
+        grad_norm: where the step clips, the norm of all gradients of the newest one before clipping: a scalar on the
+            device; else None.
 
     Raises:
         OptionError: an impossible setting; a parameter that cannot be trained, or (at ``step``) that has changed its
@@ -64,11 +69,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         seed: int = 0,
+        max_grad_norm: float | None = None,
     ) -> None:
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, projected=False)
         param_groups.check_optimizer_options(defaults)
         defaults["betas"] = tuple(betas)
-        self.config = param_groups.given_config(config)
+        self.config = param_groups.given_config(config, max_grad_norm)
+        self.grad_norm: Tensor | None = None
         self.seed = seed
         self.stopwatch = Stopwatch()
         self.max_stack_elements: int | None = None  # None chooses by device
@@ -140,25 +147,25 @@ class GaLoreAdamW(torch.optim.Optimizer):
         Args:
             weights: with gradients; of cut ones every process passes the same, in the same order.
         """
-        exchange(weights)
-        plain: list[LocalWeight] = []
-        projected: list[LocalWeight] = []
-        for w in weights:
-            if self._prepare(w):
-                (projected if w.matrices else plain).append(w)
+        clips = self.config.max_grad_norm is not None
+        exchange(weights, clips)
+        weights = [w for w in weights if self._prepare(w)]
+        plain, projected = [w for w in weights if not w.matrices], [w for w in weights if w.matrices]
         check_wanted(projected, self.config)
+        self._retries.settle()
+        staying, due = [w for w in projected if not w.is_due], [w for w in projected if w.is_due]
         moved: list[Moved] = []
+        held: list[Joined] = []  # projections of weights that stay, until the norm of all gradients is known
+        if clips and weights:
+            with self.stopwatch.measure("update", weights[0].weight.device):
+                how = (self.config, self.seed, self.max_stack_elements)
+                self.grad_norm, held, staying = clipping.clip(plain, staying, due, *how)
         if plain:
             with self.stopwatch.measure("plain", plain[0].weight.device):
                 moved += move_plain(plain, self.config, self.seed)
-        self._retries.settle()
-        staying: list[LocalWeight] = []
-        due: list[LocalWeight] = []
-        for w in projected:
-            (due if w.is_due else staying).append(w)
         async_due, checked_due = refresh.part_due(due, self.config)
         norms = refresh.norms_later(checked_due) if checked_due else None  # on their way while the others move
-        moved += self._update(staying)
+        moved += self._update(staying, held)
         self._refresh(async_due, self._retries)
         fit, without_basis = refresh.part_by_norm(checked_due, norms.tolist() if norms is not None else [], self.config)
         self._refresh(fit)
@@ -172,11 +179,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
             drop_projected(w.weight for w in projected)  # their step is over, and they fit nothing any more
         return moved
 
-    def _update(self, weights: Sequence[LocalWeight]) -> list[Moved]:
-        if not weights:
+    def _update(self, weights: Sequence[LocalWeight], held: list[Joined] | None = None) -> list[Moved]:
+        if not weights and not held:
             return []
-        with self.stopwatch.measure("update", weights[0].weight.device):
-            return update(weights, self.config, self.seed, self.max_stack_elements)
+        first = (held[0].weights if held else weights)[0]
+        with self.stopwatch.measure("update", first.weight.device):
+            return update(weights, self.config, self.seed, self.max_stack_elements, held)
 
     def _refresh(self, weights: Sequence[LocalWeight], retries: Retries | None = None) -> None:
         """New bases for weights that are due; see ``refresh_bucket`` for what their gradients have to be."""
@@ -274,13 +282,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         prepare_state(w, self.config, self._phase(w))
         if w.has_basis and w.is_due:
             return None if self.averager is None else ProjectedGradient(p.grad, name, [KeptWhole()], self.averager)
-        direction = functools.partial(
-            self._directions.of,
-            row=self._ordinals[name],
-            rows=len(self._ordinals),
-            seed=self.seed,
-            calls=w.state["calls"],
-        )
+        row, rows = self._ordinals[name], len(self._ordinals)
+        direction = functools.partial(self._directions.of, row=row, rows=rows, seed=self.seed, calls=w.state["calls"])
         return ProjectedGradient(
             p.grad, name, lookup.kept_gradients(w, self.config, self.seed, direction), self.averager
         )
@@ -346,8 +349,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.__dict__.setdefault("stopwatch", Stopwatch())
         skips = [int(x[1]) for state in self.state.values() for key, x in state.items() if bare(key) == "skipped"]
         self._retries, self._directions, self._watch = Retries(), Directions(), Watch(sum(skips))
-        self.__dict__.setdefault("averager", None)
-        self.__dict__.setdefault("ranks", None)
+        for name in ("averager", "ranks", "grad_norm"):
+            self.__dict__.setdefault(name, None)
         if "placement" not in self.__dict__:
             self.placement = Placement()
             for group in self.param_groups:

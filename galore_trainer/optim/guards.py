@@ -78,8 +78,17 @@ def usable_flags(grads: Sequence[Tensor], *, order: float = float("inf")) -> lis
             continue
         # an empty gradient has no largest magnitude
         filled = [grads[i] if grads[i].numel() else grads[i].new_zeros(1) for i in members]
-        norms = torch.stack(list(torch._foreach_norm(filled, order, wide)))
-        for i, flag in zip(members, (norms < limit).float().unbind(), strict=True):
+        for i, flag in zip(members, usable_norms(torch._foreach_norm(filled, order, wide)), strict=True):
+            flags[i] = flag
+    return flags
+
+
+def usable_norms(norms: Sequence[Tensor]) -> list[Tensor]:
+    """1.0 for each norm, a scalar tensor in ``compute_dtype``, of a usable gradient, else 0.0; see ``usable_flags``."""
+    flags: list[Any] = [None] * len(norms)
+    for (_, dtype), members in _alike(norms, lambda x: (x.device, x.dtype)).items():
+        below = torch.stack([norms[i] for i in members]) < largest_usable(dtype)  # False for NaN
+        for i, flag in zip(members, below.float().unbind(), strict=True):
             flags[i] = flag
     return flags
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from galore_trainer.core.matrix import LogicalMatrix, Rows, local_rows
 from galore_trainer.layouts.shard import Ranks, Shard, completed_cut_rows
-from galore_trainer.optim.guards import usable_flags
+from galore_trainer.optim.guards import usable_flags, usable_norms
 from galore_trainer.optim.kept import KeptGradient, norms_of_tensors
 
 AGE, RESIDUAL_AGE = "step", "residual_step"
@@ -82,7 +82,8 @@ class LocalWeight:
 
     Attributes:
         ok: 1.0 where every gradient of the weight on every process is usable, else 0.0; None until that is known.
-        energy: squared norm of the whole gradient of a cut weight, where it was asked for.
+        energy: squared norm of the whole gradient, over all processes, float64; None until it was asked for.
+        clip: scalar that multiplies the gradient where it enters the step, in ``compute_dtype``; None is 1.
         complete_rows: rows of the gradient that several processes share, complete, by local row.
         age_keys: of the ages that grow in this step.
     """
@@ -103,6 +104,7 @@ class LocalWeight:
         self.weight, self.grad, self.matrices, self.kept, self.compute_in = weight, grad, matrices, kept, compute_in
         self.ok: Tensor | None = None
         self.energy: Tensor | None = None
+        self.clip: Tensor | None = None
         self.complete_rows: dict[int, Tensor] = {}
         self.age_keys: tuple[str, ...] = (AGE,)
         self._rows: Tensor | None = None
@@ -244,24 +246,27 @@ def moved_together(weights: Iterable[LocalWeight]) -> list[Moved]:
 # ---------------------------------------------------------------------- what crosses processes in every step
 
 
-def exchange(weights: Iterable[LocalWeight]) -> None:
+def exchange(weights: Iterable[LocalWeight], clips: bool = False) -> None:
     """Learn what a step must know of its weights before it moves the first: flags, norms and cut rows.
 
     A weight of one matrix that is whole learns its flag from its projection. The parts of a fused weight move together
     or not at all, on every process, so their flag comes from the gradient: where its norm is below the limit, every
     projection and every lost entry is, too.
+
+    Args:
+        weights: of this step.
+        clips: the norm of every gradient is wanted; ``clipping`` asks whole weights for it, and so for their flags.
     """
     by_ranks: dict[Ranks | None, list[LocalWeight]] = {}
     for w in weights:
-        if not w.shard.is_whole or len(w.matrices) > 1:
+        if not w.shard.is_whole or (len(w.matrices) > 1 and not clips):
             by_ranks.setdefault(w.shard.ranks, []).append(w)
     for ranks, members in by_ranks.items():
-        flags = _flags(members)
         if ranks is None:
-            for w, ok in zip(members, flags, strict=True):
+            for w, ok in zip(members, _flags(members), strict=True):
                 w.ok = ok
         else:
-            _sum_over(ranks, members, flags)
+            _sum_over(ranks, members, clips)
 
 
 def _flags(weights: Sequence[LocalWeight]) -> list[Tensor]:
@@ -278,12 +283,15 @@ def _flags(weights: Sequence[LocalWeight]) -> list[Tensor]:
     return flags
 
 
-def _sum_over(ranks: Ranks, weights: Sequence[LocalWeight], flags: Sequence[Tensor]) -> None:
-    numbers = [1.0 - torch.stack(list(flags)).double()]
-    if any(w.is_fresh or w.is_due for w in weights):  # the same on every process
+def _sum_over(ranks: Ranks, weights: Sequence[LocalWeight], clips: bool) -> None:
+    flags: Sequence[Tensor] = () if clips else _flags(weights)
+    numbers = []
+    if clips or any(w.is_fresh or w.is_due for w in weights):  # the same on every process
         filled = [w.grad if w.grad.numel() else w.grad.new_zeros(1) for w in weights]
-        norms = torch.stack([norm.double() for norm in norms_of_tensors(filled)])
-        numbers.append(norms * norms)
+        norms = norms_of_tensors(filled)
+        flags = flags or usable_norms(norms)
+        numbers.append(torch.stack([norm.double() for norm in norms]).square())
+    numbers.insert(0, 1.0 - torch.stack(list(flags)).double())
     bad, *energies = ranks.sum(torch.stack(numbers)).unbind()
     for w, ok in zip(weights, (bad == 0.0).float().unbind(), strict=True):
         w.ok = ok

@@ -61,6 +61,7 @@ def weights_with_gradients(
                 if not placement.is_cut:
                     check_settings(config, "shards")
                 if flat:
+                    check_sees_all(config)
                     yield from _in_flat(group, p, states[p], placement)
                 else:
                     yield _cut_weight(group, i, grad, states[p], placement)
@@ -69,6 +70,18 @@ def weights_with_gradients(
             if type(grad) is not Tensor and isinstance(grad, ProjectedGradient):
                 grad, kept = (grad, grad.parts) if grad.whole is None else (grad.whole, None)
             yield LocalWeight(names[i], group, states[p], noted.shards[i], p, grad, matrices, kept)
+
+
+def check_sees_all(config: GaLoreConfig) -> None:
+    """Raise ``OptionError`` for clipping inside the step where DeepSpeed steps one group of weights after the other."""
+    if config.max_grad_norm is not None:
+        raise OptionError(
+            "galore.max_grad_norm",
+            f"{config.max_grad_norm} under DeepSpeed",
+            "unset there: no step sees the gradients of all groups",
+            "DeepSpeed clips before it calls the optimizer: set gradient_clipping in its settings, or the Trainer's "
+            "max_grad_norm beside gradient_clipping: auto.",
+        )
 
 
 def whole_weight(group: dict[str, Any], i: int, grad: Tensor, states: Any, placement: Placement) -> LocalWeight:

@@ -64,7 +64,7 @@ class TorchOps:
         return lost_at(bucket.gradient_at(key), R, bucket.P, bucket.matrix.side, bucket.support(key))
 
     def adam_(self, incoming: Sequence[Incoming], moments: Sequence[tuple[str, bool]], age: str) -> list[Tensor]:
-        """Take R into a pair of moments of each bucket, in place; the normalised updates N.
+        """Take R, clipped, into a pair of moments of each bucket, in place; the normalised updates N.
 
         Single matrices on a CPU go through one call of torch's fused AdamW, which takes all of them.
 
@@ -76,7 +76,7 @@ class TorchOps:
         updates: list[Tensor] = []
         joined: dict[tuple[Any, ...], list[tuple[Bucket, Tensor, Tensor]]] = defaultdict(list)
         for bucket, R, ok in incoming:
-            betas, eps = bucket.group["betas"], bucket.group["eps"]
+            betas, eps, R = bucket.group["betas"], bucket.group["eps"], bucket.clipped(R)
             if type(R) is Tensor and _is_simple(bucket):
                 N = torch.zeros_like(R, memory_format=torch.contiguous_format)
                 if ok.item() > 0.0:
@@ -93,8 +93,14 @@ class TorchOps:
         return updates
 
     def line_factors(self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of the scaled residual for each line, and the squared norms of what they scale; see ``core``."""
+        """Factors of the scaled residual for each line, and the squared norms of what they scale; see ``core``.
+
+        They are those of gradients and projections as they are: phi is ||N|| / ||R||, so that what clipping takes from
+        D it gives to phi. Where it makes a gradient zero, they are 0.
+        """
         assert bucket.norms is not None  # from ``project``
+        if bucket.clip is not None:
+            ok = ok * (bucket.clip > 0.0)
         return line_factors(
             bucket.norms,
             R,

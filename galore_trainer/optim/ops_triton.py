@@ -50,17 +50,17 @@ class TritonOps:
         from galore_trainer.kernels.routes import route_of
 
         places = self._places(bucket)
-        first, matrix = bucket.pieces[0], bucket.matrix
-        known = bucket.ok
+        first, matrix, known = bucket.pieces[0], bucket.matrix, bucket.ok
         if first.kept is None:
             G = places["gradients"]
             P = places.bases(bucket, first.owner.compute_in or G.dtype)
-            if has_scaled(matrix, self.config):
+            layout = places.layout(first.grad)
+            scaled, alike = has_scaled(matrix, self.config), G.dtype == P.dtype and layout.length == layout.rows
+            by_library = not scaled and alike and route_of(matrix.rank, P.dtype).project.library
+            if scaled or (self.config.max_grad_norm is not None and first.owner.energy is None and not by_library):
                 lines = matrix.moment_shape[1 if matrix.side == "right" else 2]
                 bucket.norms = torch.empty(len(P), lines, dtype=torch.float32, device=P.device)
-            layout = places.layout(first.grad)
-            by_library = bucket.norms is None and G.dtype == P.dtype and layout.length == layout.rows
-            if by_library and route_of(matrix.rank, P.dtype).project.library:
+            if by_library:
                 R = _by_library(bucket, P)
                 ok = usable_parts(R, len(bucket.pieces)) if known is None else known
             else:
@@ -101,7 +101,7 @@ class TritonOps:
                     taken_in = Moments(M, V, places[age], betas, eps)
                     bucket.factors = self._line_factors(bucket, R, N, ok, taken_in)  # reads R once, and never N
                 else:
-                    N = adam_(M, V, places[age], R, ok, dtype=dtype, betas=betas, eps=eps)
+                    N = adam_(M, V, places[age], R, ok, dtype=dtype, betas=betas, eps=eps, clip=bucket.clip)
             elif places.moves_small_state:
                 N = self._adam_small(bucket, R, ok, moments, age, dtype)
             else:
@@ -110,13 +110,7 @@ class TritonOps:
         return updates
 
     def _adam_small(
-        self,
-        bucket: Bucket,
-        R: Tensor,
-        ok: Tensor,
-        moments: Sequence[tuple[str, bool]],
-        age: str,
-        dtype: torch.dtype,
+        self, bucket: Bucket, R: Tensor, ok: Tensor, moments: Sequence[tuple[str, bool]], age: str, dtype: torch.dtype
     ) -> Tensor:
         """``adam_`` for moments of 16 or 8 bits."""
         from galore_trainer.kernels.small_state import Small, adam_small_
@@ -125,7 +119,8 @@ class TritonOps:
         M, V = (Small(places[key], places.get(key + SCALE)) for key, _ in moments)
         codes = table(True, R.device), table(False, R.device)
         keys = places[noise_key(moments)].addresses
-        return adam_small_(M, V, places[age], R, ok, keys, codes, dtype=dtype, betas=group["betas"], eps=group["eps"])
+        options = {"dtype": dtype, "betas": group["betas"], "eps": group["eps"], "clip": bucket.clip}
+        return adam_small_(M, V, places[age], R, ok, keys, codes, **options)
 
     def line_factors(self, bucket: Bucket, R: Tensor, N: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
         """As ``TorchOps.line_factors``."""
@@ -149,6 +144,7 @@ class TritonOps:
             residual_scale=self.config.residual_scale,
             noise=bucket.noise,
             moments=moments,
+            clip=bucket.clip,
         )
 
     def apply_(
@@ -270,6 +266,10 @@ class Places:
         if rounds(first.weight, config):
             noise = [rounding_key(seed, piece.name, piece.owner.state["calls"]) for piece in bucket.pieces]
         self._scattered, self.keys = scatter(columns, dtypes, noise, bucket.device)
+
+    def drop_copies(self) -> None:
+        """Free the joined bases."""
+        self._bases.clear()
 
     def __getitem__(self, name: str) -> Any:
         """Weights, gradients, or tensors of the state by their key."""

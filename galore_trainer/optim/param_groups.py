@@ -187,11 +187,20 @@ def warn_if_plain(groups: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def given_config(config: Any) -> GaLoreConfig:
-    """The optimizer's settings; ``OptionError`` for something else in their place, such as a learning rate."""
+def given_config(config: Any, max_grad_norm: float | None = None) -> GaLoreConfig:
+    """The optimizer's settings, with the one that is an argument of its own, too.
+
+    Raises:
+        OptionError: something else in the place of a configuration, such as a learning rate; another limit than its.
+    """
     if not isinstance(config, GaLoreConfig | None):
         raise OptionError("config", config, "a GaLoreConfig", "Give lr by its name: lr=1e-4.")
-    return config or GaLoreConfig()
+    config = config or GaLoreConfig()
+    if max_grad_norm is None:
+        return config
+    if config.max_grad_norm not in (None, max_grad_norm):
+        raise OptionError("max_grad_norm", max_grad_norm, f"the config's {config.max_grad_norm}", "Give one of them.")
+    return dataclasses.replace(config, max_grad_norm=max_grad_norm)
 
 
 def config_of(group: Mapping[str, Any], config: GaLoreConfig) -> GaLoreConfig:

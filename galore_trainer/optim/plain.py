@@ -50,7 +50,8 @@ def move_plain(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) 
         if config.plain_state_bits < 32:
             noise = stream(w.weight.device, seed, w.name, "moments", calls)
         assert w.ok is not None
-        plain_step(w.weight, w.grad, w.state, w.group, w.ok, weight_noise(w.weight, w.name, calls, config, seed), noise)
+        rounding = weight_noise(w.weight, w.name, calls, config, seed)
+        plain_step(w.weight, w.grad, w.state, w.group, w.ok, rounding, noise, w.clip)
     for w in by_torch:
         w.age_keys = ()  # torch has counted it
     return moved + moved_together(by_torch)
@@ -94,6 +95,7 @@ def _move_by_kernel(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: 
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             keys=uploaded_keys,
+            clip=first.clip,
         )
     return Moved(weights, ok, (AGE,))
 
@@ -123,6 +125,7 @@ def plain_step(
     ok: Tensor,
     rounding: torch.Generator | None,
     noise: torch.Generator | None = None,
+    clip: Tensor | None = None,
 ) -> None:
     """One AdamW step in place.
 
@@ -135,6 +138,7 @@ def plain_step(
         ok: scalar tensor, 1.0, or 0.0 to leave everything as it is.
         rounding: for stochastic rounding of bf16 weights; None rounds to nearest.
         noise: for the rounding of moments in fewer than 32 bits.
+        clip: scalar tensor that multiplies the gradient, in chunks; None is 1.
     """
     options = dict(
         found_inf=1.0 - ok,
@@ -149,7 +153,8 @@ def plain_step(
     )
     wide = compute_dtype(p.dtype)
     grad = grad.contiguous()  # torch's fused function reads its arguments in memory order, whatever their strides
-    if p.dtype == grad.dtype == state["exp_avg"].dtype == wide and p.is_contiguous():
+    direct = p.dtype == grad.dtype == state["exp_avg"].dtype == wide and p.is_contiguous()
+    if direct and clip is None:
         adamw([p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], **options)
         return
     before = state["step"].clone()
@@ -161,8 +166,12 @@ def plain_step(
         stored = [_chunk(state, key, here) for key, _ in MOMENTS]
         new = weight[here].to(wide)
         m, v = (decode(x, signed=signed)[0].to(wide) for x, (_, signed) in zip(stored, MOMENTS, strict=True))
-        adamw([new], [gradient[here].to(wide)], [m], [v], [], [state["step"]], **options)
-        weight[here] = stochastic_round(new, rounding) if rounding is not None and p.dtype == torch.bfloat16 else new
+        g = gradient[here].to(wide) if clip is None else gradient[here].to(wide) * clip
+        adamw([new], [g], [m], [v], [], [state["step"]], **options)
+        if not direct:  # else ``new`` is a part of the weight itself
+            weight[here] = (
+                stochastic_round(new, rounding) if rounding is not None and p.dtype == torch.bfloat16 else new
+            )
         if state["exp_avg"].dtype != wide:
             for old, moment, (_, signed) in zip(stored, (m, v), MOMENTS, strict=True):
                 _replace_(old, moment.unsqueeze(0), signed, ok, noise)

@@ -45,14 +45,19 @@ def next_due(calls: int, gap: int, phase: int) -> int:
 
 
 def norms_later(weights: Sequence[LocalWeight]) -> Later:
-    """Frobenius norms of gradients on their way to the host; NaN where a process of a cut weight has a bad one."""
+    """Frobenius norms of gradients on their way to the host; NaN where they are known not to be usable."""
     device = weights[0].weight.device
-    whole = iter(norms_of([w.grad for w in weights if w.shard.is_whole]))
-    norms = [next(whole).double() if w.energy is None else _norm_of_cut(w) for w in weights]
-    return Later(torch.stack([norm.to(device) for norm in norms]))
+    return Later(torch.stack([norm.to(device) for norm in _norms(weights)]))
 
 
-def _norm_of_cut(w: LocalWeight) -> Tensor:
+def _norms(weights: Sequence[LocalWeight]) -> list[Tensor]:
+    """As ``norms_later``, of gradients as they enter the step: a clipped norm of 0 or NaN lets a refresh wait."""
+    unknown = iter(norms_of([w.grad for w in weights if w.energy is None]))
+    norms = [next(unknown).double() if w.energy is None else _usable_norm(w) for w in weights]
+    return [norm if w.clip is None else norm * w.clip for w, norm in zip(weights, norms, strict=True)]
+
+
+def _usable_norm(w: LocalWeight) -> Tensor:
     assert w.ok is not None
     assert w.energy is not None
     return torch.where(w.ok > 0.0, w.energy.sqrt(), float("nan"))
@@ -92,7 +97,7 @@ def part_by_norm(
 
 def usable_at_first(w: LocalWeight) -> Tensor:
     """The flag of a weight without a basis; an infinite norm counts as unusable."""
-    if w.ok is not None and not w.shard.is_whole:
+    if w.ok is not None and (w.clip is not None or not w.shard.is_whole):
         return w.ok
     return is_usable(w.grad) * torch.isfinite(norms_of([w.grad])[0])
 
@@ -164,7 +169,7 @@ def refresh_bucket(bucket: Bucket, config: GaLoreConfig, seed: int, retries: Ret
     P = find_bases(bucket, rows, config, seed, reduce, certainly=retries is None)
     ok: Tensor | None = None
     if retries is not None:
-        norms = torch.stack(norms_of([piece.grad for piece in bucket.pieces]))
+        norms = torch.stack(_norms([piece.owner for piece in bucket.pieces]))
         finite = torch.isfinite(P).reshape(len(bucket.pieces), -1).all(dim=1)
         succeeded = finite & torch.isfinite(norms) & (norms > 0.0)
         ok = bucket.spread(succeeded)

@@ -240,8 +240,8 @@ def _corrected(bucket: Bucket, N: Tensor, D: Tensor, ok: Tensor, config: GaLoreC
         m,
         v,
         bucket.ages(RESIDUAL_AGE),
-        D,
-        bucket.gradient_at(INDEX),
+        bucket.clipped(D),
+        bucket.clipped(bucket.gradient_at(INDEX)),
         lifted_at(M),
         spread,
         betas=betas,
@@ -348,7 +348,7 @@ def _warm_up(bucket: Bucket, ops: Any, R: Tensor, ok: Tensor, config: GaLoreConf
     else:  # where entries are gathered one product is cheaper than four times as many of them
         support = Support(bucket.get(CANDIDATE_INDEX), bucket.matrix.columns)
         D = read_at(residual.dense_loss(bucket.G, R, bucket.P, bucket.matrix.side), support)
-    D = torch.where(ok > 0.0, D, 0.0)
+    D = torch.where(ok > 0.0, bucket.clipped(D), 0.0)
     share = ok.to(D.dtype) * (1.0 - bucket.group["betas"][0])
     bucket.put(MEAN, torch.lerp(bucket.get(MEAN), D, share))
     if _is_last_of_warm_up(bucket.pieces[0].owner.state, config):

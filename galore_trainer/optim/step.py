@@ -63,7 +63,7 @@ def step_buckets(buckets: Sequence[Bucket], ops: TorchOps | TritonOps, config: G
     lost: list[Tensor | None] = []
     for bucket in buckets:
         # R = project(G). Where ok is 0.0 nothing below changes the weight, its moments or their age.
-        R, ok = ops.project(bucket)
+        R, ok = bucket.take_projected() or ops.project(bucket)
         # D = G - lift(R) by ``ops.lost``, while a CPU's cache holds G; puts ok to 0.0 where D is not usable.
         lost.append(residual.lost_entries(bucket, ops, R, ok, config))
         projected.append(Incoming(bucket, R, ok))
@@ -86,37 +86,78 @@ def apply(taken: Taken, ops: TorchOps | TritonOps) -> None:
     ops.apply_(bucket, N, ok, dense, None if N_S is None else (residual.INDEX, N_S))
 
 
-def update(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None = None) -> list[Moved]:
+class Joined(NamedTuple):
+    """Weights that are open, and the equal pieces of them that are moved together.
+
+    Attributes:
+        weights: they are closed when the next ones are opened.
+        ops: compute.
+        buckets: one, or several where torch computes.
+    """
+
+    weights: list[LocalWeight]
+    ops: TorchOps | TritonOps
+    buckets: Sequence[Bucket]
+
+
+def update(
+    weights: Sequence[LocalWeight],
+    config: GaLoreConfig,
+    seed: int,
+    asked: int | None = None,
+    held: list[Joined] | None = None,
+) -> list[Moved]:
     """One step of projected weights with the bases they have.
 
     Args:
         weights: equal ones one after the other.
         config, seed: of the optimizer.
         asked: gradient entries joined at a time, in place of what suits the device.
+        held: other weights, from ``hold_projections``; they are taken out of this list as they move.
     """
     moved: list[Moved] = []
+    while held:
+        moved += _moved(_whole_step(held.pop(0), config))
     for ranks, alike in residual.by_limit(weights, config).items():
-        waiting: list[tuple[list[LocalWeight], TorchOps | TritonOps, Taken]] = []
-        for chunk, ops, taken in _first_halves(alike, config, seed, asked):
-            moved += _moved(taken)
-            if ranks is not None:  # how far the scaled residual may go depends on the other processes
-                waiting += ((chunk, ops, some) for some in taken)
-                for some in taken:
-                    some.bucket.let_go()
-                continue
-            residual.limit_growth([(some.bucket, some.scaled) for some in taken], config)
-            for some in taken:
-                apply(some, ops)
-        if ranks is not None:
-            residual.limit_growth([(some.bucket, some.scaled) for *_, some in waiting], config, ranks, alike)
-            _second_halves(waiting)
+        opened = _joined(alike, config, seed, asked)
+        if ranks is None:
+            for joined in opened:
+                moved += _moved(_whole_step(joined, config))
+            continue
+        waiting: list[tuple[Joined, Taken]] = []  # how far the scaled residual may go depends on the other processes
+        for joined in opened:
+            with _device_of(joined):
+                waiting += ((joined, some) for some in step_buckets(joined.buckets, joined.ops, config))
+            for bucket in joined.buckets:
+                bucket.let_go()
+        residual.limit_growth([(some.bucket, some.scaled) for _, some in waiting], config, ranks, alike)
+        _second_halves(waiting)
     return moved + moved_together(w for w in weights if w.ok is not None)
 
 
-def _first_halves(
-    weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None
-) -> Iterator[tuple[list[LocalWeight], TorchOps | TritonOps, list[Taken]]]:
-    """Open weights and do the first half of their step, some at a time; the next ones close them."""
+def hold_projections(
+    weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None = None
+) -> list[Joined]:
+    """Project whole weights with the bases they have, and hold R until ``update`` takes it in.
+
+    Where gradients are clipped no weight moves before their norm is known, which comes with the projection
+    (``Bucket.energies``). R of all these weights is held: 4 bytes an entry, 8 of a float64 weight.
+
+    Args:
+        weights, config, seed, asked: as for ``update``.
+    """
+    held: list[Joined] = []
+    for joined in _joined(weights, config, seed, asked) if weights else ():
+        with _device_of(joined):
+            for bucket in joined.buckets:
+                bucket.projected = joined.ops.project(bucket)
+                bucket.drop_copies()
+        held.append(joined)
+    return held
+
+
+def _joined(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None) -> Iterator[Joined]:
+    """Open weights, some at a time, and join equal pieces."""
     most = bucket_elements(weights[0].weight.device, asked)
     for chunk in runs(weights, lambda w: w.copied, most):  # so many entries are copied at a time
         if config.sparse_percent > 0.0:
@@ -126,26 +167,40 @@ def _first_halves(
         rest: list[Piece] = []
         triton, by_torch = TritonOps(config, seed), TorchOps(config, seed)
         for bucket in buckets_for_triton(pieces, config, rest, asked):
-            with torch.cuda.device_of(bucket.pieces[0].weight):  # kernels are launched on the current device
-                yield chunk, triton, step_buckets([bucket], triton, config)
+            yield Joined(chunk, triton, [bucket])
         for buckets in runs(make_buckets(rest, most), lambda b: len(b.pieces) * entries(b.matrix), STACK_ELEMENTS):
-            yield chunk, by_torch, step_buckets(buckets, by_torch, config)
+            yield Joined(chunk, by_torch, buckets)
         for w in chunk:
             w.close()
 
 
-def _second_halves(waiting: Iterable[tuple[list[LocalWeight], TorchOps | TritonOps, Taken]]) -> None:
+def _whole_step(joined: Joined, config: GaLoreConfig) -> list[Taken]:
+    """Both halves of a step."""
+    with _device_of(joined):
+        taken = step_buckets(joined.buckets, joined.ops, config)
+        residual.limit_growth([(some.bucket, some.scaled) for some in taken], config)
+        for some in taken:
+            apply(some, joined.ops)
+    return taken
+
+
+def _second_halves(waiting: Iterable[tuple[Joined, Taken]]) -> None:
     """Open weights again, and do the second half of their step."""
-    for _, group in itertools.groupby(waiting, key=lambda half: id(half[0])):
+    for _, group in itertools.groupby(waiting, key=lambda half: id(half[0].weights)):
         halves = list(group)
-        chunk = halves[0][0]
+        chunk = halves[0][0].weights
         opened = {(id(w), piece.prefix): piece for w in chunk for piece in w.open()}
-        for _, ops, taken in halves:
+        for joined, taken in halves:
             taken.bucket.pieces = [opened[id(piece.owner), piece.prefix] for piece in taken.bucket.pieces]
-            with torch.cuda.device_of(taken.N):
-                apply(taken, ops)
+            with _device_of(joined):
+                apply(taken, joined.ops)
         for w in chunk:
             w.close()
+
+
+def _device_of(joined: Joined) -> torch.cuda.device_of:
+    """Makes the device current on which kernels have to be launched."""
+    return torch.cuda.device_of(joined.buckets[0].pieces[0].weight)
 
 
 def _moved(taken: Iterable[Taken]) -> Iterator[Moved]:

@@ -108,7 +108,7 @@ def make_trainer(backend: str, model_dir: str, output: str, options: dict[str, A
         output,
         max_steps=6,
         per_device_train_batch_size=BATCH // WORLD // accumulation,
-        max_grad_norm=0.5,
+        max_grad_norm=0.0 if "max_grad_norm" in options else 0.5,
         gradient_accumulation_steps=accumulation,
         learning_rate=adamw or 2e-3,
         weight_decay=0.1,

@@ -44,6 +44,16 @@ def test_layer_wise_mode_on_two_processes_equals_it_on_one(settings: str, launch
         assert torch.equal(resumed["weights"][name], whole), name
 
 
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_clipping_inside_the_step_takes_the_norm_of_all_processes(backend: str, launch: Launch) -> None:
+    """0.5 is the Trainer's limit in the other run; each of the six norms is above it."""
+    (one, _), (two, resumed) = launch(1, "single").found, launch(2, backend, '{"max_grad_norm": 0.5}').found
+    assert min(two["norms"]) > 0.5
+    assert_equal(one, two)
+    for name, whole in two["weights"].items():
+        assert torch.equal(resumed["weights"][name], whole), name
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_process_without_rows_loses_nothing_at_a_resume(dtype: str, torchrun: Launch, tmp_path: Path) -> None:
     torchrun(3, Path(__file__).with_name("few_rows.py"), str(tmp_path), dtype)

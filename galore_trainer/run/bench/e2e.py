@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.run.bench.measure import Step, take_turns, timed
 from galore_trainer.run.bench.refresh import svd_ms
 from galore_trainer.run.bench.step import TITLES
@@ -50,6 +51,8 @@ def bench_e2e(bench: Bench) -> dict[str, Any]:
     methods["GaLore+"] = training_step(model, galore, batches)
     scaled = galore_plus(bench, model, residual="scaled", subspace_iterations=1)
     methods["GaLore+, scaled residual"] = training_step(model, scaled, batches)
+    clipping = galore_plus(bench, model, subspace_iterations=1, max_grad_norm=1.0)
+    methods["GaLore+, clipping inside the step"] = training_step(model, clipping, batches)
     residual = galore_plus(bench, model, residual_percent=bench.residual_percent, residual_warmup_steps=0)
     methods["GaLore+, residual"] = training_step(model, residual, batches)
     layerwise_model = make_model(bench, bench.model_layers)
@@ -98,11 +101,13 @@ def batches_of(bench: Bench) -> Iterator[Tensor]:
 
 
 def training_step(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Tensor]) -> Step:
-    """A step as the Trainer makes it, with its clipping at 1.0."""
+    """A step as the Trainer makes it, with its clipping at 1.0 unless the optimizer clips."""
+    clips_itself = isinstance(optimizer, GaLoreAdamW) and optimizer.config.max_grad_norm is not None
 
     def step() -> None:
         _gradients(model, next(batches), keep=True)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not clips_itself:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -130,7 +130,8 @@ def estimate_one(config: RunConfig, method: str, rank: int = 0, layout: Layout |
         from galore_trainer.hf.build import galore_groups
 
         if layout is not None and layout.backend != "ddp":
-            galore = for_shards(galore, layout.backend)
+            # the norm of cut weights comes before their projection, so that nothing is held for it
+            galore = dataclasses.replace(for_shards(galore, layout.backend), max_grad_norm=None)
         groups = galore_groups(model, galore, lr=1.0, weight_decay=arguments.weight_decay)
         return GaLoreAdamW(groups, galore, lr=1.0)
 

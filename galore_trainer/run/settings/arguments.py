@@ -147,7 +147,7 @@ def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
     Raises:
         OptionError: naming what is missing and the way out.
     """
-    from galore_trainer.hf.backend import training_backend
+    from galore_trainer.hf.backend import check_clipping, training_backend
 
     sixteen_bits = bool(arguments.bf16 or arguments.fp16)
     check_attention(config, arguments.device.type, sixteen_bits=sixteen_bits)
@@ -158,6 +158,8 @@ def check_method(config: RunConfig, arguments: TrainingArguments) -> None:
         device = f"{config.method} on {arguments.device.type}"
         raise OptionError("method", device, "an NVIDIA GPU for this method", "Here, use --method adamw.")
     check_backend(config.method, training_backend(arguments))
+    if spec.block == "galore":
+        check_clipping(config.galore, arguments)
 
 
 def check_attention(config: RunConfig, device: str, *, sixteen_bits: bool) -> None:

@@ -55,6 +55,7 @@ PACKAGED: dict[str, Any] = {
     "galore.state_bits": 32,
     "galore.basis_bits": 32,
     "galore.plain_state_bits": 32,
+    "galore.max_grad_norm": None,
 }
 """What the optimizers of other packages do; their state has the type of the gradients."""
 
