@@ -69,15 +69,17 @@ HIGH = [
     LOOPED(128, 128, registers=128),
     DESCRIBED(256, 128, early=False),
 ]
-LIBRARY = ProjectRoute(library=True)
 CANDIDATES: dict[int, tuple[list[ProjectRoute], list[UpdateRoute]]] = {
-    32: ([ProjectRoute(lines=256), LIBRARY], TILES),
-    128: ([ProjectRoute(lines=256), LIBRARY], TILES),
-    256: ([LIBRARY, ProjectRoute(columns=128)], DEEP),
-    512: ([LIBRARY, ProjectRoute(columns=256)], HIGH),
-    1024: ([LIBRARY, ProjectRoute(columns=256)], HIGH),
+    32: ([ProjectRoute(lines=256)], TILES),
+    128: ([ProjectRoute(lines=256)], TILES),
+    256: ([ProjectRoute(columns=128)], DEEP),
+    512: ([ProjectRoute(columns=256)], HIGH),
+    1024: ([ProjectRoute(columns=256)], HIGH),
 }
-SMALL = {4: ([LIBRARY], [LOOPED(32, 32)]), 20: ([ProjectRoute(columns=16)], [LOOPED(32, 32, early=False)])}
+SMALL = {
+    4: ([ProjectRoute(lines=32)], [LOOPED(32, 32)]),
+    20: ([ProjectRoute(columns=16)], [LOOPED(32, 32, early=False)]),
+}
 
 
 def routes_of(rank: int, candidates: dict[int, Any]) -> list[Route]:
@@ -119,15 +121,10 @@ def _compare_project(rank: int, side: str, rows: int, columns: int, device: torc
     G = torch.randn(rows, columns, device=device).bfloat16()
     P = torch.randn(1, columns if side == "right" else rows, rank, device=device).bfloat16()
     places, layout = _places(G, COPIES if device.type == "cuda" else 1)
-    if route.project.library:
-        shape = (1, rows, rank) if side == "right" else (1, rank, columns)
-        R = torch.full(shape, torch.nan, device=device)
-        galore.project(G[None], P, side, out=R)
-    else:
-        many = P.expand(len(places.addresses), -1, -1).contiguous()
-        R, ok = project(places, layout, many, side, 1, 1e18)
-        if not bool(ok.all()):
-            return "a usable gradient is taken for one that is not"
+    many = P.expand(len(places.addresses), -1, -1).contiguous()
+    R, ok = project(places, layout, many, side, 1, 1e18)
+    if not bool(ok.all()):
+        return "a usable gradient is taken for one that is not"
     exact = G.float() @ P[0].float() if side == "right" else P[0].float().mT @ G.float()
     return _far(R[0], exact, 1e-4) or _far(R[-1], exact, 1e-4)
 
@@ -321,7 +318,7 @@ def short(route: Any) -> str:
     if isinstance(route, str):
         return route
     project, update = ProjectRoute(**route["project"]), UpdateRoute(**route["update"])
-    left = "library" if project.library else f"{project.lines}x{project.columns if project.columns < 1 << 29 else 'r'}"
+    left = f"{project.lines}x{project.columns if project.columns < 1 << 29 else 'r'}"
     kind = "loop" if update.looped else "stack"
     right = f"{kind} {update.rows}x{update.columns}x{update.depth} w{update.warps}"
     flags = {"late": not update.early, "tma": update.described, str(update.registers): update.registers}

@@ -45,10 +45,10 @@ CHUNK = 1 << 24  # entries of a low-precision weight that are copied to float32 
 # ---------------------------------------------------------------------- one step
 
 
-def project(G: Tensor, P: Tensor, side: str, *, out: Tensor | None = None) -> Tensor:
-    """R = G P (right) or P^T G (left), in ``compute_dtype``; ``out`` takes it where it is given."""
+def project(G: Tensor, P: Tensor, side: str) -> Tensor:
+    """R = G P (right) or P^T G (left), in ``compute_dtype``."""
     P = P.to(G.dtype)
-    return matmul_wide(G, P, out=out) if side == "right" else matmul_wide(P.mT, G, out=out)
+    return matmul_wide(G, P) if side == "right" else matmul_wide(P.mT, G)
 
 
 def usable_parts(R: Tensor, parts: int) -> Tensor:
@@ -269,14 +269,14 @@ def widen(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
-def matmul_wide(A: Tensor, B: Tensor, *, out: Tensor | None = None) -> Tensor:
+def matmul_wide(A: Tensor, B: Tensor) -> Tensor:
     """A B in ``compute_dtype``, accumulated in it; bfloat16 factors are not widened where the device allows it."""
     if A.dtype == B.dtype and A.dtype in (torch.float32, torch.float64):
-        return torch.matmul(A, B, out=out)
+        return A @ B
     if A.device.type in MULTIPLIES_BF16 and A.dtype == torch.bfloat16:
-        return torch.bmm(A, B.to(A.dtype), out_dtype=torch.float32, **({} if out is None else {"out": out}))
+        return torch.bmm(A, B.to(A.dtype), out_dtype=torch.float32)
     wide = compute_dtype(torch.promote_types(A.dtype, B.dtype))
-    return torch.matmul(A.to(wide), B.to(wide), out=out)
+    return A.to(wide) @ B.to(wide)
 
 
 def largest_usable(dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""How a step is computed, by rank: the one place where tiles, and torch's products in place of ours, are chosen.
+"""How a step is computed, by rank: the one place where tiles are chosen.
 
 ``TABLE`` holds what was fastest where it was measured. Every route gives the same step up to the order of float32 sums;
 stochastic rounding takes the same random numbers on every route.
@@ -19,12 +19,10 @@ class ProjectRoute(NamedTuple):
     """How R = G P or P^T G is computed.
 
     Attributes:
-        library: by torch's product, matrix by matrix, for bfloat16 factors where no norms of lines are wanted.
         lines: most lines of R in a program of ``kernels.project``.
         columns: most entries of each line in a program; at a higher rank, several programs share the lines.
     """
 
-    library: bool = False
     lines: int = 128
     columns: int = WHOLE
 

@@ -191,6 +191,42 @@ def _line_factors(
     tl.store(lost + by_line, square, mask=line < lines)
 
 
+def limit_growth_(lost: Tensor, phi: Tensor, before: Scattered, growth: float) -> None:
+    """``core.scaled.limit``, in place: limits phi, and writes what is moved now over what was moved before.
+
+    Args:
+        lost: (phi_j ||D_j||)^2 of every line, float64 [matrices x blocks, lines].
+        phi: of the same lines, float32.
+        before: ||phi D|| of the step before, float32 scalars, one a matrix.
+        growth: most that ||phi D|| grows by in a step.
+    """
+    matrices = len(before.addresses)
+    kernel: Any = _limit_growth
+    kernel[(matrices,)](before.addresses, lost, phi, phi.numel() // matrices, GROWTH=growth, BLOCK=BLOCK, num_warps=8)
+
+
+@triton.jit
+def _limit_growth(before, lost, phi, lines, GROWTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A program limits one matrix."""
+    matrix = tl.program_id(0)
+    lost += matrix.to(tl.int64) * lines
+    phi += matrix.to(tl.int64) * lines
+    line = tl.arange(0, BLOCK)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, lines, BLOCK):
+        squares += tl.load(lost + start + line, mask=line < lines - start, other=0.0)
+    size = tl.sqrt(tl.sum(squares, axis=0))
+    at = pointer_at(before, matrix, tl.float32, 4)
+    last = tl.load(at)
+    most = tl.where(last > 0.0, GROWTH * last.to(tl.float64), float("inf"))
+    if size > most:
+        factor = most / size
+        for start in range(0, lines, BLOCK):
+            old = tl.load(phi + start + line, mask=line < lines - start, other=0.0)
+            tl.store(phi + start + line, (old.to(tl.float64) * factor).to(tl.float32), mask=line < lines - start)
+    tl.store(at, tl.where(size > 0.0, tl.minimum(size, most).to(tl.float32), last))
+
+
 def without_projected(N: Tensor, R: Tensor, phi: Tensor, ok: Tensor, side: str, dtype: torch.dtype) -> Tensor:
     """N - phi R, rounded once.
 

@@ -13,7 +13,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.galore import usable_parts
 from galore_trainer.core.residual import lost_at
-from galore_trainer.core.scaled import Dense, line_factors, squared_norms
+from galore_trainer.core.scaled import Dense, limit, line_factors, squared_norms
 from galore_trainer.core.sparse import part_of
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.bucket import Bucket
@@ -110,6 +110,21 @@ class TorchOps:
             residual_scale=self.config.residual_scale,
             noise=bucket.noise,
         )
+
+    def limit_(self, updates: Sequence[tuple[Bucket, Any]], key: str) -> None:
+        """Limit phi of the scaled residual, in place, so that what it moves grows by at most 1 % a step.
+
+        Args:
+            updates: buckets with their ``residual.Scaled``.
+            key: of what it moved in the step before, a number a piece, which is written.
+        """
+        norms = [norm for bucket, _ in updates for norm in bucket.stored(key)]
+        squares = torch.cat([update.squared_size(len(bucket.pieces)) for bucket, update in updates])
+        factors, new = limit(squares.sqrt(), torch.stack(norms))
+        torch._foreach_copy_(norms, list(new.unbind()))
+        split = factors.split([len(bucket.pieces) for bucket, _ in updates])
+        for (bucket, update), of_pieces in zip(updates, split, strict=True):
+            update.phi.mul_(bucket.spread(of_pieces)[:, :, 0])
 
     def apply_(
         self,

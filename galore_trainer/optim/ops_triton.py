@@ -1,4 +1,4 @@
-"""The five verbs of a step by Triton kernels, on a bucket of equal pieces where they lie: nothing is joined or copied.
+"""The six verbs of a step by Triton kernels, on a bucket of equal pieces where they lie: nothing is joined or copied.
 
 ``TritonOps`` does what ``TorchOps`` does for the pieces that the kernels take; ``buckets_for_triton`` leaves the others
 to torch. Each bucket costs one upload of addresses. Triton is imported only where it is used.
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core import galore
 from galore_trainer.core.galore import largest_usable, usable_parts
 from galore_trainer.core.precision import table
+from galore_trainer.core.scaled import GROWTH
 from galore_trainer.core.streams import rounding_key
 from galore_trainer.errors import OptionError
 from galore_trainer.kernels import obstacle
@@ -47,7 +47,6 @@ class TritonOps:
     def project(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """R [pieces x blocks, ...], and whether the gradients are usable, [pieces]."""
         from galore_trainer.kernels.project import project
-        from galore_trainer.kernels.routes import route_of
 
         places = self._places(bucket)
         first, matrix, known = bucket.pieces[0], bucket.matrix, bucket.ok
@@ -55,16 +54,11 @@ class TritonOps:
             G = places["gradients"]
             P = places.bases(bucket, first.owner.compute_in or G.dtype)
             layout = places.layout(first.grad)
-            scaled, alike = has_scaled(matrix, self.config), G.dtype == P.dtype and layout.length == layout.rows
-            by_library = not scaled and alike and route_of(matrix.rank, P.dtype).project.library
-            if scaled or (self.config.max_grad_norm is not None and first.owner.energy is None and not by_library):
+            clips = self.config.max_grad_norm is not None and first.owner.energy is None
+            if clips or has_scaled(matrix, self.config):
                 lines = matrix.moment_shape[1 if matrix.side == "right" else 2]
                 bucket.norms = torch.empty(len(P), lines, dtype=torch.float32, device=P.device)
-            if by_library:
-                R = _by_library(bucket, P)
-                ok = usable_parts(R, len(bucket.pieces)) if known is None else known
-            else:
-                R, ok = project(G, layout, P, matrix.side, matrix.blocks, LIMIT, bucket.norms)
+            R, ok = project(G, layout, P, matrix.side, matrix.blocks, LIMIT, bucket.norms)
         else:
             R = bucket.kept(lambda grad: grad.projected)
             ok = usable_parts(R, len(bucket.pieces))
@@ -147,6 +141,13 @@ class TritonOps:
             clip=bucket.clip,
         )
 
+    def limit_(self, updates: Sequence[tuple[Bucket, Any]], key: str) -> None:
+        """As ``TorchOps.limit_``."""
+        from galore_trainer.kernels.scaled import limit_growth_
+
+        for bucket, update in updates:
+            limit_growth_(update.lost, update.phi, self._places(bucket)[key], GROWTH)
+
     def apply_(
         self,
         bucket: Bucket,
@@ -198,15 +199,6 @@ class TritonOps:
         return first.owner.compute_in or first.weight.dtype
 
 
-def _by_library(bucket: Bucket, P: Tensor) -> Tensor:
-    """R by torch's product, matrix by matrix, since gradients lie apart."""
-    blocks, matrix = len(P), bucket.matrix
-    R = torch.empty(blocks, *matrix.moment_shape[1:], dtype=torch.float32, device=P.device)
-    for G, P_i, R_i in zip(bucket.gradients(), bucket.split(P), bucket.split(R), strict=True):
-        galore.project(G, P_i, matrix.side, out=R_i)
-    return R
-
-
 def noise_key(moments: Sequence[tuple[str, bool]]) -> str:
     """Under which name the random keys for the rounding of a pair of moments lie."""
     return f"{moments[0][0]} noise"
@@ -229,6 +221,8 @@ class Places:
         self._bases: dict[torch.dtype, Tensor] = {}
         self._alive: list[Any] = []  # tensors that live as long as their addresses
         tensors: dict[str, list[Tensor]] = {BASIS: self._stored_bases(bucket)}
+        if bucket.has(residual.NORM) and first.block_index is None:  # of whole weights
+            tensors[residual.NORM] = bucket.stored(residual.NORM)
         moves_residual = bucket.has(residual.INDEX)
         if moves_residual:
             tensors[residual.INDEX] = bucket.stored(residual.INDEX)

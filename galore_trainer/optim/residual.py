@@ -50,12 +50,16 @@ class Scaled(NamedTuple):
     Attributes:
         R: projected gradients.
         phi: [pieces x blocks, lines].
-        lost: ||phi D||^2 of the rows that this process owns, [pieces], float64.
+        lost: (phi_j ||D_j||)^2 of the lines, float64 [pieces x blocks, lines]; 0 for those that another process owns.
     """
 
     R: Tensor
     phi: Tensor
     lost: Tensor
+
+    def squared_size(self, pieces: int) -> Tensor:
+        """||phi D||^2 of each of so many pieces, float64."""
+        return self.lost.reshape(pieces, -1).sum(dim=1)
 
 
 def start_norms(state: MutableMapping[str, Any], matrices: Iterable[LogicalMatrix], config: GaLoreConfig) -> None:
@@ -81,7 +85,7 @@ def scale_lost(bucket: Bucket, ops: Any, R: Tensor, N: Tensor, ok: Tensor, confi
     for piece, lines in zip(bucket.pieces, bucket.split(by_line), strict=True):
         if piece.foreign is not None:
             lines.view(-1)[piece.foreign] = 0.0
-    return Scaled(R, phi, by_line.reshape(len(bucket.pieces), -1).sum(dim=1))
+    return Scaled(R, phi, by_line)
 
 
 def by_limit(weights: Iterable[LocalWeight], config: GaLoreConfig) -> dict[Ranks | None, list[LocalWeight]]:
@@ -92,40 +96,38 @@ def by_limit(weights: Iterable[LocalWeight], config: GaLoreConfig) -> dict[Ranks
     return parts
 
 
-def limit_growth(
-    updates: Sequence[tuple[Bucket, Scaled | None]],
+def limit_growth(updates: Iterable[tuple[Bucket, Scaled | None]], ops: Any) -> None:
+    """Limit phi of whole weights so that ||phi D|| of a logical matrix grows by at most 1 % a step, in place."""
+    scaled_ones = [(bucket, update) for bucket, update in updates if update is not None]
+    if scaled_ones:
+        ops.limit_(scaled_ones, NORM)
+
+
+def limit_growth_across(
+    updates: Iterable[tuple[Bucket, Scaled | None]],
     config: GaLoreConfig,
-    ranks: Ranks | None = None,
-    weights: Sequence[LocalWeight] = (),
+    ranks: Ranks,
+    weights: Sequence[LocalWeight],
 ) -> None:
-    """Limit phi so that ||phi D|| of a logical matrix grows by at most 1 % a step, in place.
+    """The same for weights that are cut.
 
     Args:
         updates: of this process.
         config: of the optimizer.
-        ranks: the processes among which the weights are cut; None for whole weights.
-        weights: where they are cut, all of them, also those without a row here.
+        ranks: the processes among which the weights are cut.
+        weights: all of them, also those without a row here.
     """
     scaled_ones = [(bucket, update) for bucket, update in updates if update is not None]
     pairs = [(w, m) for w in weights for m in w.matrices if has_scaled(m, config)]
-    pairs = pairs or [(piece.owner, piece.matrix) for bucket, _ in scaled_ones for piece in bucket.pieces]
     if not pairs:
         return
     norms = [w.state[matrix.prefix + NORM] for w, matrix in pairs]
-    buckets = [bucket for bucket, _ in scaled_ones]
     place = {(id(w), matrix.prefix): i for i, (w, matrix) in enumerate(pairs)}
-    if ranks is None:  # one piece a matrix, in the order of the pieces
-        squares = torch.cat([update.lost for _, update in scaled_ones])
-    else:
-        squares = ranks.sum(_sums(scaled_ones, place, norms[0].device))
+    squares = ranks.sum(_sums(scaled_ones, place, norms[0].device))
     factors, new = scaled.limit(squares.sqrt(), torch.stack(norms))
     torch._foreach_copy_(norms, list(new.unbind()))
-    if ranks is None:
-        by_bucket: Sequence[Tensor] = factors.split([len(bucket.pieces) for bucket in buckets])
-    else:
-        places = [[place[id(p.owner), p.matrix.prefix] for p in bucket.pieces] for bucket in buckets]
-        by_bucket = [torch.stack([factors[i] for i in of_pieces]) for of_pieces in places]
-    for (bucket, update), of_pieces in zip(scaled_ones, by_bucket, strict=True):
+    for bucket, update in scaled_ones:
+        of_pieces = torch.stack([factors[place[id(p.owner), p.matrix.prefix]] for p in bucket.pieces])
         update.phi.mul_(bucket.spread(of_pieces)[:, :, 0])
 
 
@@ -135,7 +137,7 @@ def _sums(
     """||phi D||^2 of the rows of every logical matrix that this process owns, [matrices], float64."""
     parts: list[list[Tensor]] = [[torch.zeros((), dtype=torch.float64, device=device)] for _ in place]
     for bucket, update in updates:
-        for piece, part in zip(bucket.pieces, update.lost.unbind(), strict=True):
+        for piece, part in zip(bucket.pieces, update.squared_size(len(bucket.pieces)).unbind(), strict=True):
             parts[place[id(piece.owner), piece.matrix.prefix]].append(part)
     return torch.stack([functools.reduce(torch.add, some) for some in parts])
 

@@ -1,8 +1,8 @@
 """One step of projected weights between two refreshes, on one page: project, take into moments, lift, apply.
 
-Letters as in ``core/galore.py``. Torch and Triton are two objects with the same five verbs (``ops_torch.py``,
-``ops_triton.py``): ``project``, ``lost``, ``adam_``, ``line_factors`` and ``apply_``. ``GaLoreAdamW.move`` calls
-``update`` once for weights that keep their bases, once for weights with new bases, and ``count`` at the end.
+Letters as in ``core/galore.py``. Torch and Triton are two objects with the same six verbs (``ops_torch.py``,
+``ops_triton.py``): ``project``, ``lost``, ``adam_``, ``line_factors``, ``limit_`` and ``apply_``. ``GaLoreAdamW.move``
+calls ``update`` once for weights that keep their bases, once for weights with new bases, and ``count`` at the end.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def update(
                 waiting += ((joined, some) for some in step_buckets(joined.buckets, joined.ops, config))
             for bucket in joined.buckets:
                 bucket.let_go()
-        residual.limit_growth([(some.bucket, some.scaled) for _, some in waiting], config, ranks, alike)
+        residual.limit_growth_across([(some.bucket, some.scaled) for _, some in waiting], config, ranks, alike)
         _second_halves(waiting)
     return moved + moved_together(w for w in weights if w.ok is not None)
 
@@ -178,7 +178,7 @@ def _whole_step(joined: Joined, config: GaLoreConfig) -> list[Taken]:
     """Both halves of a step."""
     with _device_of(joined):
         taken = step_buckets(joined.buckets, joined.ops, config)
-        residual.limit_growth([(some.bucket, some.scaled) for some in taken], config)
+        residual.limit_growth([(some.bucket, some.scaled) for some in taken], joined.ops)
         for some in taken:
             apply(some, joined.ops)
     return taken

@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import lift
 from galore_trainer.kernels.project import project
 from galore_trainer.kernels.routes import TABLE, WHOLE, ProjectRoute, Route, UpdateRoute, forced, route_of
 from galore_trainer.kernels.tables import Layout
 from galore_trainer.kernels.update import Dense, apply_update_
-from galore_trainer.optim import refresh
-from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from scattered import (
     BOUND,
     JOBS,
@@ -31,7 +28,6 @@ from scattered import (
 )
 
 LOW = torch.bfloat16
-TRAINED = ["PLAIN", "WIDE", "HEADS", "EXPERTS", "FUSED", "CONV1D", "INTERLEAVED"]
 SMALL = Route(ProjectRoute(columns=16), UpdateRoute(16, 32, 4, looped=True, depth=16))  # several of everything
 LATE = Route(ProjectRoute(lines=32, columns=32), UpdateRoute(32, 16, 4, looped=True, depth=32, early=False))
 WIDE = Route(ProjectRoute(columns=256), UpdateRoute(128, 256, 8, looped=True, depth=64))
@@ -107,32 +103,6 @@ def test_the_same_numbers_round_on_every_route(side: str, device: torch.device) 
             apply_update_(places(W), at, N, P, side, flags(device), 1, step=2.0**-9, decay=0.0, keys=keys)
         results.append(torch.stack(W))
     assert all(torch.equal(results[0], other) for other in results)
-
-
-def train(device: torch.device, **settings: object) -> tuple[list[torch.nn.Parameter], GaLoreAdamW]:
-    """Four steps of weights of every form; in one step one gradient is not finite."""
-    params = [torch.nn.Parameter(stored(name, device, LOW)[0]) for name in TRAINED]
-    group = {"params": params, "projected": True, "matrices": [[MATRICES[name]] for name in TRAINED], "names": TRAINED}
-    optimizer = GaLoreAdamW([group], GaLoreConfig(kernels="triton", residual_percent=0.0, **settings), lr=1e-2)
-    for step in range(4):
-        for i, p in enumerate(params):
-            p.grad = random(device, *p.shape, seed=100 * step + i).to(LOW)
-        if step == 2:
-            params[0].grad[3, 4] = float("nan")  # type: ignore[index]
-        optimizer.step()
-    return params, optimizer
-
-
-def test_torchs_product_projects_as_the_kernels_do(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few weights fall to a neighbour, since sums have another order; one gradient is not finite."""
-    monkeypatch.setattr(refresh, "LIBRARY", 0)  # torch's eigenvectors: ours take long where they are interpreted
-    kernel, _ = train(device)
-    with forced(Route(ProjectRoute(library=True))):
-        library, optimizer = train(device)
-    assert optimizer.check_finite() == {"PLAIN": 1}
-    for a, b in zip(library, kernel, strict=True):
-        torch.testing.assert_close(a, b, rtol=2**-6, atol=1e-4)
-        assert (a == b).float().mean() > 0.98
 
 
 def test_the_table_has_a_route_for_every_rank() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from galore_trainer.core.scaled import GROWTH, limit
 from galore_trainer.kernels.adam import adam_
 from galore_trainer.kernels.project import project
-from galore_trainer.kernels.scaled import Moments, line_factors, without_projected
+from galore_trainer.kernels.scaled import Moments, limit_growth_, line_factors, without_projected
 from galore_trainer.kernels.tables import Layout
 from galore_trainer.kernels.update import Dense, apply_update_
 from scattered import (
@@ -243,3 +244,21 @@ def test_the_parts_make_the_dense_update(name: str, device: torch.device) -> Non
     A, dense = without_projected(N, R, phi, ok, side, FP32), Dense(places_G, form, phi)
     apply_update_(places(W, matrix), form, A, P, side, ok, blocks, step=-1.0, decay=0.0, keys=None, dense=dense)
     torch.testing.assert_close(blocks_of(name, W).double(), lifted(name, N, P) + D, rtol=1e-5, atol=1e-5)
+
+
+def test_the_limit_of_growth_is_that_of_core(device: torch.device) -> None:
+    """No step before, more than 1 % above it, below it, and nothing to move; lines of more than one round."""
+    matrices, blocks, lines = 4, 2, 2600
+    lost = random(device, matrices * blocks, lines, seed=70).double().square()
+    lost[-blocks:] = 0.0
+    sizes = lost.view(matrices, -1).sum(dim=1).sqrt()
+    before = (sizes * torch.tensor([0.0, 0.5, 2.0, 1.0], device=device)).float()
+    before[-1] = 3.0
+    phi = random(device, matrices * blocks, lines, seed=71)
+    factors, new = limit(sizes, before)
+    expected = (phi.double() * factors.repeat_interleave(blocks)[:, None]).float()
+    kept = list(before.clone().unbind())
+    limit_growth_(lost, phi, places(kept), GROWTH)
+    torch.testing.assert_close(torch.stack(kept), new, rtol=1e-6, atol=0)
+    torch.testing.assert_close(phi, expected, rtol=1e-6, atol=0)
+    assert factors[1] < 1.0
