@@ -85,6 +85,8 @@ def decide(gap: paired.Difference, margin: float) -> Verdict:
 def outcome(comparison: Comparison, studies: Mapping[str, Study]) -> Outcome:
     """Decide a comparison on the seeds of the preregistration, if all of them are there."""
     names = (comparison.first, *comparison.second)
+    if (failed := refuted(comparison, studies.get(OVER_SEEDS))) is not None:
+        return Outcome(comparison, "fails", len(SEEDS), failed)
     study, search = studies.get(OVER_SEEDS), studies.get(SEARCH)
     seeds = set(SEEDS) if study else set()
     for name in names:
@@ -96,6 +98,21 @@ def outcome(comparison: Comparison, studies: Mapping[str, Study]) -> Outcome:
         return Outcome(comparison, verdict, len(seeds), pair)
     known = search is not None and all(name in search.runs for name in names)
     return Outcome(comparison, "not run yet", len(seeds), closest(search, comparison) if search and known else None)
+
+
+def refuted(comparison: Comparison, study: Study | None) -> Pair | None:
+    """The first method above a setting of the second on all seeds: no other setting can make up for that."""
+    if study is None:
+        return None
+    study = study.only(SEEDS)
+    whole = {name for name in study.runs if len(study.best(name)) == len(SEEDS)}
+    pairs = [
+        Pair((study, comparison.first), (study, name))
+        for name in comparison.second
+        if {comparison.first, name} <= whole
+    ]
+    failing = [pair for pair in pairs if decide(pair.by_seed(), comparison.margin) == "fails"]
+    return max(failing, key=lambda pair: pair.by_seed().mean, default=None)
 
 
 def closest(study: Study, comparison: Comparison) -> Pair:

@@ -184,6 +184,20 @@ def test_adamw_counts_at_its_better_setting(made: Any) -> None:
     assert adamw.pair.second[1] == "AdamW, embeddings at a quarter"
 
 
+@pytest.mark.parametrize(("quarter", "verdict"), [(0.49, "fails"), (0.51, "not run yet")])
+def test_one_setting_of_adamw_on_all_seeds_can_refute_a_claim_and_cannot_show_it(
+    quarter: float, verdict: str, tmp_path: Path
+) -> None:
+    cells = {"GaLore+ r 128, scaled": (0.5, 8), "AdamW, embeddings at a quarter": (quarter, 8), "AdamW": (0.6, 7)}
+    lines = [
+        make_line(cell, seed, 1e-3, losses_of(base, seed))
+        for cell, (base, seeds) in cells.items()
+        for seed in claims.SEEDS[:seeds]
+    ]
+    write_study(tmp_path, claims.OVER_SEEDS, lines)
+    assert claims.outcome(claims.CLAIMS[0].comparisons[0], studies.studies(tmp_path)).verdict == verdict
+
+
 def test_too_few_seeds_and_no_study_are_not_run_yet(made: Any, tmp_path: Path) -> None:
     bases = dict.fromkeys(("GaLore+ r 32, scaled", "LoRA r 32", "GaLore+ r 8, scaled"), 0.5)
     few = made(bases, range(1, 4), by=0.001)
