@@ -56,20 +56,23 @@ class Route(NamedTuple):
 
     Attributes:
         project, update: the two products.
+        dense: the update with the scaled residual, whose gradients need registers, too; None for ``update``.
         small_state: whether kernels read and write moments of 16 and 8 bits; else torch does.
     """
 
     project: ProjectRoute = ProjectRoute()
     update: UpdateRoute = UpdateRoute()
     small_state: bool = False
+    dense: UpdateRoute | None = None
 
 
 _LOOPED = UpdateRoute(128, 128, 8, looped=True, depth=64, described=True, registers=128)
+_DENSE = UpdateRoute(64, 128, 4, looped=True, depth=64, early=False, described=True)
 
 TABLE: tuple[tuple[int, Route], ...] = (
     (128, Route(small_state=True)),
-    (256, Route(ProjectRoute(), _LOOPED, small_state=True)),
-    (WHOLE, Route(ProjectRoute(columns=256), _LOOPED, small_state=True)),
+    (256, Route(ProjectRoute(), _LOOPED, small_state=True, dense=_DENSE)),
+    (WHOLE, Route(ProjectRoute(columns=256), _LOOPED, small_state=True, dense=_DENSE)),
 )
 """Largest rank, and its route, in rising order; for bfloat16 factors. Measured on an H200 (``results/routes``)."""
 

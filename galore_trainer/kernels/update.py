@@ -75,7 +75,7 @@ def apply_update_(
     total, rank = len(P), P.shape[-1]
     rows, columns = layout.rows // blocks, layout.columns
     width, entry = max(16, triton.next_power_of_2(rank)), N.element_size()
-    route = _tile(N, rank)
+    route = _tile(N, rank, dense is not None)
     tall, wide, depth = route.rows, route.columns, min(route.depth, width)
     per_entry = W.dtype.itemsize + (dense.G.dtype.itemsize if dense else 0)
     shape: dict[str, object]
@@ -124,10 +124,11 @@ def apply_update_(
     )
 
 
-def _tile(N: Tensor, rank: int) -> UpdateRoute:
+def _tile(N: Tensor, rank: int, has_dense: bool) -> UpdateRoute:
     """The tile of W, and how the rank is taken."""
     if N.dtype == torch.bfloat16:
-        return route_of(rank, N.dtype).update
+        route = route_of(rank, N.dtype)
+        return route.dense if has_dense and route.dense else route.update
     if not has_warpgroups(N.device):  # float32 factors are split in three; larger tiles exceed the registers
         return UpdateRoute(32, 64, depth=64)
     return UpdateRoute(64, 64, depth=128 if rank <= 128 else 64)
