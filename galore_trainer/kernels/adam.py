@@ -149,7 +149,7 @@ def adamw_(
     G: Scattered,
     M: Scattered,
     V: Scattered,
-    t: Tensor,
+    t: Scattered,
     ok: Tensor,
     entries: int,
     *,
@@ -165,7 +165,7 @@ def adamw_(
     Args:
         W, G: weights and gradients, float32 or bfloat16, contiguous.
         M, V: moments, float32, contiguous.
-        t: ages of the moments including this step, float32 [weights].
+        t: ages of the moments before this step, float32 scalars; ``count_`` increases them.
         ok: [weights], 1.0 or 0.0. Where it is 0.0 weight and moments stay.
         entries: number of entries of a weight.
         lr, betas, eps, weight_decay: of AdamW.
@@ -178,7 +178,7 @@ def adamw_(
         G.addresses,
         M.addresses,
         V.addresses,
-        t,
+        t.addresses,
         ok,
         ok if keys is None else keys,  # a pointer that is not read
         clip,
@@ -229,7 +229,7 @@ def _adamw(
     """A program moves ``BLOCK`` entries of one weight."""
     chunk, weight = tl.program_id(0), tl.program_id(1)
     if tl.load(ok + weight) > 0.0:
-        age = tl.load(t + weight)
+        age = tl.load(pointer_at(t, weight, tl.float32, 4)) + 1.0
         lane = tl.arange(0, BLOCK)
         entry = chunk.to(tl.int64) * BLOCK + lane
         mask = entry < entries

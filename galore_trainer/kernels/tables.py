@@ -84,6 +84,19 @@ def upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return numbers.to(device, non_blocking=True)[:, :count]
 
 
+def upload_apart(columns: Sequence[Sequence[int]], device: torch.device) -> Sequence[Tensor]:
+    """Columns of 64-bit numbers, each of its own length, as int64 tensors on the device; see ``upload``."""
+    numbers: list[int] = []
+    sizes: list[int] = []
+    for column in columns:
+        numbers += column
+        sizes += (len(column), len(column) % 2)
+        if len(column) % 2:
+            numbers.append(0)
+    uploaded = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return uploaded.to(device, non_blocking=True).split_with_sizes(sizes)[::2]
+
+
 def scatter(
     addresses: Mapping[str, Sequence[int]],
     dtypes: Mapping[str, torch.dtype],

@@ -1,0 +1,263 @@
+"""A step that repeats the one before: the same weights in the same buckets, with new gradients and no new basis.
+
+To look up every weight, open it and join it to its equals takes the host longer than a GPU needs to move small ones.
+``Plan`` keeps what comes of it: buckets whose tables of addresses lie on the device. Before each step it looks at all
+weights, gradients and tensors of the state again; where one is not what it was, the step takes the long way.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.streams import later_keys, rounding_key
+from galore_trainer.layouts.find import PLAIN_TYPES, Placement
+from galore_trainer.optim.guards import usable_together
+from galore_trainer.optim.local import AGE, LocalWeight, Moved
+from galore_trainer.optim.lookup import smallest_of, whole_gradients
+from galore_trainer.optim.ops_torch import rounds
+from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, wanted
+from galore_trainer.optim.param_groups import check_groups
+from galore_trainer.optim.places import Places
+from galore_trainer.optim.plain import PlainBucket, equal_for_kernel
+from galore_trainer.optim.step import repeat
+from galore_trainer.timing import Stopwatch
+
+MOST_WAIT = 1 << 10  # steps
+_kind = operator.attrgetter("dtype", "layout", "shape")
+_calls = operator.itemgetter("calls")
+
+
+class Part:
+    """Weights that move together.
+
+    Args:
+        tables: where they lie.
+        weights: with the states they have.
+        config, seed: of the optimizer.
+    """
+
+    def __init__(
+        self, tables: Places | PlainBucket, weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int
+    ) -> None:
+        self.tables, self.states = tables, [w.state for w in weights]
+        self._tensors = operator.itemgetter(*(key for key, x in self.states[0].items() if isinstance(x, Tensor)))
+        first_keys = [rounding_key(seed, w.name, 0) for w in weights]
+        self._first_keys = first_keys if rounds(weights[0].weight, config) else None
+
+    def addresses(self) -> list[int]:
+        """Of all tensors of the states."""
+        return [tensor.data_ptr() for state in self.states for tensor in self._tensors(state)]
+
+    def columns(self, addresses: list[int]) -> list[list[int]]:
+        """What a step uploads: addresses of gradients, and the keys of stochastic rounding where there are any."""
+        if self._first_keys is None:
+            return [addresses]
+        return [addresses, later_keys(self._first_keys, list(map(_calls, self.states)))]
+
+
+class Plan:
+    """What a step of whole weights repeats while nothing but gradients changes. It keeps no gradient alive.
+
+    Args:
+        groups: of the optimizer.
+        weights: that moved in the step before, as ``lookup`` found them; their gradients are still there.
+        config, seed, asked: as for ``step.update``.
+
+    Attributes:
+        is_whole: whether kernels move all of the weights; else the plan is of no use.
+    """
+
+    def __init__(
+        self, groups: Sequence[Any], weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None
+    ) -> None:
+        self._config, self._ops, self._asked = config, TritonOps(config, seed), asked
+        self._groups, self._params, self._device = list(groups), _params(groups), weights[0].weight.device
+        self._types = [type(p.grad) for p in self._params]
+        left: list[Any] = []
+        pieces = (piece for w in weights if w.matrices for piece in w.open())
+        self._buckets = list(buckets_for_triton(pieces, config, left, asked))
+        plain, by_torch = equal_for_kernel([w for w in weights if not w.matrices], config)
+        self.is_whole = not left and not by_torch
+        if not self.is_whole:
+            return
+        for bucket in self._buckets:
+            bucket.places = Places(bucket, config, seed)
+        members = [[piece.owner for piece in bucket.pieces] for bucket in self._buckets] + plain
+        self._plain = [PlainBucket(some, config, seed) for some in plain]
+        tables = [*(bucket.places for bucket in self._buckets), *self._plain]
+        self._parts = [Part(*pair, config, seed) for pair in zip(tables, members, strict=True)]
+        self._weights = list(itertools.chain(*members))
+        place = {id(p): i for i, p in enumerate(self._params)}
+        self._order = operator.itemgetter(*(place[id(w.weight)] for w in self._weights), 0)
+        self._kinds = _kinds(w.weight for w in self._weights), _kinds(w.grad for w in self._weights)
+        self._addresses = self._state_addresses(), [w.weight.data_ptr() for w in self._weights]
+        self._counters = self._tables_of_counters()
+        for w in self._weights:  # all that is asked of a gradient but its entries
+            w.grad = torch.empty_like(w.grad, device="meta")
+        for bucket in self._buckets:
+            bucket.pieces = [piece._replace(grad=piece.owner.grad) for piece in bucket.pieces]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a new basis is."""
+        projected = self._parts[: len(self._buckets)]
+        return any(state["calls"] >= state["due"] for part in projected for state in part.states)
+
+    def gradients(self, groups: Sequence[Any], states: Any, asked: int | None) -> Any:
+        """The gradients of this step in the order of the plan; None where anything else has changed."""
+        params = _params(groups)
+        if asked != self._asked or not (_same(groups, self._groups) and _same(params, self._params)):
+            return None
+        grads = [p.grad for p in params]
+        if list(map(type, grads)) != self._types:  # as many, all whole
+            return None
+        params, grads = self._order(params)[:-1], self._order(grads)[:-1]
+        if (_kinds(params), _kinds(grads)) != self._kinds or not _are_dense(params) or not _are_dense(grads):
+            return None
+        if not _same([states[p] for p in params], [w.state for w in self._weights]):
+            return None
+        if (self._state_addresses(), [p.data_ptr() for p in params]) != self._addresses:
+            return None
+        return grads
+
+    def move(self, grads: Sequence[Tensor], stopwatch: Stopwatch) -> Moved:
+        """One step with these gradients."""
+        from galore_trainer.kernels.adam import count_
+
+        count = len(self._buckets)
+        by_part, oks = self._give(grads), []
+        with torch.cuda.device_of(grads[0]):
+            with stopwatch.measure("update", self._device):
+                for bucket, of_bucket in zip(self._buckets, by_part[:count], strict=True):
+                    XX
+            with stopwatch.measure("plain", self._device):
+                if self._plain:
+                    oks.append(usable_together(list(itertools.chain(*by_part[count:]))))
+                    flags = oks[-1].split([len(plain.weights) for plain in self._plain])
+                    for plain, ok in zip(self._plain, flags, strict=True):
+                        plain.move(ok)
+            ok = oks[0] if len(oks) == 1 else torch.cat(oks)
+            count_([self._counters[AGE]], self._counters["skipped"], ok)
+        for part in self._parts:
+            for state in part.states:
+                state["calls"] += 1
+        return Moved(self._weights, ok, ())
+
+    def _give(self, grads: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Upload what is new in this step; the gradients of each part."""
+        from galore_trainer.kernels.tables import alignment_of, upload_apart
+
+        in_order = iter(grads)
+        by_part = [list(itertools.islice(in_order, len(part.states))) for part in self._parts]
+        columns = [
+            part.columns([grad.data_ptr() for grad in some]) for part, some in zip(self._parts, by_part, strict=True)
+        ]
+        uploaded = iter(upload_apart(list(itertools.chain(*columns)), self._device))
+        for part, (addresses, *keys) in zip(self._parts, columns, strict=True):
+            part.tables.renew(next(uploaded), alignment_of(addresses), next(uploaded) if keys else None)
+        return by_part
+
+    def _state_addresses(self) -> list[list[int]]:
+        return [part.addresses() for part in self._parts]
+
+    def _tables_of_counters(self) -> Any:
+        from galore_trainer.kernels.tables import scatter
+
+        columns = {key: [w.state[key].data_ptr() for w in self._weights] for key in (AGE, "skipped")}
+        dtypes = {key: self._weights[0].state[key].dtype for key in columns}
+        return scatter(columns, dtypes, None, self._device)[0]
+
+
+def _params(groups: Sequence[Any]) -> list[Any]:
+    return [p for group in groups for p in group["params"]]
+
+
+def _same(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def _kinds(tensors: Iterable[Tensor]) -> list[Any]:
+    return list(map(_kind, tensors))
+
+
+def _are_dense(tensors: Sequence[Tensor]) -> bool:
+    return all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
+
+
+# ---------------------------------------------------------------------- when there is a plan
+
+
+class Plans:
+    """Makes a plan where the same weights moved in two steps in a row, and drops it where it fits no more."""
+
+    def __init__(self) -> None:
+        self._plan: Plan | None = None
+        self._moved: list[str] = []  # names of the weights that moved in the step before
+        self._wait, self._dropped = 0, 0  # steps until the next plan, and how many were dropped
+
+    def step(self, optimizer: Any, waits: bool) -> tuple[list[Moved], Callable[[], Tensor | None]]:
+        """One step of a ``GaLoreAdamW``: as planned, or by looking its weights up.
+
+        Args:
+            optimizer: to step.
+            waits: whether answers of the device have to be read first.
+
+        Returns:
+            What moved; what finds its gradient with the fewest entries.
+        """
+        groups, states, asked = optimizer.param_groups, optimizer.state, optimizer.max_stack_elements
+        grads = None if waits else self._gradients(groups, states, optimizer.placement, asked)
+        if grads is not None and self._plan is not None:
+            return [self._plan.move(grads, optimizer.stopwatch)], functools.partial(smallest_of, grads)
+        weights = optimizer.weights_with_gradients()
+        moved = optimizer.move(weights)
+        grads = whole_gradients(weights)
+        self._learn(groups, weights, optimizer.config, optimizer.seed, asked)
+        return moved, functools.partial(smallest_of, grads)
+
+    def _gradients(
+        self, groups: Sequence[Any], states: Any, placement: Placement, asked: int | None
+    ) -> Sequence[Tensor] | None:
+        """The gradients of a step that repeats the one before; None for any other step."""
+        if self._plan is None or self._plan.is_due:
+            return None
+        check_groups(placement, groups)
+        grads = self._plan.gradients(groups, states, asked)
+        if grads is None:
+            self._plan, self._dropped = None, self._dropped + 1
+            self._wait = min(2**self._dropped, MOST_WAIT)
+        return grads
+
+    def _learn(
+        self, groups: Sequence[Any], weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None
+    ) -> None:
+        """Make a plan from weights that have just moved, if that may be of use. It takes their gradients away."""
+        if self._plan is not None or config.layerwise or config.sparse_percent > 0.0:
+            return
+        self._wait -= 1
+        before, self._moved = self._moved, [w.name for w in weights]
+        if self._wait > 0 or before != self._moved or not weights or not all(map(_can_repeat, weights)):
+            return
+        device = weights[0].weight.device
+        if wanted(config, device) and all(w.weight.device == device for w in weights):
+            plan = Plan(groups, weights, config, seed, asked)
+            self._plan = plan if plan.is_whole else None
+
+
+def _can_repeat(w: LocalWeight) -> bool:
+    """Whether a plan may hold a weight: it is whole, as its gradient, and one matrix whose moments have 32 bits."""
+    if not (w.shard.is_whole and w.kept is None and type(w.weight) in PLAIN_TYPES and w.weight.grad is w.grad):
+        return False
+    if type(w.grad) is not Tensor or not _are_dense([w.weight, w.grad]):
+        return False
+    if not w.matrices:
+        return True
+    return len(w.matrices) == 1 and w.matrices[0].start == 0 and w.has_basis and w.group["galore"]["state_bits"] == 32
