@@ -93,12 +93,6 @@ def usable_norms(norms: Sequence[Tensor]) -> list[Tensor]:
     return flags
 
 
-def usable_together(grads: list[Tensor]) -> Tensor:
-    """``usable_flags`` of gradients of one device, float32 or bfloat16 and none empty, as one tensor [gradients]."""
-    norms = torch.stack(torch._foreach_norm(grads, float("inf"), torch.float32))
-    return (norms < largest_usable(torch.float32)).float()
-
-
 def _is_below(x: Tensor, limit: float, order: float) -> bool:
     """Whether a norm is below a limit, by the fastest pass on a CPU; False for NaN."""
     if x.numel() == 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.galore import compute_dtype, stochastic_round
+from galore_trainer.core.galore import compute_dtype, largest_usable, stochastic_round
 from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, zero_code
 from galore_trainer.core.streams import rounding_key, stream
 from galore_trainer.kernels import obstacle
@@ -73,6 +73,12 @@ def _kernel_takes(w: LocalWeight, config: GaLoreConfig) -> bool:
     return dense and w.state[MOMENTS[0][0]].dtype == torch.float32
 
 
+def usable_together(grads: Sequence[Tensor]) -> Tensor:
+    """``usable_flags`` of gradients of one device, float32 or bfloat16 and none empty, as one tensor [gradients]."""
+    norms = torch.stack(torch._foreach_norm(list(grads), float("inf"), torch.float32))
+    return (norms < largest_usable(torch.float32)).float()
+
+
 class PlainBucket:
     """Plain weights of equally many entries, which a kernel moves in one launch where they lie.
 
@@ -128,7 +134,6 @@ def _move_by_kernel(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: 
     with torch.cuda.device_of(ok):
         PlainBucket(weights, config, seed).move(ok)
     return Moved(weights, ok, (AGE,))
-
 
 
 def make_plain_state(p: Tensor, state: MutableMapping[str, Any], config: GaLoreConfig) -> None:

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.streams import later_keys, rounding_key
-from galore_trainer.layouts.find import PLAIN_TYPES, Placement
-from galore_trainer.optim.guards import usable_together
+from galore_trainer.layouts.find import PLAIN_TYPES
 from galore_trainer.optim.local import AGE, LocalWeight, Moved
 from galore_trainer.optim.lookup import smallest_of, whole_gradients
 from galore_trainer.optim.ops_torch import rounds
 from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, wanted
 from galore_trainer.optim.param_groups import check_groups
 from galore_trainer.optim.places import Places
-from galore_trainer.optim.plain import PlainBucket, equal_for_kernel
-from galore_trainer.optim.step import repeat
+from galore_trainer.optim.plain import PlainBucket, equal_for_kernel, usable_together
+from galore_trainer.optim.step import Joined, whole_step
 from galore_trainer.timing import Stopwatch
 
 MOST_WAIT = 1 << 10  # steps
@@ -78,21 +77,24 @@ class Plan:
     def __init__(
         self, groups: Sequence[Any], weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None
     ) -> None:
-        self._config, self._ops, self._asked = config, TritonOps(config, seed), asked
+        self._config, self._settings = config, (config, seed, asked)
         self._groups, self._params, self._device = list(groups), _params(groups), weights[0].weight.device
         self._types = [type(p.grad) for p in self._params]
         left: list[Any] = []
         pieces = (piece for w in weights if w.matrices for piece in w.open())
-        self._buckets = list(buckets_for_triton(pieces, config, left, asked))
+        buckets = list(buckets_for_triton(pieces, config, left, asked))
         plain, by_torch = equal_for_kernel([w for w in weights if not w.matrices], config)
         self.is_whole = not left and not by_torch
         if not self.is_whole:
             return
-        for bucket in self._buckets:
+        for bucket in buckets:
             bucket.places = Places(bucket, config, seed)
-        members = [[piece.owner for piece in bucket.pieces] for bucket in self._buckets] + plain
-        self._plain = [PlainBucket(some, config, seed) for some in plain]
-        tables = [*(bucket.places for bucket in self._buckets), *self._plain]
+        members = [[piece.owner for piece in bucket.pieces] for bucket in buckets]
+        ops = TritonOps(config, seed)
+        self._joined = [Joined(some, ops, [bucket]) for some, bucket in zip(members, buckets, strict=True)]
+        self._plain, self._plain_count = [PlainBucket(some, config, seed) for some in plain], sum(map(len, plain))
+        tables = [*(bucket.places for bucket in buckets), *self._plain]
+        members += plain
         self._parts = [Part(*pair, config, seed) for pair in zip(tables, members, strict=True)]
         self._weights = list(itertools.chain(*members))
         place = {id(p): i for i, p in enumerate(self._params)}
@@ -102,19 +104,24 @@ class Plan:
         self._counters = self._tables_of_counters()
         for w in self._weights:  # all that is asked of a gradient but its entries
             w.grad = torch.empty_like(w.grad, device="meta")
-        for bucket in self._buckets:
+        for bucket in buckets:
             bucket.pieces = [piece._replace(grad=piece.owner.grad) for piece in bucket.pieces]
 
     @property
     def is_due(self) -> bool:
         """Whether a new basis is."""
-        projected = self._parts[: len(self._buckets)]
+        projected = self._parts[: len(self._joined)]
         return any(state["calls"] >= state["due"] for part in projected for state in part.states)
 
-    def gradients(self, groups: Sequence[Any], states: Any, asked: int | None) -> Any:
-        """The gradients of this step in the order of the plan; None where anything else has changed."""
+    def gradients(self, groups: Sequence[Any], states: Any, settings: Sequence[Any]) -> Any:
+        """The gradients of this step in the order of the plan; None where anything else has changed.
+
+        Args:
+            groups, states: of the optimizer.
+            settings: what are config, seed and asked now.
+        """
         params = _params(groups)
-        if asked != self._asked or not (_same(groups, self._groups) and _same(params, self._params)):
+        if settings != self._settings or not (_same(groups, self._groups) and _same(params, self._params)):
             return None
         grads = [p.grad for p in params]
         if list(map(type, grads)) != self._types:  # as many, all whole
@@ -132,15 +139,16 @@ class Plan:
         """One step with these gradients."""
         from galore_trainer.kernels.adam import count_
 
-        count = len(self._buckets)
-        by_part, oks = self._give(grads), []
+        self._give(grads)
+        oks: list[Tensor] = []
         with torch.cuda.device_of(grads[0]):
             with stopwatch.measure("update", self._device):
-                for bucket, of_bucket in zip(self._buckets, by_part[:count], strict=True):
-                    XX
+                for joined in self._joined:
+                    oks += [taken.ok for taken in whole_step(joined, self._config)]
+                    joined.buckets[0].end_step()
             with stopwatch.measure("plain", self._device):
                 if self._plain:
-                    oks.append(usable_together(list(itertools.chain(*by_part[count:]))))
+                    oks.append(usable_together(grads[-self._plain_count :]))
                     flags = oks[-1].split([len(plain.weights) for plain in self._plain])
                     for plain, ok in zip(self._plain, flags, strict=True):
                         plain.move(ok)
@@ -151,19 +159,15 @@ class Plan:
                 state["calls"] += 1
         return Moved(self._weights, ok, ())
 
-    def _give(self, grads: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Upload what is new in this step; the gradients of each part."""
+    def _give(self, grads: Sequence[Tensor]) -> None:
+        """Upload what is new in this step."""
         from galore_trainer.kernels.tables import alignment_of, upload_apart
 
-        in_order = iter(grads)
-        by_part = [list(itertools.islice(in_order, len(part.states))) for part in self._parts]
-        columns = [
-            part.columns([grad.data_ptr() for grad in some]) for part, some in zip(self._parts, by_part, strict=True)
-        ]
+        addresses_of = map(Tensor.data_ptr, grads)
+        columns = [part.columns(list(itertools.islice(addresses_of, len(part.states)))) for part in self._parts]
         uploaded = iter(upload_apart(list(itertools.chain(*columns)), self._device))
         for part, (addresses, *keys) in zip(self._parts, columns, strict=True):
             part.tables.renew(next(uploaded), alignment_of(addresses), next(uploaded) if keys else None)
-        return by_part
 
     def _state_addresses(self) -> list[list[int]]:
         return [part.addresses() for part in self._parts]
@@ -201,7 +205,7 @@ class Plans:
     def __init__(self) -> None:
         self._plan: Plan | None = None
         self._moved: list[str] = []  # names of the weights that moved in the step before
-        self._wait, self._dropped = 0, 0  # steps until the next plan, and how many were dropped
+        self._wait, self._tries = 0, 0  # steps until a plan is made, and how many were of no use any more
 
     def step(self, optimizer: Any, waits: bool) -> tuple[list[Moved], Callable[[], Tensor | None]]:
         """One step of a ``GaLoreAdamW``: as planned, or by looking its weights up.
@@ -213,51 +217,62 @@ class Plans:
         Returns:
             What moved; what finds its gradient with the fewest entries.
         """
-        groups, states, asked = optimizer.param_groups, optimizer.state, optimizer.max_stack_elements
-        grads = None if waits else self._gradients(groups, states, optimizer.placement, asked)
+        settings = optimizer.config, optimizer.seed, optimizer.max_stack_elements
+        grads = None if waits else self._gradients(optimizer, settings)
         if grads is not None and self._plan is not None:
             return [self._plan.move(grads, optimizer.stopwatch)], functools.partial(smallest_of, grads)
         weights = optimizer.weights_with_gradients()
         moved = optimizer.move(weights)
         grads = whole_gradients(weights)
-        self._learn(groups, weights, optimizer.config, optimizer.seed, asked)
+        if self._plan is None:
+            self._learn(optimizer.param_groups, weights, *settings)
         return moved, functools.partial(smallest_of, grads)
 
-    def _gradients(
-        self, groups: Sequence[Any], states: Any, placement: Placement, asked: int | None
-    ) -> Sequence[Tensor] | None:
+    def _gradients(self, optimizer: Any, settings: Sequence[Any]) -> Sequence[Tensor] | None:
         """The gradients of a step that repeats the one before; None for any other step."""
         if self._plan is None or self._plan.is_due:
             return None
-        check_groups(placement, groups)
-        grads = self._plan.gradients(groups, states, asked)
+        check_groups(optimizer.placement, optimizer.param_groups)
+        grads: Sequence[Tensor] | None = self._plan.gradients(optimizer.param_groups, optimizer.state, settings)
         if grads is None:
-            self._plan, self._dropped = None, self._dropped + 1
-            self._wait = min(2**self._dropped, MOST_WAIT)
+            self._plan = None
+            self._wait_longer()
         return grads
 
     def _learn(
         self, groups: Sequence[Any], weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None
     ) -> None:
         """Make a plan from weights that have just moved, if that may be of use. It takes their gradients away."""
-        if self._plan is not None or config.layerwise or config.sparse_percent > 0.0:
-            return
         self._wait -= 1
         before, self._moved = self._moved, [w.name for w in weights]
-        if self._wait > 0 or before != self._moved or not weights or not all(map(_can_repeat, weights)):
+        if self._wait > 0 or before != self._moved or not weights or not _can_repeat(weights, config):
             return
-        device = weights[0].weight.device
-        if wanted(config, device) and all(w.weight.device == device for w in weights):
-            plan = Plan(groups, weights, config, seed, asked)
-            self._plan = plan if plan.is_whole else None
+        plan = Plan(groups, weights, config, seed, asked)
+        if plan.is_whole:
+            self._plan = plan
+        else:
+            self._wait_longer()
+
+    def _wait_longer(self) -> None:
+        """Try again after twice as many steps, since making a plan takes as long as a step."""
+        self._tries += 1
+        self._wait = min(2**self._tries, MOST_WAIT)
 
 
-def _can_repeat(w: LocalWeight) -> bool:
-    """Whether a plan may hold a weight: it is whole, as its gradient, and one matrix whose moments have 32 bits."""
+def _can_repeat(weights: Sequence[LocalWeight], config: GaLoreConfig) -> bool:
+    """Whether the next step of weights may be as this one."""
+    device = weights[0].weight.device
+    simple = not config.layerwise and config.sparse_percent == 0.0 and config.max_grad_norm is None
+    return simple and wanted(config, device) and all(w.weight.device == device and _is_simple(w) for w in weights)
+
+
+def _is_simple(w: LocalWeight) -> bool:
+    """Whether a weight is whole, as its gradient, and one matrix whose moments have 32 bits, or plain."""
     if not (w.shard.is_whole and w.kept is None and type(w.weight) in PLAIN_TYPES and w.weight.grad is w.grad):
         return False
     if type(w.grad) is not Tensor or not _are_dense([w.weight, w.grad]):
         return False
     if not w.matrices:
         return True
-    return len(w.matrices) == 1 and w.matrices[0].start == 0 and w.has_basis and w.group["galore"]["state_bits"] == 32
+    alone = len(w.matrices) == 1 and w.matrices[0].start == 0 and w.ok is None
+    return alone and w.has_basis and w.group["galore"]["state_bits"] == 32
