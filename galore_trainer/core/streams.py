@@ -41,7 +41,8 @@ def rounding_key(seed: int, name: str, calls: int) -> int:
 
 def later_keys(first: Sequence[int], calls: Sequence[int]) -> list[int]:
     """``rounding_key`` for many names in a step, from their keys at ``calls`` 0."""
-    return [(key + step * STRIDE) & MASK for key, step in zip(first, calls, strict=True)]
+    offsets = {step: step * STRIDE & MASK for step in set(calls)}
+    return [(key + offsets[step]) & MASK for key, step in zip(first, calls, strict=True)]
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels.tables import GOLDEN, TINY, Scattered, mixed, pointer_at, rounded, row_keys
+from galore_trainer.kernels.tables import GOLDEN, TINY, Scattered, cdiv, mixed, pointer_at, rounded, row_keys
 
 BLOCK = 2048
 
@@ -46,7 +46,7 @@ def adam_(
     entries = R.numel() // len(ok)
     b1, b2 = betas
     kernel: Any = _adam
-    kernel[(triton.cdiv(entries, BLOCK), len(ok))](
+    kernel[(cdiv(entries, BLOCK), len(ok))](
         M.addresses,
         V.addresses,
         t.addresses,
@@ -173,7 +173,7 @@ def adamw_(
         clip: float32 scalar that multiplies G; None is 1.
     """
     kernel: Any = _adamw
-    kernel[(triton.cdiv(entries, BLOCK), len(ok))](
+    kernel[(cdiv(entries, BLOCK), len(ok))](
         W.addresses,
         G.addresses,
         M.addresses,

@@ -130,7 +130,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self.averager is not None:
             self.averager.settle()
-        moved, smallest = self._plans.step(self, self._retries.wait)
+        moved, smallest = self._plans.step(self, bool(self._retries))
         self._steps += 1
         skips = any(some.ok.device.type == "cpu" and not some.ok.all() for some in moved if type(some.ok) is Tensor)
         self._watch.look(self._steps, self._counters, self.model_weights, smallest, skips)

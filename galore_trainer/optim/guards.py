@@ -347,10 +347,8 @@ class Retries:
     def __init__(self) -> None:
         self._open: list[tuple[Later, list[MutableMapping[str, Any]]]] = []
 
-    @property
-    def wait(self) -> bool:
-        """Whether answers have not been read."""
-        return bool(self._open)
+    def __bool__(self) -> bool:
+        return bool(self._open)  # whether there are answers to read
 
     def add(self, states: list[MutableMapping[str, Any]], failed: Tensor) -> None:
         """Check these weights later; ``failed`` [weights] is true where the old basis was kept."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from galore_trainer.optim.step import Joined, whole_step
 from galore_trainer.timing import Stopwatch
 
 MOST_WAIT = 1 << 10  # steps
-_kind = operator.attrgetter("dtype", "layout", "shape")
-_calls = operator.itemgetter("calls")
+_kind, _kind_of_grad = operator.attrgetter("dtype", "shape"), operator.attrgetter("dtype", "layout")
+_calls, _due = operator.itemgetter("calls"), operator.itemgetter("due")
 
 
 class Part:
@@ -53,7 +53,7 @@ class Part:
 
     def addresses(self) -> list[int]:
         """Of all tensors of the states."""
-        return [tensor.data_ptr() for state in self.states for tensor in self._tensors(state)]
+        return list(map(Tensor.data_ptr, itertools.chain.from_iterable(map(self._tensors, self.states))))
 
     def columns(self, addresses: list[int]) -> list[list[int]]:
         """What a step uploads: addresses of gradients, and the keys of stochastic rounding where there are any."""
@@ -66,7 +66,7 @@ class Plan:
     """What a step of whole weights repeats while nothing but gradients changes. It keeps no gradient alive.
 
     Args:
-        groups: of the optimizer.
+        groups, states: of the optimizer.
         weights: that moved in the step before, as ``lookup`` found them; their gradients are still there.
         config, seed, asked: as for ``step.update``.
 
@@ -75,7 +75,13 @@ class Plan:
     """
 
     def __init__(
-        self, groups: Sequence[Any], weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None
+        self,
+        groups: Sequence[Any],
+        states: Any,
+        weights: Sequence[LocalWeight],
+        config: GaLoreConfig,
+        seed: int,
+        asked: int | None,
     ) -> None:
         self._config, self._settings = config, (config, seed, asked)
         self._groups, self._params, self._device = list(groups), _params(groups), weights[0].weight.device
@@ -87,20 +93,20 @@ class Plan:
         self.is_whole = not left and not by_torch
         if not self.is_whole:
             return
+        ops = TritonOps(config, seed)
+        projected = [[piece.owner for piece in bucket.pieces] for bucket in buckets]
+        self._joined = [Joined(members, ops, [bucket]) for members, bucket in zip(projected, buckets, strict=True)]
         for bucket in buckets:
             bucket.places = Places(bucket, config, seed)
-        members = [[piece.owner for piece in bucket.pieces] for bucket in buckets]
-        ops = TritonOps(config, seed)
-        self._joined = [Joined(some, ops, [bucket]) for some, bucket in zip(members, buckets, strict=True)]
-        self._plain, self._plain_count = [PlainBucket(some, config, seed) for some in plain], sum(map(len, plain))
+        self._plain = [PlainBucket(members, config, seed) for members in plain]
         tables = [*(bucket.places for bucket in buckets), *self._plain]
-        members += plain
-        self._parts = [Part(*pair, config, seed) for pair in zip(tables, members, strict=True)]
-        self._weights = list(itertools.chain(*members))
+        self._parts = [Part(*pair, config, seed) for pair in zip(tables, projected + plain, strict=True)]
+        self._weights = list(itertools.chain(*projected, *plain))
         place = {id(p): i for i, p in enumerate(self._params)}
-        self._order = operator.itemgetter(*(place[id(w.weight)] for w in self._weights), 0)
-        self._kinds = _kinds(w.weight for w in self._weights), _kinds(w.grad for w in self._weights)
-        self._addresses = self._state_addresses(), [w.weight.data_ptr() for w in self._weights]
+        self._order = operator.itemgetter(*(place[id(w.weight)] for w in self._weights), 0)  # a tuple also for one
+        self._kinds = _kinds([w.weight for w in self._weights], [w.grad for w in self._weights])
+        self._states = list(states), list(states.values())
+        self._addresses = self._addresses_now([w.weight for w in self._weights])
         self._counters = self._tables_of_counters()
         for w in self._weights:  # all that is asked of a gradient but its entries
             w.grad = torch.empty_like(w.grad, device="meta")
@@ -110,8 +116,8 @@ class Plan:
     @property
     def is_due(self) -> bool:
         """Whether a new basis is."""
-        projected = self._parts[: len(self._joined)]
-        return any(state["calls"] >= state["due"] for part in projected for state in part.states)
+        parts = self._parts[: len(self._joined)]
+        return any(any(map(operator.ge, map(_calls, part.states), map(_due, part.states))) for part in parts)
 
     def gradients(self, groups: Sequence[Any], states: Any, settings: Sequence[Any]) -> Any:
         """The gradients of this step in the order of the plan; None where anything else has changed.
@@ -127,13 +133,11 @@ class Plan:
         if list(map(type, grads)) != self._types:  # as many, all whole
             return None
         params, grads = self._order(params)[:-1], self._order(grads)[:-1]
-        if (_kinds(params), _kinds(grads)) != self._kinds or not _are_dense(params) or not _are_dense(grads):
+        if _kinds(params, grads) != self._kinds or not _are_dense(params, grads):
             return None
-        if not _same([states[p] for p in params], [w.state for w in self._weights]):
+        if not (_same(list(states), self._states[0]) and _same(list(states.values()), self._states[1])):
             return None
-        if (self._state_addresses(), [p.data_ptr() for p in params]) != self._addresses:
-            return None
-        return grads
+        return grads if self._addresses_now(params) == self._addresses else None
 
     def move(self, grads: Sequence[Tensor], stopwatch: Stopwatch) -> Moved:
         """One step with these gradients."""
@@ -144,12 +148,15 @@ class Plan:
         with torch.cuda.device_of(grads[0]):
             with stopwatch.measure("update", self._device):
                 for joined in self._joined:
-                    oks += [taken.ok for taken in whole_step(joined, self._config)]
-                    joined.buckets[0].end_step()
+                    try:
+                        oks += [taken.ok for taken in whole_step(joined, self._config)]
+                    finally:
+                        joined.buckets[0].end_step()
             with stopwatch.measure("plain", self._device):
                 if self._plain:
-                    oks.append(usable_together(grads[-self._plain_count :]))
-                    flags = oks[-1].split([len(plain.weights) for plain in self._plain])
+                    sizes = [len(plain.weights) for plain in self._plain]
+                    oks.append(usable_together(grads[-sum(sizes) :]))
+                    flags = oks[-1].split(sizes)
                     for plain, ok in zip(self._plain, flags, strict=True):
                         plain.move(ok)
             ok = oks[0] if len(oks) == 1 else torch.cat(oks)
@@ -169,8 +176,8 @@ class Plan:
         for part, (addresses, *keys) in zip(self._parts, columns, strict=True):
             part.tables.renew(next(uploaded), alignment_of(addresses), next(uploaded) if keys else None)
 
-    def _state_addresses(self) -> list[list[int]]:
-        return [part.addresses() for part in self._parts]
+    def _addresses_now(self, params: Sequence[Tensor]) -> list[list[int]]:
+        return [list(map(Tensor.data_ptr, params)), *(part.addresses() for part in self._parts)]
 
     def _tables_of_counters(self) -> Any:
         from galore_trainer.kernels.tables import scatter
@@ -188,12 +195,13 @@ def _same(now: Sequence[Any], before: Sequence[Any]) -> bool:
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
-def _kinds(tensors: Iterable[Tensor]) -> list[Any]:
-    return list(map(_kind, tensors))
+def _kinds(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Any]:
+    return [*map(_kind, params), *map(_kind_of_grad, grads)]
 
 
-def _are_dense(tensors: Sequence[Tensor]) -> bool:
-    return all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
+def _are_dense(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    dense = all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads))
+    return dense and not any(map(Tensor.is_neg, grads))
 
 
 # ---------------------------------------------------------------------- when there is a plan
@@ -225,7 +233,7 @@ class Plans:
         moved = optimizer.move(weights)
         grads = whole_gradients(weights)
         if self._plan is None:
-            self._learn(optimizer.param_groups, weights, *settings)
+            self._learn(optimizer, weights, settings)
         return moved, functools.partial(smallest_of, grads)
 
     def _gradients(self, optimizer: Any, settings: Sequence[Any]) -> Sequence[Tensor] | None:
@@ -239,15 +247,13 @@ class Plans:
             self._wait_longer()
         return grads
 
-    def _learn(
-        self, groups: Sequence[Any], weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, asked: int | None
-    ) -> None:
+    def _learn(self, optimizer: Any, weights: Sequence[LocalWeight], settings: tuple[Any, ...]) -> None:
         """Make a plan from weights that have just moved, if that may be of use. It takes their gradients away."""
         self._wait -= 1
         before, self._moved = self._moved, [w.name for w in weights]
-        if self._wait > 0 or before != self._moved or not weights or not _can_repeat(weights, config):
+        if self._wait > 0 or before != self._moved or not weights or not _can_repeat(weights, optimizer.config):
             return
-        plan = Plan(groups, weights, config, seed, asked)
+        plan = Plan(optimizer.param_groups, optimizer.state, weights, *settings)
         if plan.is_whole:
             self._plan = plan
         else:
@@ -270,7 +276,7 @@ def _is_simple(w: LocalWeight) -> bool:
     """Whether a weight is whole, as its gradient, and one matrix whose moments have 32 bits, or plain."""
     if not (w.shard.is_whole and w.kept is None and type(w.weight) in PLAIN_TYPES and w.weight.grad is w.grad):
         return False
-    if type(w.grad) is not Tensor or not _are_dense([w.weight, w.grad]):
+    if type(w.grad) is not Tensor or not _are_dense([w.weight], [w.grad]):
         return False
     if not w.matrices:
         return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +14,14 @@ from torch import Tensor, nn
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
+from galore_trainer.optim.ops_triton import TritonOps
 from galore_trainer.optim.plan import Plan, Plans
 
 PROJECTED, PLAIN = [(12, 8), (8, 12), (12, 8), (6, 10)], [(7,), (7,), (5, 3)]
 STEPS, CHANGED = 7, 4  # the third step is the first that can repeat one; the change comes before this one
-RESIDUALS = ["none", "scaled"]
 
 
-def make(residual: str, dtype: torch.dtype, device: torch.device, **settings: Any) -> GaLoreAdamW:
+def make(residual: str, dtype: torch.dtype, device: torch.device) -> GaLoreAdamW:
     generator = torch.Generator().manual_seed(0)
     shapes = [*PROJECTED, *PLAIN]
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
@@ -29,7 +31,7 @@ def make(residual: str, dtype: torch.dtype, device: torch.device, **settings: An
         {"params": params[count:], "names": [f"a{i}" for i in range(len(PLAIN))], "weight_decay": 0.1},
     ]
     percent = {"residual_percent": 0.0} if residual == "none" else {"residual": residual}
-    config = GaLoreConfig(**{"rank": 3, "update_proj_gap": 100, "kernels": "triton", **percent, **settings})
+    config = GaLoreConfig(rank=3, update_proj_gap=100, kernels="triton", **percent)
     return GaLoreAdamW(groups, config, lr=1e-2)
 
 
@@ -182,3 +184,35 @@ def test_the_same_bits(
                 torch.equal(value, other.state[b][key]) if isinstance(value, Tensor) else value == other.state[b][key]
             )
     assert count == CHANGES[change]
+
+
+def test_a_repeated_step_keeps_no_gradient(device: torch.device, repeated: list[int]) -> None:
+    """Nor does anything wait for a garbage collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer = train("scaled", nothing, torch.bfloat16, device)
+        gradients = [weakref.ref(p.grad) for p in params_of(optimizer)]
+        optimizer.zero_grad()
+        assert repeated
+        assert not any(gradient() is not None for gradient in gradients)
+    finally:
+        gc.enable()
+
+
+def test_an_error_in_a_repeated_step_keeps_no_gradient(
+    device: torch.device, repeated: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = train("scaled", nothing, torch.bfloat16, device)
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    give_gradients(optimizer, STEPS)
+    gradients = [weakref.ref(p.grad) for p in params_of(optimizer)]
+    monkeypatch.setattr(TritonOps, "apply_", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    assert not any(gradient() is not None for gradient in gradients)
