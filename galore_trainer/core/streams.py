@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import torch
+
+STRIDE, MASK = 0x9E3779B97F4A7C15, (1 << 63) - 1  # an odd constant between the keys of two steps; 63 bits
 
 
 def stream(device: torch.device | str, seed: int, name: str, purpose: str, *index: int) -> torch.Generator:
@@ -33,7 +36,13 @@ def rounding_key(seed: int, name: str, calls: int) -> int:
         name: logical name of the matrix.
         calls: number of the step.
     """
-    return (_first_key(seed, name) + calls * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
+    return later_keys([_first_key(seed, name)], [calls])[0]
+
+
+def later_keys(first: Sequence[int], calls: Sequence[int]) -> list[int]:
+    """``rounding_key`` for many names in a step, from their keys at ``calls`` 0."""
+    offsets = {step: step * STRIDE & MASK for step in set(calls)}
+    return [(key + offsets[step]) & MASK for key, step in zip(first, calls, strict=True)]
 
 
 @functools.lru_cache(maxsize=1 << 16)

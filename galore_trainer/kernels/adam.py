@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels.tables import GOLDEN, TINY, Scattered, mixed, pointer_at, rounded, row_keys
+from galore_trainer.kernels.tables import GOLDEN, TINY, Scattered, cdiv, mixed, pointer_at, rounded, row_keys
 
 BLOCK = 2048
 
@@ -46,7 +46,7 @@ def adam_(
     entries = R.numel() // len(ok)
     b1, b2 = betas
     kernel: Any = _adam
-    kernel[(triton.cdiv(entries, BLOCK), len(ok))](
+    kernel[(cdiv(entries, BLOCK), len(ok))](
         M.addresses,
         V.addresses,
         t.addresses,
@@ -149,7 +149,7 @@ def adamw_(
     G: Scattered,
     M: Scattered,
     V: Scattered,
-    t: Tensor,
+    t: Scattered,
     ok: Tensor,
     entries: int,
     *,
@@ -165,7 +165,7 @@ def adamw_(
     Args:
         W, G: weights and gradients, float32 or bfloat16, contiguous.
         M, V: moments, float32, contiguous.
-        t: ages of the moments including this step, float32 [weights].
+        t: ages of the moments before this step, float32 scalars; ``count_`` increases them.
         ok: [weights], 1.0 or 0.0. Where it is 0.0 weight and moments stay.
         entries: number of entries of a weight.
         lr, betas, eps, weight_decay: of AdamW.
@@ -173,12 +173,12 @@ def adamw_(
         clip: float32 scalar that multiplies G; None is 1.
     """
     kernel: Any = _adamw
-    kernel[(triton.cdiv(entries, BLOCK), len(ok))](
+    kernel[(cdiv(entries, BLOCK), len(ok))](
         W.addresses,
         G.addresses,
         M.addresses,
         V.addresses,
-        t,
+        t.addresses,
         ok,
         ok if keys is None else keys,  # a pointer that is not read
         clip,
@@ -229,7 +229,7 @@ def _adamw(
     """A program moves ``BLOCK`` entries of one weight."""
     chunk, weight = tl.program_id(0), tl.program_id(1)
     if tl.load(ok + weight) > 0.0:
-        age = tl.load(t + weight)
+        age = tl.load(pointer_at(t, weight, tl.float32, 4)) + 1.0
         lane = tl.arange(0, BLOCK)
         entry = chunk.to(tl.int64) * BLOCK + lane
         mask = entry < entries

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from galore_trainer.kernels import shared_memory
 from galore_trainer.kernels.routes import route_of
-from galore_trainer.kernels.tables import Layout, Scattered, multiply, pointer_at, rounded, row_starts
+from galore_trainer.kernels.tables import (
+    Layout,
+    Scattered,
+    cdiv,
+    multiply,
+    next_power_of_2,
+    pointer_at,
+    rounded,
+    row_starts,
+)
 
 ACCUMULATORS = 1 << 15  # most float32 entries of R in one program
 MIN_PROGRAMS = 264  # two for every multiprocessor of an H100; fewer lines a program give more programs
@@ -35,7 +44,7 @@ def join(tensors: Scattered, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
     count = len(tensors.addresses)
     out = torch.empty(count * shape[0], *shape[1:], dtype=dtype, device=tensors.addresses.device)
     entries = out.numel() // count
-    _join[(triton.cdiv(entries, JOIN_BLOCK), count)](
+    _join[(cdiv(entries, JOIN_BLOCK), count)](
         tensors.addresses, out, entries, **tensors.pointer, BLOCK=JOIN_BLOCK, num_warps=8
     )
     return out
@@ -56,7 +65,7 @@ def squared_norms(G: Scattered, layout: Layout, norms: Tensor, side: str, blocks
     (total, lines), rows, right = norms.shape, layout.rows // blocks, side == "right"
     tall = NORM_LINES[side]
     kernel: Any = _squared_norms
-    kernel[(total * triton.cdiv(lines, tall),)](
+    kernel[(total * cdiv(lines, tall),)](
         G.addresses,
         norms,
         rows,
@@ -151,8 +160,8 @@ def project(
     R = torch.empty((total, lines, rank) if right else (total, rank, lines), dtype=torch.float32, device=P.device)
     ok = torch.ones(len(G.addresses), dtype=torch.float32, device=P.device)
     route = route_of(rank, P.dtype).project
-    width = max(16, triton.next_power_of_2(min(rank, route.columns)))
-    across = triton.cdiv(rank, width)
+    width = max(16, next_power_of_2(min(rank, route.columns)))
+    across = cdiv(rank, width)
     tall = max(16, min(route.lines, ACCUMULATORS // (2 if single else 1) // width))
     if norms is not None and G.dtype == torch.bfloat16:
         # Tensor cores read bfloat16 tiles from shared memory. Norms would need them in registers, too, which takes
@@ -160,12 +169,12 @@ def project(
         squared_norms(G, layout, norms, side, blocks)
         norms = None
     # A tile fixes the order of the sums in norms: there the number of matrices must not change it.
-    while norms is None and tall > 64 and total * triton.cdiv(lines, tall) * across < MIN_PROGRAMS:
+    while norms is None and tall > 64 and total * cdiv(lines, tall) * across < MIN_PROGRAMS:
         tall //= 2
     deep = 16 if single else max(16, min(64, 16384 // width))
     stages = shared_memory(P.device) // (deep * (tall * G.dtype.itemsize + width * P.element_size()))
     kernel: Any = _project
-    kernel[(total * triton.cdiv(lines, tall) * across,)](
+    kernel[(total * cdiv(lines, tall) * across,)](
         G.addresses,
         P,
         R,

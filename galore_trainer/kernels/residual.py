@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels.tables import Layout, Scattered, pointer_at, row_starts
+from galore_trainer.kernels.tables import Layout, Scattered, next_power_of_2, pointer_at, row_starts
 
 PRODUCTS = 1 << 11  # products that a program computes at a time
 
@@ -34,7 +34,7 @@ def loss_at(
     left, right = (R, P) if side == "right" else (P, R.mT.contiguous())  # lift = left right^T; contiguous rows
     (total, rows, rank), columns = left.shape, right.shape[1]
     D = torch.empty(total, rows, count, dtype=torch.float32, device=R.device)
-    width = triton.next_power_of_2(rank)
+    width = next_power_of_2(rank)
     sampled = layout is None
     if layout is None:
         layout = Layout(blocks * rows, count, blocks * rows, 0, count, 1)

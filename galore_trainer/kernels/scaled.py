@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from galore_trainer.kernels.adam import clipped, lerp, log_of, normalised
-from galore_trainer.kernels.tables import Scattered, pointer_at, rounded
+from galore_trainer.kernels.tables import Scattered, cdiv, next_power_of_2, pointer_at, rounded
 
 TILE = 2048  # entries of R that a program takes at a time
 MAX_DEPTH = 128  # most of them along a line (right)
@@ -70,10 +70,10 @@ def line_factors(
     total, lines = norms.shape
     rank = R.shape[-1 if right else -2]
     phi, lost = torch.empty_like(norms), torch.empty_like(norms, dtype=torch.float64)
-    depth = min(triton.next_power_of_2(rank), MAX_DEPTH if right else TILE // LINES)
+    depth = min(next_power_of_2(rank), MAX_DEPTH if right else TILE // LINES)
     tall = TILE // depth if right else LINES
     kernel: Any = _line_factors
-    kernel[(total * triton.cdiv(lines, tall),)](
+    kernel[(total * cdiv(lines, tall),)](
         R,
         N,
         norms,
@@ -241,7 +241,7 @@ def without_projected(N: Tensor, R: Tensor, phi: Tensor, ok: Tensor, side: str, 
     total, lines = phi.shape
     entries = R.numel() // total
     kernel: Any = _without_projected
-    kernel[(triton.cdiv(entries, BLOCK), total)](
+    kernel[(cdiv(entries, BLOCK), total)](
         N,
         R,
         phi,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from galore_trainer.kernels.adam import clipped, lerp, log_of, normalised, product
-from galore_trainer.kernels.tables import GOLDEN, Scattered, mixed, pointer_at, rounded, row_keys
+from galore_trainer.kernels.tables import GOLDEN, Scattered, cdiv, mixed, pointer_at, rounded, row_keys
 
 BLOCK = 256  # entries that share a scale, as in ``core.precision``
 SHARING = tl.constexpr(BLOCK)
@@ -65,7 +65,7 @@ def adam_small_(
     entries, blocks = R.numel() // total, total // len(ok)
     b1, b2 = betas
     kernel: Any = _adam_small
-    kernel[(triton.cdiv(entries, GROUPS * BLOCK), total)](
+    kernel[(cdiv(entries, GROUPS * BLOCK), total)](
         M.values.addresses,
         V.values.addresses,
         (M.scales or t).addresses,  # pointers that are not read where there are no scales

@@ -73,6 +73,16 @@ class Layout(NamedTuple):
         }
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's takes the host two microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n; Triton's takes the host two microseconds."""
+    return 1 << (n - 1).bit_length()
+
+
 def upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Columns of 64-bit numbers, of one length, as an int64 tensor [columns, length] on the device.
 
@@ -82,6 +92,19 @@ def upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     even = columns if count % 2 == 0 else [[*column, 0] for column in columns]
     numbers = torch.tensor(even, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return numbers.to(device, non_blocking=True)[:, :count]
+
+
+def upload_apart(columns: Sequence[Sequence[int]], device: torch.device) -> Sequence[Tensor]:
+    """Columns of 64-bit numbers, each of its own length, as int64 tensors on the device; see ``upload``."""
+    numbers: list[int] = []
+    sizes: list[int] = []
+    for column in columns:
+        numbers += column
+        sizes += (len(column), len(column) % 2)
+        if len(column) % 2:
+            numbers.append(0)
+    uploaded = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return uploaded.to(device, non_blocking=True).split_with_sizes(sizes)[::2]
 
 
 def scatter(

@@ -16,9 +16,11 @@ from galore_trainer.kernels.tables import (
     GOLDEN,
     Layout,
     Scattered,
+    cdiv,
     mixed,
     moved,
     multiply,
+    next_power_of_2,
     pointer_at,
     rounded,
     row_keys,
@@ -74,7 +76,7 @@ def apply_update_(
     """
     total, rank = len(P), P.shape[-1]
     rows, columns = layout.rows // blocks, layout.columns
-    width, entry = max(16, triton.next_power_of_2(rank)), N.element_size()
+    width, entry = max(16, next_power_of_2(rank)), N.element_size()
     route = _tile(N, rank, dense is not None)
     tall, wide, depth = route.rows, route.columns, min(route.depth, width)
     per_entry = W.dtype.itemsize + (dense.G.dtype.itemsize if dense else 0)
@@ -82,7 +84,7 @@ def apply_update_(
     if route.looped:
         kernel: Any = apply_looped
         stages = shared_memory(N.device) // ((tall + wide) * depth * entry)
-        programs = triton.cdiv(rows, tall) * triton.cdiv(columns, wide)
+        programs = cdiv(rows, tall) * cdiv(columns, wide)
         engine = route.described and has_warpgroups(N.device)
         factors = described(N, P, side, tall, wide, depth) if engine else None
         shape = {"EARLY": route.early, "TOGETHER": GROUP, "DESCRIBED": factors is not None}
@@ -91,8 +93,8 @@ def apply_update_(
         shared = depth * wide * entry  # bytes that all tiles share
         per_tile = (tall * width + (width - depth) * wide) * entry + tall * wide * per_entry  # bytes
         stages = (shared_memory(N.device) - shared) // per_tile
-        tiles = min(TILES, triton.cdiv(rows, tall))
-        programs = triton.cdiv(rows, tall * tiles) * triton.cdiv(columns, wide)
+        tiles = min(TILES, cdiv(rows, tall))
+        programs = cdiv(rows, tall * tiles) * cdiv(columns, wide)
         shape, factors = {"TILES": tiles}, None
     of_G = dense or Dense(W, layout, ok)  # pointers that are not read
     kernel[(total * programs,)](
@@ -247,7 +249,7 @@ def add_at_(
     """
     count, entries = values.shape[-1], values.numel() // len(ok)
     kernel: Any = _add_at
-    kernel[(triton.cdiv(entries, BLOCK), len(ok))](
+    kernel[(cdiv(entries, BLOCK), len(ok))](
         W.addresses,
         positions.addresses,
         values,

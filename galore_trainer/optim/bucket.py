@@ -68,6 +68,11 @@ class Bucket:
         projected, self.projected = self.projected, None
         return projected
 
+    def end_step(self) -> None:
+        """Free what was made of this step's gradients; the tables stay."""
+        self.norms, self.factors, self.projected = None, None, None
+        self.drop_copies()
+
     @functools.cached_property
     def ok(self) -> Tensor | None:
         """[pieces], 1.0 or 0.0, where flags were known before the step; else None."""

@@ -21,6 +21,7 @@ from galore_trainer.optim.layerwise import Averager, ProjectedGradient, attach_g
 from galore_trainer.optim.local import LocalWeight, Moved, exchange, moved_together
 from galore_trainer.optim.ops_triton import check_wanted
 from galore_trainer.optim.plain import make_plain_state, move_plain
+from galore_trainer.optim.plan import Plans
 from galore_trainer.optim.reshard import put_whole
 from galore_trainer.optim.residual import make_support
 from galore_trainer.optim.state_dict import pack, unpack
@@ -88,7 +89,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.averager: Averager | None = None
         self._steps = 0
         self._ordinals: dict[str, int] = {}  # of projected weights, by name
-        self._retries, self._directions, self._watch = Retries(), Directions(), Watch()
+        self._retries, self._directions, self._watch, self._plans = Retries(), Directions(), Watch(), Plans()
         super().__init__(params, defaults)
         param_groups.warn_if_plain(self.param_groups)
 
@@ -129,11 +130,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self.averager is not None:
             self.averager.settle()
-        weights = self.weights_with_gradients()
-        moved = self.move(weights)
+        moved, smallest = self._plans.step(self, bool(self._retries))
         self._steps += 1
         skips = any(some.ok.device.type == "cpu" and not some.ok.all() for some in moved if type(some.ok) is Tensor)
-        smallest = functools.partial(lookup.smallest_gradient, weights)
         self._watch.look(self._steps, self._counters, self.model_weights, smallest, skips)
         return loss
 
@@ -348,7 +347,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("stopwatch", Stopwatch())
         skips = [int(x[1]) for state in self.state.values() for key, x in state.items() if bare(key) == "skipped"]
-        self._retries, self._directions, self._watch = Retries(), Directions(), Watch(sum(skips))
+        self._retries, self._directions, self._watch, self._plans = Retries(), Directions(), Watch(sum(skips)), Plans()
         for name in ("averager", "ranks", "grad_norm"):
             self.__dict__.setdefault(name, None)
         if "placement" not in self.__dict__:

@@ -347,6 +347,9 @@ class Retries:
     def __init__(self) -> None:
         self._open: list[tuple[Later, list[MutableMapping[str, Any]]]] = []
 
+    def __bool__(self) -> bool:
+        return bool(self._open)  # whether there are answers to read
+
     def add(self, states: list[MutableMapping[str, Any]], failed: Tensor) -> None:
         """Check these weights later; ``failed`` [weights] is true where the old basis was kept."""
         self._open.append((Later(failed), states))

@@ -123,10 +123,14 @@ def _in_flat(group: dict[str, Any], flat: Tensor, state: Any, placement: Placeme
         )
 
 
-def smallest_gradient(weights: Sequence[LocalWeight]) -> Tensor | None:
-    """The gradient with the fewest entries, if any is whole."""
-    grads = [w.grad for w in weights if w.shard.is_whole and type(w.grad) is Tensor and w.grad.numel()]
-    return min(grads, key=Tensor.numel, default=None)
+def whole_gradients(weights: Sequence[LocalWeight]) -> list[Tensor]:
+    """The gradients that are whole."""
+    return [w.grad for w in weights if w.shard.is_whole and type(w.grad) is Tensor]
+
+
+def smallest_of(grads: Sequence[Tensor]) -> Tensor | None:
+    """The gradient with the fewest entries, if any has one."""
+    return min((grad for grad in grads if grad.numel()), key=Tensor.numel, default=None)
 
 
 def kept_gradients(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.galore import compute_dtype, stochastic_round
+from galore_trainer.core.galore import compute_dtype, largest_usable, stochastic_round
 from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, zero_code
 from galore_trainer.core.streams import rounding_key, stream
 from galore_trainer.kernels import obstacle
@@ -36,15 +36,8 @@ def move_plain(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) 
     asked = [w for w in weights if w.ok is None]
     for w, ok in zip(asked, usable_flags([w.grad for w in asked]), strict=True):
         w.ok = ok
-    by_torch: list[LocalWeight] = []
-    alike: dict[tuple[Any, ...], list[LocalWeight]] = {}
-    for w in weights:
-        if _kernel_takes(w, config):
-            key = (id(w.group), w.weight.numel(), w.weight.dtype, w.grad.dtype, w.weight.device)
-            alike.setdefault(key, []).append(w)
-        else:
-            by_torch.append(w)
-    moved = [_move_by_kernel(members, config, seed) for members in alike.values()]
+    alike, by_torch = equal_for_kernel(weights, config)
+    moved = [_move_by_kernel(members, config, seed) for members in alike]
     for w in by_torch:
         calls, noise = w.state["calls"], None
         if config.plain_state_bits < 32:
@@ -57,6 +50,21 @@ def move_plain(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) 
     return moved + moved_together(by_torch)
 
 
+def equal_for_kernel(
+    weights: Sequence[LocalWeight], config: GaLoreConfig
+) -> tuple[list[list[LocalWeight]], list[LocalWeight]]:
+    """Weights that one launch each moves, and those that are left to torch."""
+    by_torch: list[LocalWeight] = []
+    alike: dict[tuple[Any, ...], list[LocalWeight]] = {}
+    for w in weights:
+        if _kernel_takes(w, config):
+            key = (id(w.group), w.weight.numel(), w.weight.dtype, w.grad.dtype, w.weight.device)
+            alike.setdefault(key, []).append(w)
+        else:
+            by_torch.append(w)
+    return list(alike.values()), by_torch
+
+
 def _kernel_takes(w: LocalWeight, config: GaLoreConfig) -> bool:
     p, grad = w.weight, w.grad
     if not wanted(config, p.device) or obstacle(p.device, p.dtype, grad.dtype) is not None:
@@ -65,38 +73,66 @@ def _kernel_takes(w: LocalWeight, config: GaLoreConfig) -> bool:
     return dense and w.state[MOMENTS[0][0]].dtype == torch.float32
 
 
-def _move_by_kernel(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) -> Moved:
-    """One launch for weights of equally many entries."""
-    from galore_trainer.kernels.adam import adamw_
-    from galore_trainer.kernels.tables import scatter
+def usable_together(grads: Sequence[Tensor]) -> Tensor:
+    """``usable_flags`` of gradients of one device, float32 or bfloat16 and none empty, as one tensor [gradients]."""
+    norms = torch.stack(torch._foreach_norm(list(grads), float("inf"), torch.float32))
+    return (norms < largest_usable(torch.float32)).float()
 
-    first, group = weights[0], weights[0].group
-    tensors = {"weights": [w.weight for w in weights], "gradients": [w.grad for w in weights]}
-    tensors |= {key: [w.state[key] for w in weights] for key, _ in MOMENTS}
-    columns = {name: [x.data_ptr() for x in each] for name, each in tensors.items()}
-    dtypes = {name: each[0].dtype for name, each in tensors.items()}
-    keys = None
-    if rounds(first.weight, config):
-        keys = [rounding_key(seed, w.name, w.state["calls"]) for w in weights]
-    ok = torch.stack([w.ok for w in weights if w.ok is not None])
-    with torch.cuda.device_of(first.weight):
-        tables, uploaded_keys = scatter(columns, dtypes, keys, first.weight.device)
-        W, G, M, V = (tables[name] for name in tensors)
+
+class PlainBucket:
+    """Plain weights of equally many entries, which a kernel moves in one launch where they lie.
+
+    Args:
+        weights: of one group, device and dtype, with contiguous gradients of one dtype.
+        config, seed: of the optimizer.
+    """
+
+    def __init__(self, weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) -> None:
+        from galore_trainer.kernels.tables import scatter
+
+        first = weights[0]
+        self.weights, self._group, self._entries = weights, first.group, first.weight.numel()
+        tensors = {"weights": [w.weight for w in weights], "gradients": [w.grad for w in weights]}
+        tensors |= {key: [w.state[key] for w in weights] for key in (*(key for key, _ in MOMENTS), AGE)}
+        columns = {name: [x.data_ptr() for x in each] for name, each in tensors.items()}
+        dtypes = {name: each[0].dtype for name, each in tensors.items()}
+        keys = None
+        if rounds(first.weight, config):
+            keys = [rounding_key(seed, w.name, w.state["calls"]) for w in weights]
+        self._tables, self._keys = scatter(columns, dtypes, keys, first.weight.device)
+
+    def renew(self, gradients: Tensor, alignment: int, keys: Tensor | None) -> None:
+        """As ``Places.renew``."""
+        self._tables["gradients"] = self._tables["gradients"]._replace(addresses=gradients, alignment=alignment)
+        self._keys = keys
+
+    def move(self, ok: Tensor) -> None:
+        """One step on weights whose ``ok`` [weights] is 1.0."""
+        from galore_trainer.kernels.adam import adamw_
+
+        group, (W, G, M, V, t) = self._group, self._tables.values()
         adamw_(
             W,
             G,
             M,
             V,
-            torch.stack([w.state[AGE] for w in weights]) + ok,
+            t,
             ok,
-            first.weight.numel(),
+            self._entries,
             lr=float(group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            keys=uploaded_keys,
-            clip=first.clip,
+            keys=self._keys,
+            clip=self.weights[0].clip,
         )
+
+
+def _move_by_kernel(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) -> Moved:
+    """One launch for weights of equally many entries."""
+    ok = torch.stack([w.ok for w in weights if w.ok is not None])
+    with torch.cuda.device_of(ok):
+        PlainBucket(weights, config, seed).move(ok)
     return Moved(weights, ok, (AGE,))
 
 

@@ -82,9 +82,10 @@ def scale_lost(bucket: Bucket, ops: Any, R: Tensor, N: Tensor, ok: Tensor, confi
     if not has_scaled(bucket.matrix, config):
         return None
     phi, by_line = ops.line_factors(bucket, R, N, ok)
-    for piece, lines in zip(bucket.pieces, bucket.split(by_line), strict=True):
-        if piece.foreign is not None:
-            lines.view(-1)[piece.foreign] = 0.0
+    if any(piece.foreign is not None for piece in bucket.pieces):
+        for piece, lines in zip(bucket.pieces, bucket.split(by_line), strict=True):
+            if piece.foreign is not None:
+                lines.view(-1)[piece.foreign] = 0.0
     return Scaled(R, phi, by_line)
 
 

@@ -117,12 +117,12 @@ def update(
     """
     moved: list[Moved] = []
     while held:
-        moved += _moved(_whole_step(held.pop(0), config))
+        moved += _moved(whole_step(held.pop(0), config))
     for ranks, alike in residual.by_limit(weights, config).items():
         opened = _joined(alike, config, seed, asked)
         if ranks is None:
             for joined in opened:
-                moved += _moved(_whole_step(joined, config))
+                moved += _moved(whole_step(joined, config))
             continue
         waiting: list[tuple[Joined, Taken]] = []  # how far the scaled residual may go depends on the other processes
         for joined in opened:
@@ -174,7 +174,7 @@ def _joined(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int, ask
             w.close()
 
 
-def _whole_step(joined: Joined, config: GaLoreConfig) -> list[Taken]:
+def whole_step(joined: Joined, config: GaLoreConfig) -> list[Taken]:
     """Both halves of a step."""
     with _device_of(joined):
         taken = step_buckets(joined.buckets, joined.ops, config)
