@@ -130,8 +130,9 @@ def apply_update_(
         sparse: S and N_S, the sparse residual's support and update (``core/residual.py``).
         generator: for stochastic rounding of a bfloat16 weight; None rounds to nearest.
     """
+    usable = _all_usable(ok)
     if dense is not None:
-        N = _without_projected(N, dense, ok, side)
+        N = _without_projected(N, dense, ok, usable, side)
     if W.dtype in (torch.float32, torch.float64):
         if weight_decay != 0.0:
             W.mul_(1.0 - ok.to(W.dtype) * (lr * weight_decay))
@@ -140,7 +141,7 @@ def apply_update_(
             left, right = (N[:, rows], P.mT) if side == "right" else (P[:, rows], N)
             W[:, rows].baddbmm_(left, right, alpha=-lr * scale)
             if dense is not None:
-                _subtract_phi_G_(W[:, rows], dense, rows, ok, side, alpha=lr * scale)
+                _subtract_phi_G_(W[:, rows], dense, rows, ok, usable, side, alpha=lr * scale)
         if sparse is not None:
             add_at_(W, *sparse, alpha=-lr * scale)
         return
@@ -150,7 +151,7 @@ def apply_update_(
         left, right = (N[:, rows], P) if side == "right" else (N, P[:, rows])
         U = lift(left, right, side)
         if dense is not None:
-            U += _phi_G(dense, rows, ok, side)
+            U += _phi_G(dense, rows, ok, usable, side)
         new = W[:, rows].float() * (1.0 - ok * (lr * weight_decay)) - (lr * scale) * U
         if sparse is not None:
             support, values = sparse
@@ -161,35 +162,36 @@ def apply_update_(
         W[:, rows].copy_(new)
 
 
-def _without_projected(N: Tensor, dense: Dense, ok: Tensor, side: str) -> Tensor:
+def _without_projected(N: Tensor, dense: Dense, ok: Tensor, usable: bool, side: str) -> Tensor:
     """N - phi R; 0 where the gradient is not usable."""
-    return torch.where(ok > 0.0, N - along_lines(dense.phi, side) * dense.R, 0.0)
+    rest = torch.addcmul(N, along_lines(dense.phi, side), dense.R, value=-1.0)
+    return rest if usable else torch.where(ok > 0.0, rest, 0.0)
 
 
-def _subtract_phi_G_(W: Tensor, dense: Dense, rows: slice, ok: Tensor, side: str, alpha: float) -> None:
+def _subtract_phi_G_(W: Tensor, dense: Dense, rows: slice, ok: Tensor, usable: bool, side: str, alpha: float) -> None:
     """W <- W - alpha phi G for some rows, in place; in one pass where no type changes and nothing is left out."""
-    if dense.G.dtype == W.dtype and _all_usable(ok):
+    if dense.G.dtype == W.dtype and usable:
         phi = along_lines(dense.phi, side)
         W.addcmul_(phi[:, rows] if side == "right" else phi, dense.G[:, rows], value=-alpha)
     else:
-        W.sub_(_phi_G(dense, rows, ok, side), alpha=alpha)
+        W.sub_(_phi_G(dense, rows, ok, usable, side), alpha=alpha)
 
 
-def _phi_G(dense: Dense, rows: slice, ok: Tensor, side: str) -> Tensor:
+def _phi_G(dense: Dense, rows: slice, ok: Tensor, usable: bool, side: str) -> Tensor:
     """phi G of some rows in the dtype of phi; 0 where the gradient is not usable."""
     phi = along_lines(dense.phi, side)
     product = dense.G[:, rows] * (phi[:, rows] if side == "right" else phi)
-    return product if _all_usable(ok) else torch.where(ok > 0.0, product, 0.0)
+    return product if usable else torch.where(ok > 0.0, product, 0.0)
 
 
 def _all_usable(ok: Tensor) -> bool:
     """Whether all gradients are usable, where reading that waits for no device; else False."""
-    return type(ok) is Tensor and ok.device.type == "cpu" and bool((ok > 0.0).all())
+    return type(ok) is Tensor and ok.device.type == "cpu" and all(flag > 0.0 for flag in ok.flatten().tolist())
 
 
 def chunk_of(device: torch.device) -> int:
     """Entries of an intermediate result at a time: few enough for the cache of a CPU."""
-    return CHUNK >> 6 if device.type == "cpu" else CHUNK
+    return CHUNK >> 4 if device.type == "cpu" else CHUNK
 
 
 def _row_chunks(W: Tensor, support: Support | None, chunk: int) -> Iterator[slice]:

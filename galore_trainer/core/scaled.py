@@ -16,11 +16,13 @@ it needs the whole gradient. Source: Chen et al. (Fira), arXiv 2410.01623.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 17  # entries that are squared at a time on a CPU
 GROWTH = 1.01  # most that d grows from one step to the next
 
 
@@ -46,7 +48,9 @@ def along_lines(phi: Tensor, side: str) -> Tensor:
 def squared_norms(X: Tensor, side: str, dtype: torch.dtype) -> Tensor:
     """||X_j||^2 of every line, [blocks, lines], in ``dtype``."""
     if side == "left" and X.device.type == "cpu" and X.dtype == dtype:
-        return X.square().sum(dim=-2)  # a third of the norm's time along columns there
+        # A third of the norm's time along columns there; the cache holds the squares of a chunk.
+        rows = max(1, CHUNK // (len(X) * X.shape[-1]))
+        return functools.reduce(torch.add, [part.square().sum(dim=-2) for part in X.split(rows, dim=-2)])
     return torch.linalg.vector_norm(X, dim=-1 if side == "right" else -2, dtype=dtype).square()
 
 
@@ -67,10 +71,10 @@ def line_factors(
         phi [blocks, lines] in the dtype of R; (phi_j ||D_j||)^2 [blocks, lines] in float64.
     """
     of_R, of_N = squared_norms(R, side, R.dtype), squared_norms(N, side, R.dtype)
-    seen = (ok[:, 0] > 0.0) & (of_R > noise * noise * norms)
-    phi = torch.where(seen, residual_scale * (of_N / of_R).sqrt(), 0.0)
-    lost = (norms.double() - of_R.double()).clamp(min=0.0)
-    return phi, torch.where(seen, phi.double().square() * lost, 0.0)
+    unseen = ((ok[:, 0] > 0.0) & (of_R > norms * (noise * noise))).logical_not_()
+    phi = (of_N / of_R).sqrt_().mul_(residual_scale).masked_fill_(unseen, 0.0)
+    lost = (norms.double() - of_R).clamp_(min=0.0)
+    return phi, lost.mul_(phi).mul_(phi).masked_fill_(unseen, 0.0)
 
 
 def limit(d: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,6 @@ class TorchOps:
         G, P, side = bucket.G, bucket.P, bucket.matrix.side
         if G is None:
             R = bucket.kept(lambda grad: grad.projected)
-        elif side == "left" and G.device.type == "cpu":
-            R = galore.project(G.mT, P, "right").mT  # the same, a quarter faster there
         else:
             R = galore.project(G, P, side)
         if has_scaled(bucket.matrix, self.config):  # now, while a CPU's cache holds the gradients
