@@ -251,6 +251,30 @@ def _adamw(
         tl.store(w_at, rounded(new, noise, TYPE, STOCHASTIC), mask=mask)
 
 
+def usable(G: Scattered, entries: int, limit: float) -> Tensor:
+    """1.0 where every entry of a gradient is smaller than a limit in magnitude, else 0.0: float32 [weights].
+
+    Args:
+        G: gradients, float32 or bfloat16, contiguous.
+        entries: of a gradient.
+        limit: as ``core.galore.largest_usable``.
+    """
+    ok = torch.ones(len(G.addresses), dtype=torch.float32, device=G.addresses.device)
+    kernel: Any = _usable
+    kernel[(cdiv(entries, BLOCK), len(ok))](G.addresses, ok, entries, limit, **G.pointer, BLOCK=BLOCK, num_warps=8)
+    return ok
+
+
+@triton.jit
+def _usable(gradients, ok, entries, limit, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """A program looks at ``BLOCK`` entries of one gradient."""
+    weight = tl.program_id(1)
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(pointer_at(gradients, weight, TYPE, ALIGNED) + entry, mask=entry < entries, other=0.0)
+    below = tl.min((tl.abs(g.to(tl.float32)) < limit).to(tl.int32), axis=0)  # 0 for NaN, too
+    tl.store(ok + weight, 0.0, mask=below == 0)
+
+
 def count_(ages: Sequence[Scattered], skipped: Scattered, ok: Tensor) -> None:
     """Count one step of every weight, in place.
 

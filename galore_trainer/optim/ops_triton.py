@@ -1,7 +1,8 @@
 """The six verbs of a step by Triton kernels, on a bucket of equal pieces where they lie: nothing is joined or copied.
 
 ``TritonOps`` does what ``TorchOps`` does for the pieces that the kernels take; ``buckets_for_triton`` leaves the others
-to torch. Each bucket costs one upload of addresses. Triton is imported only where it is used.
+to torch. Each bucket has its tables of addresses (``places.py``), which cost one upload; ``plan.py`` keeps them for the
+steps that repeat this one. Triton is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class TritonOps:
         if first.kept is None:
             G = places["gradients"]
             P = places.bases(bucket, first.owner.compute_in or G.dtype)
-            layout = places.layout(first.grad)
+            layout = places.of_gradients
             clips = self.config.max_grad_norm is not None and first.owner.energy is None
             if clips or has_scaled(matrix, self.config):
                 lines = matrix.moment_shape[1 if matrix.side == "right" else 2]
@@ -70,7 +71,7 @@ class TritonOps:
         first, matrix, places = bucket.pieces[0], bucket.matrix, self._places(bucket)
         count = first.owner.state[first.prefix + key].shape[-1]
         if first.kept is None:
-            G, layout = places["gradients"], places.layout(first.grad)
+            G, layout = places["gradients"], places.of_gradients
         else:
             G, layout = places["sampled"], None
         P = places.bases(bucket, first.owner.compute_in or first.grad.dtype)  # in the precision that projected
@@ -159,15 +160,15 @@ class TritonOps:
         from galore_trainer.kernels.scaled import without_projected
         from galore_trainer.kernels.update import Dense, add_at_, apply_update_
 
-        first, group, matrix, places = bucket.pieces[0], bucket.group, bucket.matrix, self._places(bucket)
-        layout = places.layout(first.weight)
+        group, matrix, places = bucket.group, bucket.matrix, self._places(bucket)
+        layout = places.of_weights
         lr = float(group["lr"])  # torch takes tensors, too
         step = lr * scale_of(group, self.config, matrix)
         of_G = None
         if dense is not None:
             R, phi = dense
             N = without_projected(N, R, phi, ok, matrix.side, self._update_dtype(bucket))
-            of_G = Dense(places["gradients"], places.layout(first.grad), phi)
+            of_G = Dense(places["gradients"], places.of_gradients, phi)
         apply_update_(
             places["weights"],
             layout,

@@ -28,6 +28,7 @@ class Places:
 
     Attributes:
         keys: for the rounding of bfloat16 weights, int64 [pieces]; None rounds to nearest.
+        of_weights, of_gradients: how the logical matrices lie in them; None for gradients that were not kept whole.
         moves_small_state: whether moments of 16 and 8 bits are among them; else torch moves those.
     """
 
@@ -37,6 +38,8 @@ class Places:
 
         first = bucket.pieces[0]
         self._matrix = bucket.matrix  # not the bucket, which keeps these places: a cycle would outlive the step
+        self.of_weights = self.layout(first.weight)
+        self.of_gradients: Any = self.layout(first.grad) if first.kept is None else None
         self._bases: dict[torch.dtype, Tensor] = {}
         self._alive: list[Any] = []  # tensors that live as long as their addresses
         tensors: dict[str, list[Tensor]] = {BASIS: self._stored_bases(bucket)}

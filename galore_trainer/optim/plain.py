@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.galore import compute_dtype, largest_usable, stochastic_round
+from galore_trainer.core.galore import compute_dtype, stochastic_round
 from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, zero_code
 from galore_trainer.core.streams import rounding_key, stream
 from galore_trainer.kernels import obstacle
@@ -21,7 +21,7 @@ from galore_trainer.optim.bucket import MOMENTS
 from galore_trainer.optim.guards import no_skips, usable_flags
 from galore_trainer.optim.local import AGE, LocalWeight, Moved, moved_together
 from galore_trainer.optim.ops_torch import rounds, weight_noise
-from galore_trainer.optim.ops_triton import wanted
+from galore_trainer.optim.ops_triton import LIMIT, wanted
 
 CHUNK = 1 << 22  # entries that are widened at a time, where weight, gradient or moments are stored otherwise
 
@@ -33,11 +33,11 @@ def move_plain(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) 
         weights: with states from ``make_plain_state``, and ``ok`` where it is known.
         config, seed: of the optimizer.
     """
-    asked = [w for w in weights if w.ok is None]
-    for w, ok in zip(asked, usable_flags([w.grad for w in asked]), strict=True):
-        w.ok = ok
     alike, by_torch = equal_for_kernel(weights, config)
     moved = [_move_by_kernel(members, config, seed) for members in alike]
+    asked = [w for w in by_torch if w.ok is None]
+    for w, ok in zip(asked, usable_flags([w.grad for w in asked]), strict=True):
+        w.ok = ok
     for w in by_torch:
         calls, noise = w.state["calls"], None
         if config.plain_state_bits < 32:
@@ -58,7 +58,7 @@ def equal_for_kernel(
     alike: dict[tuple[Any, ...], list[LocalWeight]] = {}
     for w in weights:
         if _kernel_takes(w, config):
-            key = (id(w.group), w.weight.numel(), w.weight.dtype, w.grad.dtype, w.weight.device)
+            key = (id(w.group), w.weight.numel(), w.weight.dtype, w.grad.dtype, w.weight.device, w.ok is None)
             alike.setdefault(key, []).append(w)
         else:
             by_torch.append(w)
@@ -71,12 +71,6 @@ def _kernel_takes(w: LocalWeight, config: GaLoreConfig) -> bool:
         return False
     dense = p.is_contiguous() and grad.is_contiguous() and p.numel() > 0
     return dense and w.state[MOMENTS[0][0]].dtype == torch.float32
-
-
-def usable_together(grads: Sequence[Tensor]) -> Tensor:
-    """``usable_flags`` of gradients of one device, float32 or bfloat16 and none empty, as one tensor [gradients]."""
-    norms = torch.stack(torch._foreach_norm(list(grads), float("inf"), torch.float32))
-    return (norms < largest_usable(torch.float32)).float()
 
 
 class PlainBucket:
@@ -106,10 +100,11 @@ class PlainBucket:
         self._tables["gradients"] = self._tables["gradients"]._replace(addresses=gradients, alignment=alignment)
         self._keys = keys
 
-    def move(self, ok: Tensor) -> None:
-        """One step on weights whose ``ok`` [weights] is 1.0."""
-        from galore_trainer.kernels.adam import adamw_
+    def move(self, known: Tensor | None = None) -> Tensor:
+        """One step; which gradients were usable, [weights], where that is not known."""
+        from galore_trainer.kernels.adam import adamw_, usable
 
+        ok = usable(self._tables["gradients"], self._entries, LIMIT) if known is None else known
         group, (W, G, M, V, t) = self._group, self._tables.values()
         adamw_(
             W,
@@ -126,13 +121,14 @@ class PlainBucket:
             keys=self._keys,
             clip=self.weights[0].clip,
         )
+        return ok
 
 
 def _move_by_kernel(weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) -> Moved:
     """One launch for weights of equally many entries."""
-    ok = torch.stack([w.ok for w in weights if w.ok is not None])
-    with torch.cuda.device_of(ok):
-        PlainBucket(weights, config, seed).move(ok)
+    flags = [w.ok for w in weights if w.ok is not None]
+    with torch.cuda.device_of(weights[0].weight):
+        ok = PlainBucket(weights, config, seed).move(torch.stack(flags) if flags else None)
     return Moved(weights, ok, (AGE,))
 
 

@@ -25,7 +25,7 @@ from galore_trainer.optim.ops_torch import rounds
 from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, wanted
 from galore_trainer.optim.param_groups import check_groups
 from galore_trainer.optim.places import Places
-from galore_trainer.optim.plain import PlainBucket, equal_for_kernel, usable_together
+from galore_trainer.optim.plain import PlainBucket, equal_for_kernel
 from galore_trainer.optim.step import Joined, whole_step
 from galore_trainer.timing import Stopwatch
 
@@ -153,12 +153,7 @@ class Plan:
                     finally:
                         joined.buckets[0].end_step()
             with stopwatch.measure("plain", self._device):
-                if self._plain:
-                    sizes = [len(plain.weights) for plain in self._plain]
-                    oks.append(usable_together(grads[-sum(sizes) :]))
-                    flags = oks[-1].split(sizes)
-                    for plain, ok in zip(self._plain, flags, strict=True):
-                        plain.move(ok)
+                oks += [plain.move() for plain in self._plain]
             ok = oks[0] if len(oks) == 1 else torch.cat(oks)
             count_([self._counters[AGE]], self._counters["skipped"], ok)
         for part in self._parts:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from galore_trainer.core import galore
 from galore_trainer.core.sparse import Support, add_at_, read_at
-from galore_trainer.kernels.adam import adam_, adamw_, count_
+from galore_trainer.kernels.adam import adam_, adamw_, count_, usable
 from galore_trainer.kernels.project import join, project
 from galore_trainer.kernels.residual import loss_at
 from galore_trainer.kernels.tables import Layout, alignment_of, upload
@@ -273,6 +273,16 @@ def test_alignment_is_what_addresses_share() -> None:
     assert alignment_of([32, 48]) == 16
     assert alignment_of([32, 6]) == 2
     assert alignment_of([]) == 16
+
+
+@both_dtypes
+def test_one_bad_entry_makes_a_gradient_unusable(dtype: torch.dtype, device: torch.device) -> None:
+    """Its last entry, too, which lies in a block of its own."""
+    G = [random(device, 2049, seed=i).to(dtype) for i in range(6)]
+    for i, bad in enumerate((float("nan"), float("inf"), -float("inf"), 2e9, -2e9)):
+        G[i][-1 if i % 2 else 5] = bad
+    assert usable(places(G), 2049, 1e9).tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    assert usable(places(G), 2048, 1e9).tolist() == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
 
 
 @both_dtypes
