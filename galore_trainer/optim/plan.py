@@ -47,7 +47,8 @@ class Part:
         self, tables: Places | PlainBucket, weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int
     ) -> None:
         self.tables, self.states = tables, [w.state for w in weights]
-        self._tensors = operator.itemgetter(*(key for key, x in self.states[0].items() if isinstance(x, Tensor)))
+        keys = [key for key, x in self.states[0].items() if isinstance(x, Tensor)]
+        self._tensors = operator.itemgetter(*(key for key in keys if all(key in state for state in self.states)))
         first_keys = [rounding_key(seed, w.name, 0) for w in weights]
         self._first_keys = first_keys if rounds(weights[0].weight, config) else None
 
@@ -152,8 +153,9 @@ class Plan:
                         oks += [taken.ok for taken in whole_step(joined, self._config)]
                     finally:
                         joined.buckets[0].end_step()
-            with stopwatch.measure("plain", self._device):
-                oks += [plain.move() for plain in self._plain]
+            if self._plain:
+                with stopwatch.measure("plain", self._device):
+                    oks += [plain.move() for plain in self._plain]
             ok = oks[0] if len(oks) == 1 else torch.cat(oks)
             count_([self._counters[AGE]], self._counters["skipped"], ok)
         for part in self._parts:
