@@ -130,6 +130,7 @@ def _compare_project(rank: int, side: str, rows: int, columns: int, device: torc
 
 
 def _compare_update(rank: int, side: str, rows: int, columns: int, device: torch.device, _: Route) -> str:
+    from galore_trainer.kernels.tables import packed
     from galore_trainer.kernels.update import apply_update_
 
     W = torch.randn(rows, columns, device=device).bfloat16()
@@ -138,8 +139,8 @@ def _compare_update(rank: int, side: str, rows: int, columns: int, device: torch
     one, key, step = torch.ones(1, device=device), 12345678901, 0.3 / rank**0.5
     here = W.clone()
     places, layout = _places(here)
-    keys = torch.full((1,), key, device=device)
-    apply_update_(places, layout, N, P, side, one, 1, step=step, decay=0.01, keys=keys)
+    keys, rates = (torch.full((1,), x, device=device) for x in (key, packed(step, 0.01)))
+    apply_update_(places, layout, N, P, side, one, 1, rates=rates, keys=keys)
     lifted = N[0].float() @ P[0].float().mT if side == "right" else P[0].float() @ N[0].float()
     exact = W.float() * 0.99 - step * lifted
     if bool(((here.float() - exact).abs() > 2**-7 * exact.abs() + 1e-4).any()):

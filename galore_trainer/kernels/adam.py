@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from galore_trainer.kernels.tables import GOLDEN, TINY, Scattered, cdiv, mixed, pointer_at, rounded, row_keys
+from galore_trainer.kernels.tables import GOLDEN, TINY, Scattered, cdiv, mixed, pointer_at, rounded, row_keys, unpacked
 
 BLOCK = 2048
 
@@ -153,10 +153,9 @@ def adamw_(
     ok: Tensor,
     entries: int,
     *,
-    lr: float,
+    rates: Tensor,
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
     keys: Tensor | None,
     clip: Tensor | None = None,
 ) -> None:
@@ -168,7 +167,8 @@ def adamw_(
         t: ages of the moments before this step, float32 scalars; ``count_`` increases them.
         ok: [weights], 1.0 or 0.0. Where it is 0.0 weight and moments stay.
         entries: number of entries of a weight.
-        lr, betas, eps, weight_decay: of AdamW.
+        rates: int64 [weights], ``tables.packed`` of lr and lr x weight decay.
+        betas, eps: of AdamW.
         keys: int64 [weights], for stochastic rounding of bfloat16 weights; None rounds to nearest.
         clip: float32 scalar that multiplies G; None is 1.
     """
@@ -183,8 +183,7 @@ def adamw_(
         ok if keys is None else keys,  # a pointer that is not read
         clip,
         entries,
-        lr,
-        lr * weight_decay,
+        rates,
         1.0 - betas[0],
         1.0 - betas[1],
         log_of(betas[0]),
@@ -211,8 +210,7 @@ def _adamw(
     keys,
     clip,
     entries,
-    lr,
-    decay,
+    rates,
     rate1,
     rate2,
     log_beta1,
@@ -230,6 +228,7 @@ def _adamw(
     chunk, weight = tl.program_id(0), tl.program_id(1)
     if tl.load(ok + weight) > 0.0:
         age = tl.load(pointer_at(t, weight, tl.float32, 4)) + 1.0
+        lr, decay = unpacked(rates, weight)
         lane = tl.arange(0, BLOCK)
         entry = chunk.to(tl.int64) * BLOCK + lane
         mask = entry < entries

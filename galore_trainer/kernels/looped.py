@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from galore_trainer.kernels.tables import ALIGNMENT, GOLDEN, moved, multiply, pointer_at, row_starts
+from galore_trainer.kernels.tables import ALIGNMENT, GOLDEN, moved, multiply, pointer_at, row_starts, unpacked
 
 GROUP = 8  # rows of tiles whose programs run one after the other, so that they share what they read in the L2 cache
 
@@ -40,8 +40,7 @@ def apply_looped(
     rows,
     columns,
     blocks,
-    step,
-    decay,
+    rates,
     gradients,
     phi,
     length,
@@ -133,6 +132,7 @@ def apply_looped(
             else:
                 factor = tl.load(phi + block.to(tl.int64) * columns + j, mask=j < columns, other=0.0)[None, :]
             lifted += factor * g.to(tl.float32)
+        step, decay = unpacked(rates, matrix)
         key, pair = 0, 0
         if STOCHASTIC:
             key = tl.load(keys + matrix)

@@ -28,6 +28,7 @@ MIN_PROGRAMS = 264  # two for every multiprocessor of an H100; fewer lines a pro
 JOIN_BLOCK = 2048  # entries that one program copies
 NORM_LINES = {"right": 4, "left": 64}  # of a program of ``squared_norms``; neighbours lie next to each other (left)
 NORM_DEPTH = {"right": 512, "left": 32}  # entries of each that it reads at a time
+NEXT = tl.constexpr(8)  # entries of a line whose squares a thread adds up by itself
 
 
 def join(tensors: Scattered, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -163,9 +164,7 @@ def project(
     width = max(16, next_power_of_2(min(rank, route.columns)))
     across = cdiv(rank, width)
     tall = max(16, min(route.lines, ACCUMULATORS // (2 if single else 1) // width))
-    if norms is not None and G.dtype == torch.bfloat16:
-        # Tensor cores read bfloat16 tiles from shared memory. Norms would need them in registers, too, which takes
-        # longer than a second read of G.
+    if norms is not None and not route.norms:
         squared_norms(G, layout, norms, side, blocks)
         norms = None
     # A tile fixes the order of the sums in norms: there the number of matrices must not change it.
@@ -242,7 +241,7 @@ def _project(
     column = part * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((LINES, WIDTH), tl.float32)
     if NORMS:
-        of_line = tl.zeros((LINES,), tl.float32)
+        of_line = tl.zeros((LINES, DEPTH // NEXT), tl.float32)
     k = tl.arange(0, DEPTH)
     if RIGHT:
         rows_at = row_starts(first + line, length, outer_stride, row_stride, EVEN)
@@ -252,16 +251,25 @@ def _project(
     p_at = P + k[:, None] * RANK + column[None, :]
     for start in range(0, inner, DEPTH):
         inside = k < inner - start
+        mask = (line[:, None] < lines) & inside[None, :]
         if RIGHT:
-            g = tl.load(at, mask=(line[:, None] < lines) & inside[None, :], other=0.0)
+            g_at = at
             at += DEPTH * column_stride
         else:
-            rows_at = row_starts(first + start + k, length, outer_stride, row_stride, EVEN)
-            g = tl.load(at + rows_at[None, :], mask=(line[:, None] < lines) & inside[None, :], other=0.0)
+            g_at = at + row_starts(first + start + k, length, outer_stride, row_stride, EVEN)[None, :]
+        g = tl.load(g_at, mask=mask, other=0.0)
+        if NORMS:
+            # Tensor cores read bfloat16 tiles from shared memory. Norms need them in registers: a load of their own
+            # gets them from the L2 cache. (Triton 3.6 overwrites the tile too early where one load serves both.)
+            x = g
+            if tl.bfloat16 == TYPE:
+                x = tl.load(g_at, mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
+            if RIGHT:  # in the order in which a thread holds them
+                of_line += tl.sum(tl.reshape(x * x, (LINES, DEPTH // NEXT, NEXT)), axis=2)
+            else:
+                of_line += tl.sum(tl.reshape(x * x, (LINES, NEXT, DEPTH // NEXT)), axis=1)
         p = tl.load(p_at, mask=inside[:, None] & (column[None, :] < RANK), other=0.0)
         p_at += DEPTH * RANK
-        if NORMS:
-            of_line += tl.sum(g * g, axis=1)
         if g.dtype != p.dtype:
             g = rounded(g, 0, p.dtype, False)
         total = multiply(g, p, total)
@@ -272,6 +280,6 @@ def _project(
         out = R + column.to(tl.int64)[None, :] * lines + line[:, None]
     tl.store(out, total, mask=mask)
     if NORMS:
-        tl.store(norms + block.to(tl.int64) * lines + line, of_line, mask=(line < lines) & (part == 0))
+        tl.store(norms + block.to(tl.int64) * lines + line, tl.sum(of_line, axis=1), mask=line < lines)
     usable = tl.min(tl.min((tl.abs(total) < limit).to(tl.int32), axis=1), axis=0)  # 0 for NaN, too
     tl.store(ok + matrix, 0.0, mask=usable == 0)

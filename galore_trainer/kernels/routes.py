@@ -21,10 +21,12 @@ class ProjectRoute(NamedTuple):
     Attributes:
         lines: most lines of R in a program of ``kernels.project``.
         columns: most entries of each line in a program; at a higher rank, several programs share the lines.
+        norms: whether norms of lines, where they are wanted, come with R; else a kernel of their own reads G again.
     """
 
     lines: int = 128
     columns: int = WHOLE
+    norms: bool = True
 
 
 class UpdateRoute(NamedTuple):
@@ -71,8 +73,8 @@ _DENSE = UpdateRoute(64, 128, 4, looped=True, depth=64, early=False, described=T
 
 TABLE: tuple[tuple[int, Route], ...] = (
     (128, Route(small_state=True)),
-    (256, Route(ProjectRoute(), _LOOPED, small_state=True, dense=_DENSE)),
-    (WHOLE, Route(ProjectRoute(columns=256), _LOOPED, small_state=True, dense=_DENSE)),
+    (256, Route(ProjectRoute(norms=False), _LOOPED, small_state=True, dense=_DENSE)),
+    (WHOLE, Route(ProjectRoute(columns=256, norms=False), _LOOPED, small_state=True, dense=_DENSE)),
 )
 """Largest rank, and its route, in rising order; for bfloat16 factors. Measured on an H200 (``results/routes``)."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -94,17 +95,31 @@ def upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return numbers.to(device, non_blocking=True)[:, :count]
 
 
-def upload_apart(columns: Sequence[Sequence[int]], device: torch.device) -> Sequence[Tensor]:
-    """Columns of 64-bit numbers, each of its own length, as int64 tensors on the device; see ``upload``."""
-    numbers: list[int] = []
-    sizes: list[int] = []
-    for column in columns:
-        numbers += column
-        sizes += (len(column), len(column) % 2)
-        if len(column) % 2:
-            numbers.append(0)
-    uploaded = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    return uploaded.to(device, non_blocking=True).split_with_sizes(sizes)[::2]
+class Columns:
+    """Columns of 64-bit numbers, each of its own length, that stay where they lie on the device; see ``upload``.
+
+    Args:
+        lengths: of the columns.
+        device: where they lie.
+
+    Attributes:
+        tensors: the columns, int64.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        sizes = [size for length in lengths for size in (length, length % 2)]
+        self._all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self.tensors = self._all.split_with_sizes(sizes)[::2]
+
+    def write(self, columns: Sequence[Sequence[int]]) -> None:
+        """Replace all numbers, without waiting for the device."""
+        numbers: list[int] = []
+        for column in columns:
+            numbers += column
+            if len(column) % 2:
+                numbers.append(0)
+        pinned = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=self._all.is_cuda)
+        self._all.copy_(pinned, non_blocking=True)
 
 
 def scatter(
@@ -137,6 +152,19 @@ def alignment_of(addresses: Sequence[int]) -> int:
     """The largest power of two that divides all addresses, at most ``ALIGNMENT``."""
     bits = functools.reduce(operator.or_, addresses, ALIGNMENT)
     return bits & -bits
+
+
+def packed(step: float, decay: float) -> int:
+    """Two numbers in float32 as one of 64 bits, for a table of rates: they change without another launch."""
+    number: int = struct.unpack("<q", struct.pack("<ff", step, decay))[0]
+    return number
+
+
+@triton.jit
+def unpacked(rates, matrix):
+    """What ``packed`` got, for a matrix."""
+    bits = tl.load(rates + matrix)
+    return bits.to(tl.int32).to(tl.float32, bitcast=True), (bits >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from galore_trainer.kernels.tables import (
     rounded,
     row_keys,
     row_starts,
+    unpacked,
 )
 
 WARPS = 4  # warps of a program of ``add_at_``
@@ -56,8 +57,7 @@ def apply_update_(
     ok: Tensor,
     blocks: int,
     *,
-    step: float,
-    decay: float,
+    rates: Tensor,
     keys: Tensor | None,
     dense: Dense | None = None,
 ) -> None:
@@ -70,7 +70,7 @@ def apply_update_(
         side: ``right`` or ``left``.
         ok: [matrices], 1.0 or 0.0. Where it is 0.0 the weight stays.
         blocks: number of blocks of a matrix.
-        step, decay: lr x scale, lr x weight decay.
+        rates: int64 [matrices], ``tables.packed`` of step = lr x scale and decay = lr x weight decay.
         keys: int64 [matrices], for stochastic rounding of bfloat16 weights; None rounds to nearest.
         dense: for phi G; None leaves it out. N is N - phi R then.
     """
@@ -105,8 +105,7 @@ def apply_update_(
         rows,
         columns,
         blocks,
-        step,
-        decay,
+        rates,
         of_G.G.addresses,
         of_G.phi,
         **layout.strides,
@@ -146,8 +145,7 @@ def _apply_update(
     rows,
     columns,
     blocks,
-    step,
-    decay,
+    rates,
     gradients,
     phi,
     length,
@@ -185,6 +183,7 @@ def _apply_update(
     if tl.load(ok + matrix) > 0.0:
         j = program % across * COLUMNS + tl.arange(0, COLUMNS)
         k = tl.arange(0, DEPTH)
+        step, decay = unpacked(rates, matrix)
         W = pointer_at(weights, matrix, TYPE, ALIGNED)
         if RIGHT:
             left, right = N + block.to(tl.int64) * rows * RANK, P + block.to(tl.int64) * columns * RANK
@@ -234,7 +233,14 @@ def _apply_update(
 
 
 def add_at_(
-    W: Scattered, layout: Layout, positions: Scattered, values: Tensor, ok: Tensor, *, step: float, keys: Tensor | None
+    W: Scattered,
+    layout: Layout,
+    positions: Scattered,
+    values: Tensor,
+    ok: Tensor,
+    *,
+    rates: Tensor,
+    keys: Tensor | None,
 ) -> None:
     """W[S] <- W[S] - step values, in place, for a row-balanced support.
 
@@ -242,10 +248,9 @@ def add_at_(
     ``core.galore`` adds both updates in float32 and rounds once.
 
     Args:
-        W, layout, ok, keys: as for ``apply_update_``.
+        W, layout, ok, rates, keys: as for ``apply_update_``.
         positions: S as columns, int32 [blocks, rows, k], contiguous.
         values: float32 [matrices x blocks, rows, k].
-        step: lr x scale.
     """
     count, entries = values.shape[-1], values.numel() // len(ok)
     kernel: Any = _add_at
@@ -257,7 +262,7 @@ def add_at_(
         ok if keys is None else keys,  # a pointer that is not read
         entries,
         count,
-        step,
+        rates,
         **layout.strides,
         **W.pointer,
         INDEX_ALIGNED=positions.alignment,
@@ -277,7 +282,7 @@ def _add_at(
     keys,
     entries,
     count,
-    step,
+    rates,
     length,
     outer_stride,
     row_stride,
@@ -300,6 +305,7 @@ def _add_at(
         start = row_starts(row, length, outer_stride, row_stride, EVEN)
         at = pointer_at(weights, matrix, TYPE, ALIGNED) + start + j.to(tl.int64) * column_stride
         n = tl.load(values + matrix.to(tl.int64) * entries + entry, mask=mask, other=0.0)
+        step, _ = unpacked(rates, matrix)
         new = tl.load(at, mask=mask, other=0.0).to(tl.float32) - step * n
         noise = 0
         if STOCHASTIC:

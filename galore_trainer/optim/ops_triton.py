@@ -24,7 +24,6 @@ from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import SCALE, Bucket, entries
 from galore_trainer.optim.local import AGE, Piece
 from galore_trainer.optim.ops_torch import Incoming, TorchOps
-from galore_trainer.optim.param_groups import scale_of
 from galore_trainer.optim.places import Places, noise_key
 from galore_trainer.targets.matrices import has_scaled
 
@@ -160,10 +159,8 @@ class TritonOps:
         from galore_trainer.kernels.scaled import without_projected
         from galore_trainer.kernels.update import Dense, add_at_, apply_update_
 
-        group, matrix, places = bucket.group, bucket.matrix, self._places(bucket)
+        matrix, places = bucket.matrix, self._places(bucket)
         layout = places.of_weights
-        lr = float(group["lr"])  # torch takes tensors, too
-        step = lr * scale_of(group, self.config, matrix)
         of_G = None
         if dense is not None:
             R, phi = dense
@@ -177,14 +174,13 @@ class TritonOps:
             matrix.side,
             ok,
             matrix.blocks,
-            step=step,
-            decay=lr * group["weight_decay"],
+            rates=places.rates,
             keys=places.keys,
             dense=of_G,
         )
         if sparse is not None:
             positions, N_S = sparse
-            add_at_(places["weights"], layout, places[positions], N_S, ok, step=step, keys=places.keys)
+            add_at_(places["weights"], layout, places[positions], N_S, ok, rates=places.rates, keys=places.keys)
 
     def _places(self, bucket: Bucket) -> Places:
         """Where the tensors of a bucket lie; looked up once, since that costs an upload."""

@@ -14,6 +14,7 @@ from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import BASIS, MOMENTS, SCALE, Bucket
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE
 from galore_trainer.optim.ops_torch import rounds
+from galore_trainer.optim.param_groups import scale_of
 
 _LAYOUTS: dict[tuple[Any, ...], Any] = {}  # a few, by form, shape and strides
 
@@ -28,6 +29,7 @@ class Places:
 
     Attributes:
         keys: for the rounding of bfloat16 weights, int64 [pieces]; None rounds to nearest.
+        rates: ``kernels.tables.packed`` of lr x scale and lr x weight decay, int64 [pieces].
         of_weights, of_gradients: how the logical matrices lie in them; None for gradients that were not kept whole.
         moves_small_state: whether moments of 16 and 8 bits are among them; else torch moves those.
     """
@@ -81,12 +83,22 @@ class Places:
         noise = None
         if rounds(first.weight, config):
             noise = [rounding_key(seed, piece.name, piece.owner.state["calls"]) for piece in bucket.pieces]
+        self._group, self._scale = bucket.group, scale_of(bucket.group, config, bucket.matrix)
+        columns["rates"], dtypes["rates"] = [self.rate()] * len(bucket.pieces), torch.int64
         self._scattered, self.keys = scatter(columns, dtypes, noise, bucket.device)
+        self.rates = self._scattered["rates"].addresses
 
-    def renew(self, gradients: Tensor, alignment: int, keys: Tensor | None) -> None:
-        """Take new gradients of the same layout and dtype, and the keys of a new step; all else lies where it lay."""
+    def rate(self) -> int:
+        """The rates of the group as they are now."""
+        from galore_trainer.kernels.tables import packed
+
+        lr = float(self._group["lr"])  # torch takes tensors, too
+        return packed(lr * self._scale, lr * self._group["weight_decay"])
+
+    def renew(self, gradients: Tensor, alignment: int, rates: Tensor, keys: Tensor | None) -> None:
+        """Take new gradients of the same layout and dtype, and what else a new step brings; the rest stays."""
         self._scattered["gradients"] = self._scattered["gradients"]._replace(addresses=gradients, alignment=alignment)
-        self.keys = keys
+        self.rates, self.keys = rates, keys
 
     def drop_copies(self) -> None:
         """Free the joined bases."""

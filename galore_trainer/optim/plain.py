@@ -93,12 +93,21 @@ class PlainBucket:
         keys = None
         if rounds(first.weight, config):
             keys = [rounding_key(seed, w.name, w.state["calls"]) for w in weights]
+        columns["rates"], dtypes["rates"] = [self.rate()] * len(weights), torch.int64
         self._tables, self._keys = scatter(columns, dtypes, keys, first.weight.device)
+        self._rates = self._tables.pop("rates").addresses
 
-    def renew(self, gradients: Tensor, alignment: int, keys: Tensor | None) -> None:
+    def rate(self) -> int:
+        """As ``Places.rate``."""
+        from galore_trainer.kernels.tables import packed
+
+        lr = float(self._group["lr"])
+        return packed(lr, lr * self._group["weight_decay"])
+
+    def renew(self, gradients: Tensor, alignment: int, rates: Tensor, keys: Tensor | None) -> None:
         """As ``Places.renew``."""
         self._tables["gradients"] = self._tables["gradients"]._replace(addresses=gradients, alignment=alignment)
-        self._keys = keys
+        self._rates, self._keys = rates, keys
 
     def move(self, known: Tensor | None = None) -> Tensor:
         """One step; which gradients were usable, [weights], where that is not known."""
@@ -114,10 +123,9 @@ class PlainBucket:
             t,
             ok,
             self._entries,
-            lr=float(group["lr"]),
+            rates=self._rates,
             betas=group["betas"],
             eps=group["eps"],
-            weight_decay=group["weight_decay"],
             keys=self._keys,
             clip=self.weights[0].clip,
         )

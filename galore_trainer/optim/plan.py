@@ -1,8 +1,9 @@
 """A step that repeats the one before: the same weights in the same buckets, with new gradients and no new basis.
 
 To look up every weight, open it and join it to its equals takes the host longer than a GPU needs to move small ones.
-``Plan`` keeps what comes of it: buckets whose tables of addresses lie on the device. Before each step it looks at all
-weights, gradients and tensors of the state again; where one is not what it was, the step takes the long way.
+``Plan`` keeps what comes of it: buckets whose tables lie on the device. Before each step it looks at all weights,
+gradients and tensors of the state again; where one is not what it was, the step takes the long way. The launches of a
+small model's step are recorded.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, wante
 from galore_trainer.optim.param_groups import check_groups
 from galore_trainer.optim.places import Places
 from galore_trainer.optim.plain import PlainBucket, equal_for_kernel
+from galore_trainer.optim.recording import Recording, is_small
 from galore_trainer.optim.step import Joined, whole_step
 from galore_trainer.timing import Stopwatch
 
@@ -49,6 +51,7 @@ class Part:
         self.tables, self.states = tables, [w.state for w in weights]
         keys = [key for key, x in self.states[0].items() if isinstance(x, Tensor)]
         self._tensors = operator.itemgetter(*(key for key in keys if all(key in state for state in self.states)))
+        self._group = weights[0].group
         first_keys = [rounding_key(seed, w.name, 0) for w in weights]
         self._first_keys = first_keys if rounds(weights[0].weight, config) else None
 
@@ -56,11 +59,22 @@ class Part:
         """Of all tensors of the states."""
         return list(map(Tensor.data_ptr, itertools.chain.from_iterable(map(self._tensors, self.states))))
 
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """What launches hold as numbers."""
+        return self._group["betas"], self._group["eps"]
+
+    @property
+    def width(self) -> int:
+        """How many columns a step uploads."""
+        return 2 if self._first_keys is None else 3
+
     def columns(self, addresses: list[int]) -> list[list[int]]:
-        """What a step uploads: addresses of gradients, and the keys of stochastic rounding where there are any."""
+        """What a step uploads: addresses of gradients, rates, and the keys of stochastic rounding if there are any."""
+        rates = [self.tables.rate()] * len(addresses)
         if self._first_keys is None:
-            return [addresses]
-        return [addresses, later_keys(self._first_keys, list(map(_calls, self.states)))]
+            return [addresses, rates]
+        return [addresses, rates, later_keys(self._first_keys, list(map(_calls, self.states)))]
 
 
 class Plan:
@@ -84,6 +98,8 @@ class Plan:
         seed: int,
         asked: int | None,
     ) -> None:
+        from galore_trainer.kernels.tables import Columns
+
         self._config, self._settings = config, (config, seed, asked)
         self._groups, self._params, self._device = list(groups), _params(groups), weights[0].weight.device
         self._types = [type(p.grad) for p in self._params]
@@ -102,6 +118,10 @@ class Plan:
         self._plain = [PlainBucket(members, config, seed) for members in plain]
         tables = [*(bucket.places for bucket in buckets), *self._plain]
         self._parts = [Part(*pair, config, seed) for pair in zip(tables, projected + plain, strict=True)]
+        self._columns = Columns([len(x.states) for x in self._parts for _ in range(x.width)], self._device)
+        self._may_record = self._device.type == "cuda" and is_small(buckets)
+        self._recording: Recording | None = None
+        self._constants: Any = None  # of the step before
         self._weights = list(itertools.chain(*projected, *plain))
         place = {id(p): i for i, p in enumerate(self._params)}
         self._order = operator.itemgetter(*(place[id(w.weight)] for w in self._weights), 0)  # a tuple also for one
@@ -142,36 +162,51 @@ class Plan:
 
     def move(self, grads: Sequence[Tensor], stopwatch: Stopwatch) -> Moved:
         """One step with these gradients."""
-        from galore_trainer.kernels.adam import count_
-
-        self._give(grads)
-        oks: list[Tensor] = []
+        constants = self._give(grads)
         with torch.cuda.device_of(grads[0]):
+            launch = self._recorded(constants)
             with stopwatch.measure("update", self._device):
-                for joined in self._joined:
-                    try:
-                        oks += [taken.ok for taken in whole_step(joined, self._config)]
-                    finally:
-                        joined.buckets[0].end_step()
-            if self._plain:
-                with stopwatch.measure("plain", self._device):
-                    oks += [plain.move() for plain in self._plain]
-            ok = oks[0] if len(oks) == 1 else torch.cat(oks)
-            count_([self._counters[AGE]], self._counters["skipped"], ok)
+                ok = launch()
         for part in self._parts:
             for state in part.states:
                 state["calls"] += 1
         return Moved(self._weights, ok, ())
 
-    def _give(self, grads: Sequence[Tensor]) -> None:
-        """Upload what is new in this step."""
-        from galore_trainer.kernels.tables import alignment_of, upload_apart
+    def _recorded(self, constants: Any) -> Callable[[], Tensor]:
+        """What makes the launches of this step; they are recorded at the second step with the same constants."""
+        if constants != self._constants:
+            self._constants, self._recording = constants, None
+        elif self._recording is None and self._may_record:
+            self._recording = Recording(self._launch)
+        return self._launch if self._recording is None else self._recording.repeat
+
+    def _launch(self) -> Tensor:
+        """All launches of a step; which gradients were usable, [weights]."""
+        from galore_trainer.kernels.adam import count_
+
+        oks: list[Tensor] = []
+        for joined in self._joined:
+            try:
+                oks += [taken.ok for taken in whole_step(joined, self._config)]
+            finally:
+                joined.buckets[0].end_step()
+        oks += [plain.move() for plain in self._plain]
+        ok = oks[0] if len(oks) == 1 else torch.cat(oks)
+        count_([self._counters[AGE]], self._counters["skipped"], ok)
+        return ok
+
+    def _give(self, grads: Sequence[Tensor]) -> Any:
+        """Upload what is new in this step; what launches hold as numbers."""
+        from galore_trainer.kernels.tables import alignment_of
 
         addresses_of = map(Tensor.data_ptr, grads)
         columns = [part.columns(list(itertools.islice(addresses_of, len(part.states)))) for part in self._parts]
-        uploaded = iter(upload_apart(list(itertools.chain(*columns)), self._device))
-        for part, (addresses, *keys) in zip(self._parts, columns, strict=True):
-            part.tables.renew(next(uploaded), alignment_of(addresses), next(uploaded) if keys else None)
+        self._columns.write(list(itertools.chain(*columns)))
+        tensors, alignments = iter(self._columns.tensors), [alignment_of(addresses) for addresses, *_ in columns]
+        for part, alignment in zip(self._parts, alignments, strict=True):
+            gradients, rates, *keys = itertools.islice(tensors, part.width)
+            part.tables.renew(gradients, alignment, rates, keys[0] if keys else None)
+        return alignments, [part.constants for part in self._parts]
 
     def _addresses_now(self, params: Sequence[Tensor]) -> list[list[int]]:
         return [list(map(Tensor.data_ptr, params)), *(part.addresses() for part in self._parts)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core.matrix import LogicalMatrix
-from galore_trainer.kernels.tables import Layout, Scattered, alignment_of, upload
+from galore_trainer.kernels.tables import Layout, Scattered, alignment_of, packed, upload
 
 BOUND = 4e-6
 JOBS = 3
@@ -90,3 +90,8 @@ def lifted(name: str, N: Tensor, P: Tensor) -> Tensor:
 def keys_of(device: torch.device, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 1 << 62, (JOBS,), generator=generator).to(device)
+
+
+def rates(device: torch.device, step: float, decay: float = 0.0, count: int = JOBS) -> Tensor:
+    """A table of equal rates."""
+    return torch.tensor([packed(step, decay)] * count, device=device)

@@ -34,6 +34,7 @@ from scattered import (
     moment,
     places,
     random,
+    rates,
     spread,
     stored,
 )
@@ -77,8 +78,7 @@ def test_bfloat16_factors_of_float32_weights(name: str, device: torch.device) ->
         matrix.side,
         ok,
         matrix.blocks,
-        step=0.1,
-        decay=0.03,
+        rates=rates(device, 0.1, 0.03),
         keys=None,
     )
     moved = blocks_of(name, before).double() * (1 - 0.03) - 0.1 * lifted(name, N, P)
@@ -152,8 +152,7 @@ def test_update(name: str, dtype: torch.dtype, device: torch.device) -> None:
         matrix.side,
         ok,
         matrix.blocks,
-        step=0.1,
-        decay=0.03,
+        rates=rates(device, 0.1, 0.03),
         keys=None,
     )
     exact = blocks_of(name, before).double() * (1 - 0.03) - 0.1 * lifted(name, N, P)
@@ -186,8 +185,7 @@ def test_stochastic_rounding_is_unbiased_and_repeats(device: torch.device) -> No
                 "right",
                 flags(device),
                 1,
-                step=-1.0,
-                decay=0.0,
+                rates=rates(device, -1.0),
                 keys=keys_of(device, seed),
             )
             results.append(torch.stack(W))
@@ -215,7 +213,7 @@ def test_infinite_weights_stay_and_ties_go_to_even(device: torch.device) -> None
     for keys in (None, keys_of(device, 0)):
         here = [x.clone() for x in W]
         apply_update_(
-            places(here), Layout.of(here[0][None]), N, P, "right", flags(device), 1, step=1.0, decay=0.0, keys=keys
+            places(here), Layout.of(here[0][None]), N, P, "right", flags(device), 1, rates=rates(device, 1.0), keys=keys
         )
         assert here[0][0, 0] == float("inf")
         assert here[0][1, 0] == -float("inf")
@@ -260,7 +258,15 @@ def test_add_at_the_support(name: str, dtype: torch.dtype, device: torch.device)
     positions = support(name, device, 4)
     values = random(device, JOBS * matrix.blocks, matrix.block_rows, 4, seed=80)
     ok = flags(device, 1.0, 0.0, 1.0)
-    kernel_add_at_(places(tensors, matrix), layout(name, tensors), places(positions), values, ok, step=0.5, keys=None)
+    kernel_add_at_(
+        places(tensors, matrix),
+        layout(name, tensors),
+        places(positions),
+        values,
+        ok,
+        rates=rates(device, 0.5),
+        keys=None,
+    )
     exact = blocks_of(name, before).float().clone()
     add_at_(exact, Support(torch.cat(positions), matrix.columns), values * spread(ok, matrix.blocks), alpha=-0.5)
     for i, part in enumerate(exact.split(matrix.blocks)):
@@ -306,10 +312,9 @@ def test_plain_adamw_is_torchs(dtype: torch.dtype, weight_decay: float, device: 
             places(list(t.unbind())),
             ok,
             3000,
-            lr=0.01,
+            rates=rates(device, 0.01, 0.01 * weight_decay, len(ok)),
             betas=(0.9, 0.999),
             eps=1e-8,
-            weight_decay=weight_decay,
             keys=None,
         )
         t = t + ok

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.optim import plan
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.ops_triton import TritonOps
 from galore_trainer.optim.plan import Plan, Plans
+from galore_trainer.optim.recording import Recording
 
 PROJECTED, PLAIN = [(12, 8), (8, 12), (12, 8), (6, 10)], [(7,), (7,), (5, 3)]
 STEPS, CHANGED = 7, 4  # the third step is the first that can repeat one; the change comes before this one
@@ -184,6 +186,58 @@ def test_the_same_bits(
                 torch.equal(value, other.state[b][key]) if isinstance(value, Tensor) else value == other.state[b][key]
             )
     assert count == CHANGES[change]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a recorded step launches no kernel by itself")
+@pytest.mark.parametrize("residual", ["none", "scaled"])
+def test_launches_hold_no_number_of_a_step(
+    residual: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, repeated: list[int]
+) -> None:
+    """Else a recorded step would repeat the rates, ages or keys of the step that was recorded."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched: list[Any] = []
+    get = InterpretedFunction.__getitem__
+
+    def logged(self: Any, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> Any:
+            numbers = [x for x in (*args, *options.values()) if not isinstance(x, Tensor)]
+            launched.append((self.fn.__name__, grid, numbers))
+            return get(self, grid)(*args, **options)
+
+        return launch
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", logged)
+    optimizer, of_steps = make(residual, torch.bfloat16, device), []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group.update(lr=1e-2 / (step + 1), weight_decay=0.1 * step)
+        give_gradients(optimizer, step)
+        launched.clear()
+        optimizer.step()
+        of_steps.append(list(launched))
+    assert len(repeated) == STEPS - 2
+    assert of_steps[2]
+    assert all(numbers == of_steps[2] for numbers in of_steps[3:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_repeated_steps_of_a_small_model_are_recorded(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and again where a number that launches hold has changed."""
+    made: list[Recording] = []
+
+    def recorded(launch: Callable[[], Tensor]) -> Recording:
+        made.append(Recording(launch))
+        return made[-1]
+
+    monkeypatch.setattr(plan, "Recording", recorded)
+    train("scaled", nothing, torch.bfloat16, device)
+    assert len(made) == 1
+    train("none", other_settings, torch.float32, device)
+    assert len(made) == 2
+    monkeypatch.setattr(plan, "is_small", lambda _: False)
+    train("scaled", nothing, torch.bfloat16, device)
+    assert len(made) == 2
 
 
 def test_a_repeated_step_keeps_no_gradient(device: torch.device, repeated: list[int]) -> None:

@@ -24,12 +24,15 @@ from scattered import (
     moment,
     places,
     random,
+    rates,
     stored,
 )
 
 LOW = torch.bfloat16
 SMALL = Route(ProjectRoute(columns=16), UpdateRoute(16, 32, 4, looped=True, depth=16))  # several of everything
-LATE = Route(ProjectRoute(lines=32, columns=32), UpdateRoute(32, 16, 4, looped=True, depth=32, early=False))
+LATE = Route(
+    ProjectRoute(lines=32, columns=32, norms=False), UpdateRoute(32, 16, 4, looped=True, depth=32, early=False)
+)
 WIDE = Route(ProjectRoute(columns=256), UpdateRoute(128, 256, 8, looped=True, depth=64))
 DESCRIBED = Route(ProjectRoute(columns=256), UpdateRoute(128, 256, 8, looped=True, depth=64, described=True))
 STACKED = Route(ProjectRoute(lines=256), UpdateRoute(64, 128, 8, depth=256))
@@ -49,7 +52,9 @@ def test_a_step_equals_float64(name: str, route: Route, device: torch.device) ->
     with forced(route):
         R, ok = project(*of_grads, P, side, matrix.blocks, norms=norms)
         dense = Dense(*of_grads, phi)
-        apply_update_(*of_weights, N, P, side, ok, matrix.blocks, step=0.1, decay=0.03, keys=None, dense=dense)
+        apply_update_(
+            *of_weights, N, P, side, ok, matrix.blocks, rates=rates(device, 0.1, 0.03), keys=None, dense=dense
+        )
     assert ok.tolist() == [1.0, 0.0, 1.0]
     G = blocks_of(name, grads).double()
     exact = G @ P.double() if side == "right" else P.double().mT @ G
@@ -82,7 +87,9 @@ def test_ranks_up_to_1024(rank: int, side: str, device: torch.device) -> None:
         here, one = W.clone(), torch.ones(1, device=device)
         with forced(route):
             R, _ = project(places([G]), Layout.of(G[None]), P, side, 1)
-            apply_update_(places([here]), Layout.of(here[None]), N, P, side, one, 1, step=0.1, decay=0.0, keys=None)
+            apply_update_(
+                places([here]), Layout.of(here[None]), N, P, side, one, 1, rates=rates(device, 0.1, count=1), keys=None
+            )
         torch.testing.assert_close(R[0].double(), exact, rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(here.double(), moved, rtol=1e-5, atol=2e-6)
 
@@ -100,7 +107,7 @@ def test_the_same_numbers_round_on_every_route(side: str, device: torch.device) 
         W = [random(device, rows, columns, seed=i).to(LOW) for i in range(JOBS)]
         with forced(route):
             at, keys = Layout.of(W[0][None]), keys_of(device, 5)
-            apply_update_(places(W), at, N, P, side, flags(device), 1, step=2.0**-9, decay=0.0, keys=keys)
+            apply_update_(places(W), at, N, P, side, flags(device), 1, rates=rates(device, 2.0**-9), keys=keys)
         results.append(torch.stack(W))
     assert all(torch.equal(results[0], other) for other in results)
 

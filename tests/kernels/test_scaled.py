@@ -16,7 +16,7 @@ from galore_trainer.kernels.project import project
 from galore_trainer.kernels.scaled import line_factors, without_projected
 from galore_trainer.kernels.tables import Layout
 from galore_trainer.kernels.update import Dense, apply_update_
-from scattered import places
+from scattered import places, rates
 
 MATRICES = {
     "right": LogicalMatrix(length=50, columns=37, rank=5),
@@ -79,7 +79,9 @@ def test_a_step_equals_core_in_float64(name: str, of_W: torch.dtype, of_G: torch
     low = of_W if of_W == of_G else torch.bfloat16
     A = without_projected(N, R, phi, ok, side, low)
     dense = Dense(*of_grads, phi)
-    apply_update_(*of_weights, A, P.to(low), side, ok, matrix.blocks, step=0.1, decay=0.01, keys=None, dense=dense)
+    apply_update_(
+        *of_weights, A, P.to(low), side, ok, matrix.blocks, rates=rates(device, 0.1, 0.01), keys=None, dense=dense
+    )
     spread = scaled.along_lines(expected * factor[one].double(), side)
     exact = matrix.take(before[0]).double() * 0.99 - 0.1 * (
         lift(exact_N - spread * exact_R, exact_P, side) + spread * G

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.scaled import GROWTH, limit
 from galore_trainer.kernels.adam import adam_
 from galore_trainer.kernels.project import project
@@ -27,6 +28,7 @@ from scattered import (
     moment,
     places,
     random,
+    rates,
     stored,
 )
 
@@ -81,6 +83,22 @@ def test_norms_of_the_gradients_lines(name: str, dtype: torch.dtype, device: tor
         alone = empty_norms(name, P[here])
         project(places(tensors[i : i + 1], matrix), form, P[here].contiguous(), side, blocks, norms=alone)
         assert torch.equal(alone, norms[here])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter takes one program after the other")
+@pytest.mark.parametrize("side", ["right", "left"])
+@both_dtypes
+def test_large_projections_have_equal_bits_with_norms(side: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Many programs that share a multiprocessor: no tile is overwritten while it is read."""
+    matrix = LogicalMatrix(length=2048, columns=2048, rank=128, side=side)
+    tensors = [random(device, 2048, 2048, seed=i).to(dtype) for i in range(16)]
+    P = random(device, 16, 2048, 128, seed=99).to(BF16)
+    G, form = places(tensors, matrix), Layout.of(matrix.rows_of(tensors[0]))
+    norms = torch.empty(16, 2048, device=device)
+    R, _ = project(G, form, P, side, 1, norms=norms)
+    assert torch.equal(R, project(G, form, P, side, 1)[0])
+    exact = torch.stack(tensors).double().square().sum(-1 if side == "right" else -2)
+    torch.testing.assert_close(norms.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_norms_are_of_gradients_as_they_are_stored(device: torch.device) -> None:
@@ -191,8 +209,7 @@ def test_dense_update(
         matrix.side,
         ok,
         matrix.blocks,
-        step=0.1,
-        decay=0.03,
+        rates=rates(device, 0.1, 0.03),
         keys=None,
         dense=Dense(places(gradients, matrix), layout(name, gradients), phi),
     )
@@ -222,7 +239,16 @@ def test_dense_update_rounds_stochastically_with_the_same_noise(side: str, devic
     for A, dense in ((N, None), (torch.zeros_like(N), Dense(places(gradients), form, phi))):
         W = [random(device, rows, columns, seed=i).to(BF16) for i in range(JOBS)]
         apply_update_(
-            places(W), form, A, P, side, flags(device), 1, step=1e-3, decay=0.0, keys=keys_of(device, 0), dense=dense
+            places(W),
+            form,
+            A,
+            P,
+            side,
+            flags(device),
+            1,
+            rates=rates(device, 1e-3),
+            keys=keys_of(device, 0),
+            dense=dense,
         )
         found.append(torch.stack(W))
     assert torch.equal(*found)
@@ -242,7 +268,7 @@ def test_the_parts_make_the_dense_update(name: str, device: torch.device) -> Non
     torch.testing.assert_close(lost.sum(), D.square().sum(), rtol=1e-5, atol=0)
     W = [torch.zeros_like(x) for x in gradients]
     A, dense = without_projected(N, R, phi, ok, side, FP32), Dense(places_G, form, phi)
-    apply_update_(places(W, matrix), form, A, P, side, ok, blocks, step=-1.0, decay=0.0, keys=None, dense=dense)
+    apply_update_(places(W, matrix), form, A, P, side, ok, blocks, rates=rates(device, -1.0), keys=None, dense=dense)
     torch.testing.assert_close(blocks_of(name, W).double(), lifted(name, N, P) + D, rtol=1e-5, atol=1e-5)
 
 
