@@ -228,7 +228,7 @@ def _adamw(
     chunk, weight = tl.program_id(0), tl.program_id(1)
     if tl.load(ok + weight) > 0.0:
         age = tl.load(pointer_at(t, weight, tl.float32, 4)) + 1.0
-        lr, decay = unpacked(rates, weight)
+        minus_lr, decay = unpacked(rates, weight)
         lane = tl.arange(0, BLOCK)
         entry = chunk.to(tl.int64) * BLOCK + lane
         mask = entry < entries
@@ -243,7 +243,7 @@ def _adamw(
         tl.store(m_at, m, mask=mask)
         tl.store(v_at, v, mask=mask)
         denominator = tl.sqrt(v / decay_sum(age, log_beta2)) + eps
-        new = w * (1.0 - decay) - lr * (m / decay_sum(age, log_beta1)) / tl.maximum(denominator, TINY)
+        new = w * (1.0 - decay) + minus_lr * (m / decay_sum(age, log_beta1)) / tl.maximum(denominator, TINY)
         noise = 0
         if STOCHASTIC:
             noise = mixed(row_keys(tl.load(keys + weight), chunk) ^ (lane.to(tl.uint32) * GOLDEN))

@@ -132,9 +132,9 @@ def apply_looped(
             else:
                 factor = tl.load(phi + block.to(tl.int64) * columns + j, mask=j < columns, other=0.0)[None, :]
             lifted += factor * g.to(tl.float32)
-        step, decay = unpacked(rates, matrix)
+        minus_step, decay = unpacked(rates, matrix)
         key, pair = 0, 0
         if STOCHASTIC:
             key = tl.load(keys + matrix)
             pair = (tile_across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)).to(tl.uint32) * GOLDEN
-        tl.store(at, moved(w, lifted, step, decay, key, row, pair, TYPE, STOCHASTIC), mask=mask)
+        tl.store(at, moved(w, lifted, minus_step, decay, key, row, pair, TYPE, STOCHASTIC), mask=mask)

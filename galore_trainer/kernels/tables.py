@@ -155,16 +155,20 @@ def alignment_of(addresses: Sequence[int]) -> int:
 
 
 def packed(step: float, decay: float) -> int:
-    """Two numbers in float32 as one of 64 bits, for a table of rates: they change without another launch."""
-    number: int = struct.unpack("<q", struct.pack("<ff", step, decay))[0]
+    """-step and decay in float32 as one number of 64 bits, for a table of rates: they change without another launch."""
+    number: int = struct.unpack("<q", struct.pack("<ff", -step, decay))[0]
     return number
 
 
 @triton.jit
 def unpacked(rates, matrix):
-    """What ``packed`` got, for a matrix."""
-    bits = tl.load(rates + matrix)
-    return bits.to(tl.int32).to(tl.float32, bitcast=True), (bits >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    """-step and decay of a matrix.
+
+    Were the step stored as it is, LLVM would negate what tensor cores have added up, and ptxas of CUDA 12.8 leaves out
+    products whose sums are negated.
+    """
+    pair = rates.to(tl.pointer_type(tl.float32)) + 2 * matrix
+    return tl.load(pair), tl.load(pair + 1)
 
 
 @triton.jit
@@ -250,9 +254,9 @@ def rounded(x, noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def moved(w, lifted, step, decay, key, row, pair, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+def moved(w, lifted, minus_step, decay, key, row, pair, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """A tile of w (1 - decay) - step lifted, rounded once. 32 random bits serve a ``pair`` of neighbouring columns."""
-    new = w.to(tl.float32) * (1.0 - decay) - step * lifted
+    new = w.to(tl.float32) * (1.0 - decay) + minus_step * lifted
     noise = 0
     if STOCHASTIC:
         drawn = mixed(row_keys(key, row)[:, None] ^ pair[None, :])

@@ -183,7 +183,7 @@ def _apply_update(
     if tl.load(ok + matrix) > 0.0:
         j = program % across * COLUMNS + tl.arange(0, COLUMNS)
         k = tl.arange(0, DEPTH)
-        step, decay = unpacked(rates, matrix)
+        minus_step, decay = unpacked(rates, matrix)
         W = pointer_at(weights, matrix, TYPE, ALIGNED)
         if RIGHT:
             left, right = N + block.to(tl.int64) * rows * RANK, P + block.to(tl.int64) * columns * RANK
@@ -229,7 +229,7 @@ def _apply_update(
                     lifted = multiply(a, next_b, lifted)
             if DENSE:
                 lifted += factor * g.to(tl.float32)
-            tl.store(at, moved(w, lifted, step, decay, key, row, pair, TYPE, STOCHASTIC), mask=mask)
+            tl.store(at, moved(w, lifted, minus_step, decay, key, row, pair, TYPE, STOCHASTIC), mask=mask)
 
 
 def add_at_(
@@ -305,8 +305,8 @@ def _add_at(
         start = row_starts(row, length, outer_stride, row_stride, EVEN)
         at = pointer_at(weights, matrix, TYPE, ALIGNED) + start + j.to(tl.int64) * column_stride
         n = tl.load(values + matrix.to(tl.int64) * entries + entry, mask=mask, other=0.0)
-        step, _ = unpacked(rates, matrix)
-        new = tl.load(at, mask=mask, other=0.0).to(tl.float32) - step * n
+        minus_step, _ = unpacked(rates, matrix)
+        new = tl.load(at, mask=mask, other=0.0).to(tl.float32) + minus_step * n
         noise = 0
         if STOCHASTIC:
             noise = mixed(row_keys(tl.load(keys + matrix) ^ SALT, row) ^ (j.to(tl.uint32) * GOLDEN))
