@@ -10,19 +10,19 @@ import typer
 from galore_trainer.cli.options import Debug
 from galore_trainer.errors import OptionError
 
-CHOICES = ("step", "refresh", "e2e", "all")
+CHOICES = ("step", "ranks", "small", "refresh", "e2e", "all")
 
-What = Annotated[str, typer.Argument(metavar="step|refresh|e2e|all", help="What to time.")]
+What = Annotated[str, typer.Argument(metavar="step|ranks|small|refresh|e2e|all", help="What to time.")]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the ratios, one row a line of the table.")
 ]
 Details = Annotated[Path | None, typer.Option("--details", metavar="FILE", help="Write every timing, too.")]
 Shape = Annotated[str | None, typer.Option("--shape", help="llama-7b (default on a GPU), llama3-8b, tiny.")]
-Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Layers of step and refresh (16).")]
+Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Layers of step, ranks and refresh (16).")]
 ModelLayers = Annotated[int | None, typer.Option("--model-layers", min=1, help="Layers of the model that trains (8).")]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Of GaLore+ and galore-torch (128).")]
 Rounds = Annotated[int | None, typer.Option("--rounds", min=1, help="How often each method is timed (20).")]
-Steps = Annotated[int | None, typer.Option("--steps", min=2, help="Of the run with staggered refreshes (400).")]
+Steps = Annotated[int | None, typer.Option("--steps", min=2, help="Of each run with refreshes (200).")]
 Kernels = Annotated[str | None, typer.Option("--kernels", help="auto (default), triton or torch.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Also list the kernels of a GaLore+ step, on a GPU.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, or cpu for a small trial; what there is.")]
@@ -37,6 +37,7 @@ SMALL = {
     "batch_size": 2,
     "length": 32,
     "gap": 10,
+    "short_gap": 5,
     "rounds": 5,
     "steps": 20,
 }
@@ -86,5 +87,5 @@ def bench(
         "kernels": kernels,
     }
     settings = {**(SMALL if device == "cpu" else {}), **{k: v for k, v in options.items() if v is not None}}
-    parts = list(CHOICES[:3]) if what == "all" else [what]
+    parts = list(CHOICES[:-1]) if what == "all" else [what]
     run_bench(Bench(device=device, profile=profile, **settings), parts, json, details, say=typer.echo)

@@ -12,6 +12,7 @@ import torch
 from galore_trainer.cli.main import main
 from galore_trainer.run.bench import rows, weights
 from galore_trainer.run.bench.measure import Timing, copy_bandwidth, percentile, ratio, take_turns
+from galore_trainer.run.bench.ranks import RANKS
 from galore_trainer.run.bench.refresh import USUAL
 from galore_trainer.run.bench.weights import Bench, galore_plus, linear_weights
 
@@ -46,10 +47,40 @@ def test_a_ratio_is_that_of_rounds_that_ran_together() -> None:
 def test_the_rows_follow_from_what_the_parts_found() -> None:
     found: dict[str, Any] = {
         "step": {
-            "timings": {"GaLore+": taking(8.0), "GaLore+, residual": taking(12.0), "AdamW fused": taking(16.0)},
+            "timings": {
+                "GaLore+": taking(8.0),
+                "GaLore+, scaled residual": taking(10.0),
+                "GaLore+, residual": taking(12.0),
+                "AdamW fused": taking(16.0),
+            },
             "floor": 5.0,
         },
-        "refresh": {"timings": {USUAL: taking(30.0)}, "svd": 60000.0},
+        "ranks": {
+            "timings": {
+                **{f"r {rank}": taking(ms) for rank, ms in zip(RANKS, (5.5, 8.0, 9.0, 14.0, 30.0), strict=True)},
+                "scaled residual": taking(9.5),
+                "sparse residual": taking(11.0),
+                "16-bit state": taking(8.0),
+                "8-bit state": taking(10.0),
+                "one step alone": taking(8.8),
+                "AdamW fused": taking(20.0),
+            },
+            "limits": {f"r {rank}": 5.0 for rank in RANKS},
+        },
+        "small": {
+            "timings": {
+                **{f"update, {name}": taking(ms) for name, ms in (("AdamW fused", 2.0), ("GaLore+", 3.0))},
+                **{f"training, {name}": taking(ms) for name, ms in (("AdamW fused", 50.0), ("GaLore+", 51.0))},
+            }
+        },
+        "refresh": {
+            "timings": {
+                USUAL: taking(30.0),
+                f"{USUAL}, r 256": taking(45.0),
+                f"{USUAL}, r 512": taking(90.0),
+            },
+            "svd": 60000.0,
+        },
         "e2e": {
             "timings": {
                 "forward and backward": taking(100.0),
@@ -58,28 +89,57 @@ def test_the_rows_follow_from_what_the_parts_found() -> None:
                 "galore-torch": taking(120.0),
                 "LoRA": taking(180.0),
                 "GaLore+, layer-wise": taking(121.0),
+                "GaLore+, scaled residual": taking(110.0),
+                "GaLore+, clipping inside the step": taking(104.0),
             },
             "refresh": taking(200.0),
             "svd": 50000.0,
             "staggered": [100.0] * 99 + [150.0],
+            "together": [99.5] * 100,
         },
     }
     told = rows.rows_of(found, Bench(gap=200), device="d", commit="c")
-    assert [row["ratio"] and round(row["ratio"], 4) for row in told] == [
-        1.6,
-        0.5,
-        0.75,
-        0.0005,
-        0.01,
-        1.0,
-        round(110 / 370, 4),
-        1.0,
-        round(110 / 180, 4),
-        None,
-        1.1,
-    ]
-    assert told[9]["note"] == "DoRA was not timed"
-    assert [row["bound"] for row in told] == [1.35, 0.5, 0.85, 1 / 500, 0.01, 1.1, 1 / 3.6, 1.0, 0.75, 0.42, 1.05]
+    ratios = {row["name"]: row["ratio"] and round(row["ratio"], 4) for row in told}
+    assert ratios == {
+        "step: GaLore+ / bandwidth floor": 1.6,
+        "step: GaLore+ / AdamW fused": 0.5,
+        "step: GaLore+, scaled residual / AdamW fused": 0.625,
+        "step: GaLore+, residual / AdamW fused": 0.75,
+        "steps in a row: r 32 / limit": 1.1,
+        "steps in a row: r 128 / limit": 1.6,
+        "steps in a row: r 256 / limit": 1.8,
+        "steps in a row: r 512 / limit": 2.8,
+        "steps in a row: r 1024 / limit": 6.0,
+        "steps in a row: r 512 / AdamW fused": 0.7,
+        "steps in a row: r 1024 / AdamW fused": 1.5,
+        "steps in a row: scaled residual / AdamW fused": 0.475,
+        "steps in a row: scaled residual adds, ms": 1.5,
+        "steps in a row: sparse residual adds, ms": 3.0,
+        "steps in a row: 16-bit state / 32-bit": 1.0,
+        "steps in a row: 8-bit state / 32-bit": 1.25,
+        "one step alone / a step of several in a row": 1.1,
+        "SmolLM2-135M, update: GaLore+ / AdamW fused": 1.5,
+        "SmolLM2-135M, update: GaLore+, scaled residual / AdamW fused": None,
+        "SmolLM2-135M, training: GaLore+ / AdamW fused": 1.02,
+        "SmolLM2-135M, training: GaLore+, scaled residual / AdamW fused": None,
+        "refresh: GaLore+ / galore-torch": 0.0005,
+        "refresh: r 256 / r 128": 1.5,
+        "refresh: r 512 / r 128": 3.0,
+        "refresh a step / forward and backward": 0.01,
+        "step with staggered refresh: 99th percentile / median": 1.0,
+        "step with staggered refresh: mean / mean with all at once": round(100.5 / 99.5, 4),
+        "training: GaLore+ / forward and backward": 1.09,
+        "training: clipping inside the step / forward and backward": 1.04,
+        "training: scaled residual / AdamW fused": 1.0,
+        "training: GaLore+ / galore-torch": round(110 / 370, 4),
+        "training: GaLore+ / AdamW fused": 1.0,
+        "training: GaLore+ / LoRA": round(110 / 180, 4),
+        "training: GaLore+ / DoRA": None,
+        "training: GaLore+ layer-wise / GaLore+": 1.1,
+    }
+    notes = {row["name"]: row["note"] for row in told if row["ratio"] is None}
+    assert notes["training: GaLore+ / DoRA"] == "DoRA was not timed"
+    assert len(notes) == 3
     assert rows.rows_of({"refresh": found["refresh"]}, Bench())[0]["name"] == "refresh: GaLore+ / galore-torch"
 
 
@@ -131,7 +191,7 @@ def test_the_command_writes_a_row_for_each_line_and_names_what_is_missing(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["bench", "speed"], "one of step, refresh, e2e, all"),
+        (["bench", "speed"], "one of step, ranks, small, refresh, e2e, all"),
         (["bench", "--shape", "huge"], "one of tiny"),
         (["bench", "--device", "tpu"], "cuda where there is a GPU"),
         (["bench", "step", "--profile", "--device", "cpu"], "a GPU, whose kernels it lists"),

@@ -33,7 +33,8 @@ def bench_e2e(bench: Bench) -> dict[str, Any]:
     Returns:
         ``timings`` by name, with "forward and backward" alone; ``refresh``: of all weights; ``svd``: as in
         ``bench_refresh``; ``staggered``: milliseconds of each step of a run whose refreshes are spread over its steps,
-        and ``refreshed``: which of them refreshed a weight; ``missing`` methods.
+        and ``refreshed``: which of them refreshed a weight; ``together``: the same of a run that refreshes all weights
+        at once; ``missing`` methods.
     """
     missing, batches = missing_peers(bench), batches_of(bench)
     model = make_model(bench, bench.model_layers)
@@ -67,24 +68,31 @@ def bench_e2e(bench: Bench) -> dict[str, Any]:
     refresh = take_turns({"refresh": galore.refresh_now}, REFRESH_ROUNDS, bench.torch_device)["refresh"]
     svd = svd_ms(p.grad for _, p in galore.projected_weights() if p.grad is not None)
     model.zero_grad()
-    staggered = galore_plus(bench, model, stagger_refresh=True, update_proj_gap=bench.gap, subspace_iterations=1)
-    step = training_step(model, staggered, batches)
-    for _ in range(bench.gap // 2):  # through the first refreshes, with which bases begin
-        step()
-    times: list[float] = []
-    counts = [_refreshes(staggered)]
-    for _ in range(bench.steps):
-        times.append(timed(step, bench.torch_device)[0])
-        counts.append(_refreshes(staggered))
-    refreshed = [after > before for before, after in itertools.pairwise(counts)]
+    times, refreshed = _run(bench, model, batches, stagger_refresh=True)
+    together, _ = _run(bench, model, batches)
     return {
         "timings": timings,
         "refresh": refresh,
         "svd": svd,
         "staggered": times,
         "refreshed": refreshed,
+        "together": together,
         "missing": missing,
     }
+
+
+def _run(bench: Bench, model: Any, batches: Iterator[Tensor], **settings: Any) -> tuple[list[float], list[bool]]:
+    """Milliseconds of the steps of a run with a short gap, after all weights have bases; which refreshed a weight."""
+    optimizer = galore_plus(bench, model, update_proj_gap=bench.short_gap, subspace_iterations=1, **settings)
+    step = training_step(model, optimizer, batches)
+    for _ in range(bench.short_gap):
+        step()
+    times: list[float] = []
+    counts = [_refreshes(optimizer)]
+    for _ in range(bench.steps):
+        times.append(timed(step, bench.torch_device)[0])
+        counts.append(_refreshes(optimizer))
+    return times, [after > before for before, after in itertools.pairwise(counts)]
 
 
 def _refreshes(optimizer: torch.optim.Optimizer) -> int:

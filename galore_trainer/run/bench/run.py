@@ -63,7 +63,7 @@ def run_bench(
     rows = rows_of(results, bench, device=device, commit=where.get("commit"))
     for row in rows:
         text = row.get("note") or f"{row['ratio']:.4g}  ({row['low']:.4g} to {row['high']:.4g})"
-        say(f"{row['name']:<56}{text}  at most {row['bound']:.4g}")
+        say(f"{row['name']:<66}{text}  at most {row['bound']:.4g}")
     if rows_file is not None:
         write_file(rows_file, json.dumps(rows, indent=1) + "\n")
     if details_file is not None:

@@ -22,6 +22,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                  "vocab_size": 32000},
     "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
                   "num_key_value_heads": 8, "vocab_size": 128256},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+                     "vocab_size": 49152, "tie_word_embeddings": True},
 }  # fmt: skip
 PEERS = {"adamw_8bit": "bitsandbytes", "galore_torch": "galore_torch", "lora": "peft", "dora": "peft"}
 LR = 1e-6
@@ -39,8 +41,9 @@ class Bench:
         dtype: of weights and gradients.
         batch_size, length: of a training step.
         gap: steps over which a refresh is spread in per-step costs.
+        short_gap: of the runs whose refreshes are staggered, and together.
         rounds: how often each method is timed.
-        steps: of the run with staggered refreshes.
+        steps: of each of these runs.
         kernels: as in ``GaLoreConfig``.
         device: ``cuda`` or ``cpu``.
         profile: list the kernels of our steps, on a GPU.
@@ -56,8 +59,9 @@ class Bench:
     batch_size: int = 8
     length: int = 512
     gap: int = 200
+    short_gap: int = 20
     rounds: int = 20
-    steps: int = 400
+    steps: int = 200
     kernels: str = "auto"
     device: str = "cuda"
     profile: bool = False
@@ -66,6 +70,10 @@ class Bench:
     def torch_device(self) -> torch.device:
         """The device that is timed."""
         return torch.device(self.device)
+
+    def scaled(self, rank: int) -> int:
+        """A rank of a large model, in a tiny one a small rank in its place."""
+        return max(1, rank // 64) if self.shape == "tiny" else rank
 
     def config(self, **settings: Any) -> GaLoreConfig:
         """GaLore+ at this rank; no refresh after the first step unless ``update_proj_gap`` says so."""
@@ -87,7 +95,7 @@ def make_model(bench: Bench, layers: int, *, vocabulary: int | None = None) -> P
     """A Llama with random weights on the device, with gradient checkpointing."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    shape = {**SHAPES[bench.shape], "num_hidden_layers": layers, "tie_word_embeddings": False, "use_cache": False}
+    shape = {"tie_word_embeddings": False, **SHAPES[bench.shape], "num_hidden_layers": layers, "use_cache": False}
     if vocabulary is not None:
         shape["vocab_size"] = vocabulary
     torch.manual_seed(0)
