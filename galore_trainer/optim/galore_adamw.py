@@ -113,6 +113,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if group["projected"]:
             for name in group["names"]:
                 self._ordinals.setdefault(name, len(self._ordinals))
+            self._phases: dict[str, int] = {}
             if self.config.layerwise:
                 attach_group(self, len(self.param_groups) - 1)
 
@@ -220,10 +221,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return not makes_state or not (is_zero(w.grad) if w.energy is None else bool(w.energy == 0.0))
 
     def _phase(self, w: LocalWeight) -> int:
-        """Where in the gap the refreshes of a weight lie: 0, or spread evenly over all projected weights."""
-        return (
-            self._ordinals[w.name] * param_groups.gap_of(w.group) // len(self._ordinals) if self.config.staggers else 0
-        )
+        """Where in the gap the refreshes of a weight lie."""
+        if self.config.staggers and not self._phases:
+            self._phases = refresh.phases(self.param_groups)
+        return self._phases.get(w.name, 0)
 
     @torch.no_grad()
     def refresh_now(self) -> None:
@@ -338,8 +339,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or pickle keeps; a copy has no stopwatch and no hooks, and knows of no other processes."""
         self._retries.settle()
-        shown = ("projection_errors", "excess_errors", "notes")
-        attributes = ("config", "seed", "max_stack_elements", "settings_before_load", "_steps", "_ordinals", *shown)
+        shown = ("projection_errors", "excess_errors", "notes", "_ordinals", "_phases")
+        attributes = ("config", "seed", "max_stack_elements", "settings_before_load", "_steps", *shown)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in attributes}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.core.matrix import LogicalMatrix
 from galore_trainer.core.streams import later_keys, rounding_key
+from galore_trainer.kernels.recording import MOST_BYTES, Recording
 from galore_trainer.layouts.find import PLAIN_TYPES
+from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.local import AGE, LocalWeight, Moved
 from galore_trainer.optim.lookup import smallest_of, whole_gradients
 from galore_trainer.optim.ops_torch import rounds
@@ -27,7 +31,6 @@ from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, wante
 from galore_trainer.optim.param_groups import check_groups
 from galore_trainer.optim.places import Places
 from galore_trainer.optim.plain import PlainBucket, equal_for_kernel
-from galore_trainer.optim.recording import Recording, is_small
 from galore_trainer.optim.step import Joined, whole_step
 from galore_trainer.timing import Stopwatch
 
@@ -217,6 +220,16 @@ class Plan:
         columns = {key: [w.state[key].data_ptr() for w in self._weights] for key in (AGE, "skipped")}
         dtypes = {key: self._weights[0].state[key].dtype for key in columns}
         return scatter(columns, dtypes, None, self._device)[0]
+
+
+def is_small(buckets: Iterable[Bucket]) -> bool:
+    """Whether what a step makes of these weights may stay allocated between steps."""
+    return all(len(bucket.pieces) * _bytes_made(bucket.matrix) <= MOST_BYTES for bucket in buckets)
+
+
+def _bytes_made(matrix: LogicalMatrix) -> int:
+    """R, N, N - phi R and the basis in the dtype of the products: at most 4 bytes an entry."""
+    return 4 * (3 * math.prod(matrix.moment_shape) + math.prod(matrix.basis_shape))
 
 
 def _params(groups: Sequence[Any]) -> list[Any]:

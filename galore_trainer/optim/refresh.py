@@ -39,6 +39,21 @@ LIBRARY = 3_000_000  # below k^3 / this many k x k matrices, the library one by 
 # ---------------------------------------------------------------------- which weights
 
 
+def phases(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Where in its gap the refreshes of each weight lie, by name: spread evenly over all projected weights.
+
+    Equal weights follow one another, since bases of equal matrices are found together in hardly more time than one.
+    """
+    alike: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
+    for group in groups:
+        if group["projected"]:
+            for name, p, matrices in zip(group["names"], group["params"], group["matrices"], strict=True):
+                key = (id(group), p.shape, *(matrix.form for matrix in matrices))
+                alike.setdefault(key, []).append((name, gap_of(group)))
+    ordered = list(itertools.chain.from_iterable(alike.values()))
+    return {name: i * gap // len(ordered) for i, (name, gap) in enumerate(ordered)}
+
+
 def next_due(calls: int, gap: int, phase: int) -> int:
     """The first step after ``calls`` on the grid phase, phase + gap, ...; one that had to wait does not shift it."""
     return calls + gap - (calls - phase) % gap

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from galore_trainer.config import GaLoreConfig
+from galore_trainer.kernels.recording import Recording
 from galore_trainer.optim import plan
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
 from galore_trainer.optim.ops_triton import TritonOps
 from galore_trainer.optim.plan import Plan, Plans
-from galore_trainer.optim.recording import Recording
 
 PROJECTED, PLAIN = [(12, 8), (8, 12), (12, 8), (6, 10)], [(7,), (7,), (5, 3)]
 STEPS, CHANGED = 7, 4  # the third step is the first that can repeat one; the change comes before this one

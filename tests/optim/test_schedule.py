@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -143,6 +144,21 @@ def test_staggered_refreshes_come_once_a_gap_for_every_weight_and_spread_evenly(
     assert counts[0] == len(weights)
     assert all(c == len(weights) // gap for c in counts[gap + 1 :])  # 21 weights over 7 steps
     assert all(3 <= n <= 4 for n in before)
+
+
+def test_staggered_refreshes_of_a_step_are_of_equal_weights() -> None:
+    """Which are found together: with as many steps as shapes, each step refreshes one shape."""
+    model = model_of(LLAMA)
+    weights = {name: p for name, p in model.named_parameters() if "_proj" in name}
+    shapes = {p.shape for p in weights.values()}
+    config = GaLoreConfig(rank=4, update_proj_gap=len(weights), stagger_refresh=True, head_sharing="joint")
+    optimizer = build_optimizer(model, config, lr=1e-3)
+    give_gradients(model, 0)
+    optimizer.step()
+    names = sorted(weights, key=lambda name: optimizer.state_of(name)["phase"])
+    assert [optimizer.state_of(name)["phase"] for name in names] == list(range(len(names)))
+    runs = [shape for shape, _ in itertools.groupby(weights[name].shape for name in names)]
+    assert len(runs) == len(shapes)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -5,17 +5,12 @@ A small model's step is some thirty launches, which take the host longer than th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from math import prod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from galore_trainer.optim.bucket import Bucket
-
 MOST_BYTES = 192 << 20  # of what a recorded step makes, which stays allocated
-BYTES = 4  # of an entry of what is made, at most
-MADE = 3  # of the moments' size: R, N and N - phi R
 
 
 class Recording:
@@ -36,13 +31,3 @@ class Recording:
         """Make the launches; what the last one returned, which the next call overwrites."""
         self._graph.replay()
         return self._made
-
-
-def is_small(buckets: Iterable[Bucket]) -> bool:
-    """Whether what a step makes of these weights may stay allocated between steps."""
-    return all(BYTES * len(b.pieces) * _entries(b) <= MOST_BYTES for b in buckets)
-
-
-def _entries(bucket: Bucket) -> int:
-    matrix = bucket.matrix
-    return MADE * prod(matrix.moment_shape) + prod(matrix.basis_shape)
