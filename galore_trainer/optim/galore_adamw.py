@@ -223,7 +223,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _phase(self, w: LocalWeight) -> int:
         """Where in the gap the refreshes of a weight lie."""
         if self.config.staggers and not self._phases:
-            self._phases = refresh.phases(self.param_groups)
+            self._phases = refresh.phases(self.param_groups, in_order=self.config.layerwise)
         return self._phases.get(w.name, 0)
 
     @torch.no_grad()
