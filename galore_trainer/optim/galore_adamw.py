@@ -110,10 +110,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self.placement.note(group)
+        self._phases: dict[str, int] = {}  # by name, once a weight without a state asks
         if group["projected"]:
             for name in group["names"]:
                 self._ordinals.setdefault(name, len(self._ordinals))
-            self._phases: dict[str, int] = {}
             if self.config.layerwise:
                 attach_group(self, len(self.param_groups) - 1)
 
@@ -223,7 +223,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _phase(self, w: LocalWeight) -> int:
         """Where in the gap the refreshes of a weight lie."""
         if self.config.staggers and not self._phases:
-            self._phases = refresh.phases(self.param_groups, in_order=self.config.layerwise)
+            self._phases = refresh.phases(self.param_groups)
         return self._phases.get(w.name, 0)
 
     @torch.no_grad()

@@ -39,21 +39,16 @@ LIBRARY = 3_000_000  # below k^3 / this many k x k matrices, the library one by 
 # ---------------------------------------------------------------------- which weights
 
 
-def phases(groups: Sequence[Mapping[str, Any]], *, in_order: bool) -> dict[str, int]:
+def phases(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Where in its gap the refreshes of each weight lie, by name: spread evenly over all projected weights.
 
     Equal weights follow one another, since bases of equal matrices are found together in hardly more time than one.
-
-    Args:
-        groups: of the optimizer.
-        in_order: spread weights in their order instead: layer-wise mode holds the gradients of those that are due, and
-            the largest weights shall not be due together.
     """
     alike: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
     for group in groups:
         if group["projected"]:
-            for name, p, matrices in zip(group["names"], group["params"], group["matrices"], strict=True):
-                key = () if in_order else (id(group), p.shape, *(matrix.form for matrix in matrices))
+            for name, matrices in zip(group["names"], group["matrices"], strict=True):
+                key = (id(group), *(matrix.form for matrix in matrices))
                 alike.setdefault(key, []).append((name, gap_of(group)))
     ordered = list(itertools.chain.from_iterable(alike.values()))
     return {name: i * gap // len(ordered) for i, (name, gap) in enumerate(ordered)}
