@@ -38,12 +38,14 @@ def choose(file: Path, seed: int) -> dict[str, Any]:
     return random.Random(f"{seed} {file.parent.name}").choice(own or lines)
 
 
+def write_settings(line: dict[str, Any], folder: Path) -> None:
+    """Write the settings of a line beside its folder."""
+    write_file(folder.with_suffix(".yaml"), RunConfig.from_dict(line["result"]["config"]).to_yaml())
+
+
 def again(line: dict[str, Any], folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train and score with the settings of a line; returns the new ``result.json``, and the losses of its examples."""
-    config = RunConfig.from_dict(line["result"]["config"])
-    file = folder.with_suffix(".yaml")
-    write_file(file, config.to_yaml())
-    words = ["train", str(file), f"output_dir={folder}", *overrides]
+    """Train and score with these settings; returns the new ``result.json``, and the losses of its examples."""
+    words = ["train", str(folder.with_suffix(".yaml")), f"output_dir={folder}", *overrides]
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     code = start(words, log)
@@ -109,6 +111,9 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides = [word for word in arguments.files if "=" in word]
     chosen = {Path(word): choose(Path(word), arguments.seed) for word in arguments.files if "=" not in word}
+
+    for file, line in chosen.items():  # transformers cannot be imported by several threads at once
+        write_settings(line, arguments.folder / file.parent.name)
 
     def run(file: Path) -> dict[str, Any]:
         line = chosen[file]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
-from galore_trainer.core.streams import rounding_key
+from galore_trainer.core.streams import later_keys, rounding_key
 from galore_trainer.optim import residual
 from galore_trainer.optim.bucket import BASIS, MOMENTS, SCALE, Bucket
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE
 from galore_trainer.optim.ops_torch import rounds
 from galore_trainer.optim.param_groups import scale_of
 
+GRADIENTS, RATES, KEYS = "gradients", "rates", "keys"
 _LAYOUTS: dict[tuple[Any, ...], Any] = {}  # a few, by form, shape and strides
 
 
@@ -24,19 +25,93 @@ def noise_key(moments: Sequence[tuple[str, bool]]) -> str:
     return f"{moments[0][0]} noise"
 
 
-class Places:
+class StepTables:
+    """Where tensors of equal weights lie, by name, and what each step brings: gradients, rates, random keys.
+
+    Args:
+        addresses: of first entries, one a weight, by name.
+        dtypes: of these entries, by name.
+        group: of the optimizer.
+        scale: factor on the rate.
+        names: of the weights.
+        seeds: for each table of random keys the seed, and what follows a weight's name.
+        calls: of the weights, so far.
+        device: where they lie.
+    """
+
+    def __init__(
+        self,
+        addresses: Mapping[str, list[int]],
+        dtypes: Mapping[str, torch.dtype],
+        group: Mapping[str, Any],
+        scale: float,
+        names: Sequence[str],
+        seeds: Mapping[str, tuple[int, str]],
+        calls: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        from galore_trainer.kernels.tables import scatter
+
+        self._group, self._scale = group, scale
+        self._first_keys = {
+            name: [rounding_key(seed, f"{weight}{purpose}", 0) for weight in names]
+            for name, (seed, purpose) in seeds.items()
+        }
+        brought = self.brought(calls)
+        every = {**addresses, **brought}
+        self._tables = scatter(every, {**dict.fromkeys(brought, torch.int64), **dtypes}, device)
+
+    def brought(self, calls: Sequence[int]) -> dict[str, list[int]]:
+        """What a step brings beside gradients, by name: the rates of the group as they are now, and random keys."""
+        from galore_trainer.kernels.tables import packed
+
+        lr = float(self._group["lr"])  # torch takes tensors, too
+        rate = packed(lr * self._scale, lr * self._group["weight_decay"])
+        keys = {name: later_keys(first, calls) for name, first in self._first_keys.items()}
+        return {RATES: [rate] * len(calls), **keys}
+
+    def renew(self, tables: Mapping[str, Tensor], alignment: int) -> None:
+        """Take other tables of what a step brings, and of gradients of the same layout and dtype.
+
+        Args:
+            tables: by name.
+            alignment: of the gradients, as ``kernels.tables.Scattered`` has it.
+        """
+        for name, table in tables.items():
+            self._tables[name] = self._tables[name]._replace(addresses=table)
+        self._tables[GRADIENTS] = self._tables[GRADIENTS]._replace(alignment=alignment)
+
+    @property
+    def rates(self) -> Tensor:
+        """``kernels.tables.packed`` of lr x scale and lr x weight decay, int64 [weights]."""
+        rates: Tensor = self._tables[RATES].addresses
+        return rates
+
+    @property
+    def keys(self) -> Tensor | None:
+        """For the rounding of bfloat16 weights, int64 [weights]; None rounds to nearest."""
+        return self._tables[KEYS].addresses if KEYS in self._tables else None
+
+    def __getitem__(self, name: str) -> Any:
+        """Weights, gradients, or tensors of the state by their key."""
+        return self._tables[name]
+
+    def get(self, name: str) -> Any:
+        """The same; None where there are none."""
+        return self._tables.get(name)
+
+
+class Places(StepTables):
     """Where everything of a bucket lies, by key of the state or name; one upload for all of it.
 
     Attributes:
-        keys: for the rounding of bfloat16 weights, int64 [pieces]; None rounds to nearest.
-        rates: ``kernels.tables.packed`` of lr x scale and lr x weight decay, int64 [pieces].
         of_weights, of_gradients: how the logical matrices lie in them; None for gradients that were not kept whole.
-        moves_small_state: whether moments of 16 and 8 bits are among them; else torch moves those.
+        moves_state: whether moments are among them; else torch moves those.
+        moves_small_state: whether they have 16 or 8 bits.
     """
 
     def __init__(self, bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
         from galore_trainer.kernels.routes import route_of
-        from galore_trainer.kernels.tables import scatter
 
         first = bucket.pieces[0]
         self._matrix = bucket.matrix  # not the bucket, which keeps these places: a cycle would outlive the step
@@ -53,7 +128,8 @@ class Places:
         galore = bucket.group["galore"]
         bits = galore["state_bits"]
         self.moves_small_state = bits < 32 and route_of(bucket.matrix.rank, torch.bfloat16).small_state
-        if bits == 32 or self.moves_small_state:
+        self.moves_state = bits == 32 or self.moves_small_state
+        if self.moves_state:
             for moment, _ in (*MOMENTS, *residual.MOMENTS):
                 for key in (moment, moment + SCALE):
                     if bucket.has(key):
@@ -65,52 +141,26 @@ class Places:
         columns["weights"] = self._begin(bucket, [piece.weight for piece in bucket.pieces])
         dtypes["weights"] = first.weight.dtype
         if first.kept is None:
-            columns["gradients"] = self._begin(bucket, [piece.grad for piece in bucket.pieces])
-            dtypes["gradients"] = first.grad.dtype
+            columns[GRADIENTS] = self._begin(bucket, [piece.grad for piece in bucket.pieces])
+            dtypes[GRADIENTS] = first.grad.dtype
         elif moves_residual:
             sampled = bucket.kept(lambda grad: grad.sampled)
             self._alive.append(sampled)
             columns["sampled"] = [x.data_ptr() for x in bucket.split(sampled)]
             dtypes["sampled"] = sampled.dtype
+        seeds: dict[str, tuple[int, str]] = {}
         if self.moves_small_state:
             for moments in (MOMENTS, *((residual.MOMENTS,) if moves_residual else ())):
-                key = noise_key(moments)
-                columns[key] = [
-                    rounding_key(galore["seed"], f"{piece.name}|{key}", piece.owner.state["calls"])
-                    for piece in bucket.pieces
-                ]
-                dtypes[key] = torch.int64
-        noise = None
+                seeds[noise_key(moments)] = galore["seed"], f"|{noise_key(moments)}"
         if rounds(first.weight, config):
-            noise = [rounding_key(seed, piece.name, piece.owner.state["calls"]) for piece in bucket.pieces]
-        self._group, self._scale = bucket.group, scale_of(bucket.group, config, bucket.matrix)
-        columns["rates"], dtypes["rates"] = [self.rate()] * len(bucket.pieces), torch.int64
-        self._scattered, self.keys = scatter(columns, dtypes, noise, bucket.device)
-        self.rates = self._scattered["rates"].addresses
-
-    def rate(self) -> int:
-        """The rates of the group as they are now."""
-        from galore_trainer.kernels.tables import packed
-
-        lr = float(self._group["lr"])  # torch takes tensors, too
-        return packed(lr * self._scale, lr * self._group["weight_decay"])
-
-    def renew(self, gradients: Tensor, alignment: int, rates: Tensor, keys: Tensor | None) -> None:
-        """Take new gradients of the same layout and dtype, and what else a new step brings; the rest stays."""
-        self._scattered["gradients"] = self._scattered["gradients"]._replace(addresses=gradients, alignment=alignment)
-        self.rates, self.keys = rates, keys
+            seeds[KEYS] = seed, ""
+        names, calls = zip(*((piece.name, piece.owner.state["calls"]) for piece in bucket.pieces), strict=True)
+        scale = scale_of(bucket.group, config, bucket.matrix)
+        super().__init__(columns, dtypes, bucket.group, scale, names, seeds, calls, bucket.device)
 
     def drop_copies(self) -> None:
         """Free the joined bases."""
         self._bases.clear()
-
-    def __getitem__(self, name: str) -> Any:
-        """Weights, gradients, or tensors of the state by their key."""
-        return self._scattered[name]
-
-    def get(self, name: str) -> Any:
-        """The same; None where there are none."""
-        return self._scattered.get(name)
 
     def _stored_bases(self, bucket: Bucket) -> list[Any]:
         """The stored bases; copies where a piece has some of a matrix's bases that do not follow one another."""
@@ -139,7 +189,7 @@ class Places:
         from galore_trainer.kernels.project import join
 
         if dtype not in self._bases:
-            stored: Any = self._scattered[BASIS]
+            stored: Any = self._tables[BASIS]
             if stored.dtype == dtype and len(bucket.pieces) == 1:
                 self._bases[dtype] = bucket.stored_bases()  # type: ignore[assignment]
             elif stored.dtype == torch.int8:

@@ -15,13 +15,14 @@ from torch.optim.adamw import adamw
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.galore import compute_dtype, stochastic_round
 from galore_trainer.core.precision import BLOCK, NOISE, Stored, decode, encode, zero_code
-from galore_trainer.core.streams import rounding_key, stream
+from galore_trainer.core.streams import stream
 from galore_trainer.kernels import obstacle
 from galore_trainer.optim.bucket import MOMENTS
 from galore_trainer.optim.guards import no_skips, usable_flags
 from galore_trainer.optim.local import AGE, LocalWeight, Moved, moved_together
 from galore_trainer.optim.ops_torch import rounds, weight_noise
 from galore_trainer.optim.ops_triton import LIMIT, wanted
+from galore_trainer.optim.places import GRADIENTS, KEYS, StepTables
 
 CHUNK = 1 << 22  # entries that are widened at a time, where weight, gradient or moments are stored otherwise
 
@@ -73,7 +74,7 @@ def _kernel_takes(w: LocalWeight, config: GaLoreConfig) -> bool:
     return dense and w.state[MOMENTS[0][0]].dtype == torch.float32
 
 
-class PlainBucket:
+class PlainBucket(StepTables):
     """Plain weights of equally many entries, which a kernel moves in one launch where they lie.
 
     Args:
@@ -82,39 +83,23 @@ class PlainBucket:
     """
 
     def __init__(self, weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int) -> None:
-        from galore_trainer.kernels.tables import scatter
-
         first = weights[0]
-        self.weights, self._group, self._entries = weights, first.group, first.weight.numel()
-        tensors = {"weights": [w.weight for w in weights], "gradients": [w.grad for w in weights]}
+        self.weights, self._entries = weights, first.weight.numel()
+        tensors = {"weights": [w.weight for w in weights], GRADIENTS: [w.grad for w in weights]}
         tensors |= {key: [w.state[key] for w in weights] for key in (*(key for key, _ in MOMENTS), AGE)}
-        columns = {name: [x.data_ptr() for x in each] for name, each in tensors.items()}
+        addresses = {name: [x.data_ptr() for x in each] for name, each in tensors.items()}
         dtypes = {name: each[0].dtype for name, each in tensors.items()}
-        keys = None
-        if rounds(first.weight, config):
-            keys = [rounding_key(seed, w.name, w.state["calls"]) for w in weights]
-        columns["rates"], dtypes["rates"] = [self.rate()] * len(weights), torch.int64
-        self._tables, self._keys = scatter(columns, dtypes, keys, first.weight.device)
-        self._rates = self._tables.pop("rates").addresses
-
-    def rate(self) -> int:
-        """As ``Places.rate``."""
-        from galore_trainer.kernels.tables import packed
-
-        lr = float(self._group["lr"])
-        return packed(lr, lr * self._group["weight_decay"])
-
-    def renew(self, gradients: Tensor, alignment: int, rates: Tensor, keys: Tensor | None) -> None:
-        """As ``Places.renew``."""
-        self._tables["gradients"] = self._tables["gradients"]._replace(addresses=gradients, alignment=alignment)
-        self._rates, self._keys = rates, keys
+        seeds = {KEYS: (seed, "")} if rounds(first.weight, config) else {}
+        names, calls = [w.name for w in weights], [w.state["calls"] for w in weights]
+        super().__init__(addresses, dtypes, first.group, 1.0, names, seeds, calls, first.weight.device)
 
     def move(self, known: Tensor | None = None) -> Tensor:
         """One step; which gradients were usable, [weights], where that is not known."""
         from galore_trainer.kernels.adam import adamw_, usable
 
-        ok = usable(self._tables["gradients"], self._entries, LIMIT) if known is None else known
-        group, (W, G, M, V, t) = self._group, self._tables.values()
+        ok = usable(self[GRADIENTS], self._entries, LIMIT) if known is None else known
+        group, names = self._group, ("weights", GRADIENTS, *(key for key, _ in MOMENTS), AGE)
+        W, G, M, V, t = map(self._tables.__getitem__, names)
         adamw_(
             W,
             G,
@@ -123,10 +108,10 @@ class PlainBucket:
             t,
             ok,
             self._entries,
-            rates=self._rates,
+            rates=self.rates,
             betas=group["betas"],
             eps=group["eps"],
-            keys=self._keys,
+            keys=self.keys,
             clip=self.weights[0].clip,
         )
         return ok

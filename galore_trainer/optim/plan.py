@@ -20,16 +20,14 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.matrix import LogicalMatrix
-from galore_trainer.core.streams import later_keys, rounding_key
 from galore_trainer.kernels.recording import MOST_BYTES, Recording
 from galore_trainer.layouts.find import PLAIN_TYPES
 from galore_trainer.optim.bucket import Bucket
 from galore_trainer.optim.local import AGE, LocalWeight, Moved
 from galore_trainer.optim.lookup import smallest_of, whole_gradients
-from galore_trainer.optim.ops_torch import rounds
 from galore_trainer.optim.ops_triton import TritonOps, buckets_for_triton, wanted
 from galore_trainer.optim.param_groups import check_groups
-from galore_trainer.optim.places import Places
+from galore_trainer.optim.places import GRADIENTS, Places, StepTables
 from galore_trainer.optim.plain import PlainBucket, equal_for_kernel
 from galore_trainer.optim.step import Joined, whole_step
 from galore_trainer.timing import Stopwatch
@@ -45,18 +43,13 @@ class Part:
     Args:
         tables: where they lie.
         weights: with the states they have.
-        config, seed: of the optimizer.
     """
 
-    def __init__(
-        self, tables: Places | PlainBucket, weights: Sequence[LocalWeight], config: GaLoreConfig, seed: int
-    ) -> None:
+    def __init__(self, tables: StepTables, weights: Sequence[LocalWeight]) -> None:
         self.tables, self.states = tables, [w.state for w in weights]
         keys = [key for key, x in self.states[0].items() if isinstance(x, Tensor)]
         self._tensors = operator.itemgetter(*(key for key in keys if all(key in state for state in self.states)))
         self._group = weights[0].group
-        first_keys = [rounding_key(seed, w.name, 0) for w in weights]
-        self._first_keys = first_keys if rounds(weights[0].weight, config) else None
 
     def addresses(self) -> list[int]:
         """Of all tensors of the states."""
@@ -67,17 +60,9 @@ class Part:
         """What launches hold as numbers."""
         return self._group["betas"], self._group["eps"]
 
-    @property
-    def width(self) -> int:
-        """How many columns a step uploads."""
-        return 2 if self._first_keys is None else 3
-
-    def columns(self, addresses: list[int]) -> list[list[int]]:
-        """What a step uploads: addresses of gradients, rates, and the keys of stochastic rounding if there are any."""
-        rates = [self.tables.rate()] * len(addresses)
-        if self._first_keys is None:
-            return [addresses, rates]
-        return [addresses, rates, later_keys(self._first_keys, list(map(_calls, self.states)))]
+    def columns(self, addresses: list[int]) -> dict[str, list[int]]:
+        """What a step uploads, by name: addresses of gradients, rates and random keys."""
+        return {GRADIENTS: addresses, **self.tables.brought(list(map(_calls, self.states)))}
 
 
 class Plan:
@@ -111,17 +96,19 @@ class Plan:
         buckets = list(buckets_for_triton(pieces, config, left, asked))
         plain, by_torch = equal_for_kernel([w for w in weights if not w.matrices], config)
         self.is_whole = not left and not by_torch
+        for bucket in buckets:
+            bucket.places = Places(bucket, config, seed)
+            self.is_whole &= bucket.places.moves_state
         if not self.is_whole:
             return
         ops = TritonOps(config, seed)
         projected = [[piece.owner for piece in bucket.pieces] for bucket in buckets]
         self._joined = [Joined(members, ops, [bucket]) for members, bucket in zip(projected, buckets, strict=True)]
-        for bucket in buckets:
-            bucket.places = Places(bucket, config, seed)
         self._plain = [PlainBucket(members, config, seed) for members in plain]
         tables = [*(bucket.places for bucket in buckets), *self._plain]
-        self._parts = [Part(*pair, config, seed) for pair in zip(tables, projected + plain, strict=True)]
-        self._columns = Columns([len(x.states) for x in self._parts for _ in range(x.width)], self._device)
+        self._parts = [Part(*pair) for pair in zip(tables, projected + plain, strict=True)]
+        lengths = [len(part.states) for part in self._parts for _ in part.columns([])]
+        self._columns = Columns(lengths, self._device)
         self._may_record = self._device.type == "cuda" and is_small(buckets)
         self._recording: Recording | None = None
         self._constants: Any = None  # of the step before
@@ -204,11 +191,10 @@ class Plan:
 
         addresses_of = map(Tensor.data_ptr, grads)
         columns = [part.columns(list(itertools.islice(addresses_of, len(part.states)))) for part in self._parts]
-        self._columns.write(list(itertools.chain(*columns)))
-        tensors, alignments = iter(self._columns.tensors), [alignment_of(addresses) for addresses, *_ in columns]
-        for part, alignment in zip(self._parts, alignments, strict=True):
-            gradients, rates, *keys = itertools.islice(tensors, part.width)
-            part.tables.renew(gradients, alignment, rates, keys[0] if keys else None)
+        self._columns.write([column for each in columns for column in each.values()])
+        tensors, alignments = iter(self._columns.tensors), [alignment_of(each[GRADIENTS]) for each in columns]
+        for part, each, alignment in zip(self._parts, columns, alignments, strict=True):
+            part.tables.renew({name: next(tensors) for name in each}, alignment)
         return alignments, [part.constants for part in self._parts]
 
     def _addresses_now(self, params: Sequence[Tensor]) -> list[list[int]]:
@@ -219,7 +205,7 @@ class Plan:
 
         columns = {key: [w.state[key].data_ptr() for w in self._weights] for key in (AGE, "skipped")}
         dtypes = {key: self._weights[0].state[key].dtype for key in columns}
-        return scatter(columns, dtypes, None, self._device)[0]
+        return scatter(columns, dtypes, self._device)
 
 
 def is_small(buckets: Iterable[Bucket]) -> bool:
@@ -318,12 +304,11 @@ def _can_repeat(weights: Sequence[LocalWeight], config: GaLoreConfig) -> bool:
 
 
 def _is_simple(w: LocalWeight) -> bool:
-    """Whether a weight is whole, as its gradient, and one matrix whose moments have 32 bits, or plain."""
+    """Whether a weight is whole, as its gradient, and one matrix, or plain."""
     if not (w.shard.is_whole and w.kept is None and type(w.weight) in PLAIN_TYPES and w.weight.grad is w.grad):
         return False
     if type(w.grad) is not Tensor or not _are_dense([w.weight], [w.grad]):
         return False
     if not w.matrices:
         return True
-    alone = len(w.matrices) == 1 and w.matrices[0].start == 0 and w.ok is None
-    return alone and w.has_basis and w.group["galore"]["state_bits"] == 32
+    return len(w.matrices) == 1 and w.matrices[0].start == 0 and w.ok is None and w.has_basis

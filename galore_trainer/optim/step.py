@@ -249,6 +249,6 @@ def _count_on_gpu(
     columns = {key: [state[key].data_ptr() for state in states] for key in keys}
     dtypes = {key: states[0][key].dtype for key in keys}
     with torch.cuda.device_of(ok):
-        tables, _ = scatter(columns, dtypes, None, device)
+        tables = scatter(columns, dtypes, device)
         count_([tables[key] for key in ages], tables["skipped"], ok)
     return True

@@ -23,7 +23,7 @@ PROJECTED, PLAIN = [(12, 8), (8, 12), (12, 8), (6, 10)], [(7,), (7,), (5, 3)]
 STEPS, CHANGED = 7, 4  # the third step is the first that can repeat one; the change comes before this one
 
 
-def make(residual: str, dtype: torch.dtype, device: torch.device) -> GaLoreAdamW:
+def make(residual: str, dtype: torch.dtype, device: torch.device, bits: Any = 32) -> GaLoreAdamW:
     generator = torch.Generator().manual_seed(0)
     shapes = [*PROJECTED, *PLAIN]
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
@@ -33,7 +33,7 @@ def make(residual: str, dtype: torch.dtype, device: torch.device) -> GaLoreAdamW
         {"params": params[count:], "names": [f"a{i}" for i in range(len(PLAIN))], "weight_decay": 0.1},
     ]
     percent = {"residual_percent": 0.0} if residual == "none" else {"residual": residual}
-    config = GaLoreConfig(rank=3, update_proj_gap=100, kernels="triton", **percent)
+    config = GaLoreConfig(rank=3, update_proj_gap=100, kernels="triton", state_bits=bits, **percent)
     return GaLoreAdamW(groups, config, lr=1e-2)
 
 
@@ -157,9 +157,9 @@ CHANGES: dict[Callable[[GaLoreAdamW], None], int] = {  # and how many of the ste
 
 
 def train(
-    residual: str, change: Callable[[GaLoreAdamW], None], dtype: torch.dtype, device: torch.device
+    residual: str, change: Callable[[GaLoreAdamW], None], dtype: torch.dtype, device: torch.device, bits: int = 32
 ) -> GaLoreAdamW:
-    optimizer = make(residual, dtype, device)
+    optimizer = make(residual, dtype, device, bits)
     for step in range(STEPS):
         give_gradients(optimizer, step)
         if step == CHANGED:
@@ -173,11 +173,29 @@ def test_the_same_bits(
     change: Callable[[GaLoreAdamW], None], device: torch.device, repeated: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     residual, dtype = ("scaled", torch.bfloat16) if len(change.__name__) % 2 else ("none", torch.float32)
-    mine = train(residual, change, dtype, device)
+    _compare(train(residual, change, dtype, device), lambda: train(residual, change, dtype, device), monkeypatch)
+    assert len(repeated) == CHANGES[change]
+
+
+@pytest.mark.parametrize("change", [nothing, bad_gradients, state_elsewhere, loaded, due], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_same_bits_of_small_state(
+    bits: int,
+    change: Callable[[GaLoreAdamW], None],
+    device: torch.device,
+    repeated: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    residual = "none" if bits == 8 else "scaled"
+    mine = train(residual, change, torch.bfloat16, device, bits)
+    _compare(mine, lambda: train(residual, change, torch.bfloat16, device, bits), monkeypatch)
+    assert len(repeated) == CHANGES[change]
+
+
+def _compare(mine: GaLoreAdamW, again: Callable[[], GaLoreAdamW], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps without plans give the same bits."""
     monkeypatch.setattr(Plans, "_gradients", lambda *_: None)
-    count = len(repeated)
-    other = train(residual, change, dtype, device)
-    assert len(repeated) == count
+    other = again()
     for a, b in zip(params_of(mine), params_of(other), strict=True):
         assert torch.equal(a, b)
         assert mine.state[a].keys() == other.state[b].keys()
@@ -185,13 +203,12 @@ def test_the_same_bits(
             assert (
                 torch.equal(value, other.state[b][key]) if isinstance(value, Tensor) else value == other.state[b][key]
             )
-    assert count == CHANGES[change]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a recorded step launches no kernel by itself")
-@pytest.mark.parametrize("residual", ["none", "scaled"])
+@pytest.mark.parametrize(("residual", "bits"), [("none", 32), ("scaled", 32), ("scaled", 8)])
 def test_launches_hold_no_number_of_a_step(
-    residual: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, repeated: list[int]
+    residual: str, bits: int, device: torch.device, monkeypatch: pytest.MonkeyPatch, repeated: list[int]
 ) -> None:
     """Else a recorded step would repeat the rates, ages or keys of the step that was recorded."""
     from triton.runtime.interpreter import InterpretedFunction
@@ -208,7 +225,7 @@ def test_launches_hold_no_number_of_a_step(
         return launch
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", logged)
-    optimizer, of_steps = make(residual, torch.bfloat16, device), []
+    optimizer, of_steps = make(residual, torch.bfloat16, device, bits), []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group.update(lr=1e-2 / (step + 1), weight_decay=0.1 * step)

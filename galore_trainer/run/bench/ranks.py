@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,8 +38,9 @@ def bench_ranks(bench: Bench) -> dict[str, Any]:
     with RandomBases():
         for optimizer in ours.values():
             optimizer.step()
-    steps: dict[str, Callable[[], Any]] = {name: optimizer.step for name, optimizer in ours.items()}
-    methods = {name: in_a_row(step) for name, step in {ADAMW: adamw.step, **steps}.items()}
+    steps: dict[str, Step] = {ADAMW: adamw.step}
+    steps |= {name: optimizer.step for name, optimizer in ours.items()}
+    methods = {name: in_a_row(step) for name, step in steps.items()}
     found = take_turns(methods, bench.rounds, bench.torch_device)
     timings = {name: quarter(timing) for name, timing in found.items()}
     timings |= take_turns({ALONE: steps["r 128"]}, bench.rounds, bench.torch_device)
