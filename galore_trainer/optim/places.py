@@ -37,6 +37,10 @@ class StepTables:
         seeds: for each table of random keys the seed, and what follows a weight's name.
         calls: of the weights, so far.
         device: where they lie.
+
+    Attributes:
+        tables: ``kernels.tables.Scattered`` by name.
+        group: of the optimizer.
     """
 
     def __init__(
@@ -52,21 +56,21 @@ class StepTables:
     ) -> None:
         from galore_trainer.kernels.tables import scatter
 
-        self._group, self._scale = group, scale
+        self.group, self._scale = group, scale
         self._first_keys = {
             name: [rounding_key(seed, f"{weight}{purpose}", 0) for weight in names]
             for name, (seed, purpose) in seeds.items()
         }
         brought = self.brought(calls)
         every = {**addresses, **brought}
-        self._tables = scatter(every, {**dict.fromkeys(brought, torch.int64), **dtypes}, device)
+        self.tables = scatter(every, {**dict.fromkeys(brought, torch.int64), **dtypes}, device)
 
     def brought(self, calls: Sequence[int]) -> dict[str, list[int]]:
         """What a step brings beside gradients, by name: the rates of the group as they are now, and random keys."""
         from galore_trainer.kernels.tables import packed
 
-        lr = float(self._group["lr"])  # torch takes tensors, too
-        rate = packed(lr * self._scale, lr * self._group["weight_decay"])
+        lr = float(self.group["lr"])  # torch takes tensors, too
+        rate = packed(lr * self._scale, lr * self.group["weight_decay"])
         keys = {name: later_keys(first, calls) for name, first in self._first_keys.items()}
         return {RATES: [rate] * len(calls), **keys}
 
@@ -78,27 +82,27 @@ class StepTables:
             alignment: of the gradients, as ``kernels.tables.Scattered`` has it.
         """
         for name, table in tables.items():
-            self._tables[name] = self._tables[name]._replace(addresses=table)
-        self._tables[GRADIENTS] = self._tables[GRADIENTS]._replace(alignment=alignment)
+            self.tables[name] = self.tables[name]._replace(addresses=table)
+        self.tables[GRADIENTS] = self.tables[GRADIENTS]._replace(alignment=alignment)
 
     @property
     def rates(self) -> Tensor:
         """``kernels.tables.packed`` of lr x scale and lr x weight decay, int64 [weights]."""
-        rates: Tensor = self._tables[RATES].addresses
+        rates: Tensor = self.tables[RATES].addresses
         return rates
 
     @property
     def keys(self) -> Tensor | None:
         """For the rounding of bfloat16 weights, int64 [weights]; None rounds to nearest."""
-        return self._tables[KEYS].addresses if KEYS in self._tables else None
+        return self.tables[KEYS].addresses if KEYS in self.tables else None
 
     def __getitem__(self, name: str) -> Any:
         """Weights, gradients, or tensors of the state by their key."""
-        return self._tables[name]
+        return self.tables[name]
 
     def get(self, name: str) -> Any:
         """The same; None where there are none."""
-        return self._tables.get(name)
+        return self.tables.get(name)
 
 
 class Places(StepTables):
@@ -189,7 +193,7 @@ class Places(StepTables):
         from galore_trainer.kernels.project import join
 
         if dtype not in self._bases:
-            stored: Any = self._tables[BASIS]
+            stored: Any = self.tables[BASIS]
             if stored.dtype == dtype and len(bucket.pieces) == 1:
                 self._bases[dtype] = bucket.stored_bases()  # type: ignore[assignment]
             elif stored.dtype == torch.int8:

@@ -98,8 +98,8 @@ class PlainBucket(StepTables):
         from galore_trainer.kernels.adam import adamw_, usable
 
         ok = usable(self[GRADIENTS], self._entries, LIMIT) if known is None else known
-        group, names = self._group, ("weights", GRADIENTS, *(key for key, _ in MOMENTS), AGE)
-        W, G, M, V, t = map(self._tables.__getitem__, names)
+        group, names = self.group, ("weights", GRADIENTS, *(key for key, _ in MOMENTS), AGE)
+        W, G, M, V, t = map(self.tables.__getitem__, names)
         adamw_(
             W,
             G,
