@@ -21,7 +21,13 @@ from galore_trainer.run.bench.weights import (
 
 SCALED = "GaLore+, scaled residual"
 PROFILED = ("GaLore+", SCALED, "GaLore+, residual")
-TITLES = {"adamw": "AdamW fused", "adamw_8bit": "AdamW 8-bit", "galore_torch": "galore-torch"}
+TITLES = {
+    "adamw": "AdamW fused",
+    "adamw_8bit": "AdamW 8-bit",
+    "adamw_8bit_paged": "AdamW 8-bit, paged",
+    "adamw_8bit_torchao": "AdamW 8-bit, torchao",
+    "galore_torch": "galore-torch",
+}
 
 
 def bench_step(bench: Bench) -> dict[str, Any]:

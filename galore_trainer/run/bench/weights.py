@@ -25,7 +25,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
                      "vocab_size": 49152, "tie_word_embeddings": True},
 }  # fmt: skip
-PEERS = {"adamw_8bit": "bitsandbytes", "galore_torch": "galore_torch", "lora": "peft", "dora": "peft"}
+PEERS = {
+    "adamw_8bit": "bitsandbytes",
+    "adamw_8bit_paged": "bitsandbytes",
+    "adamw_8bit_torchao": "torchao",
+    "galore_torch": "galore_torch",
+    "lora": "peft",
+    "dora": "peft",
+}
+NEED_A_GPU = ("adamw_8bit", "adamw_8bit_paged", "adamw_8bit_torchao")
 LR = 1e-6
 
 
@@ -86,9 +94,7 @@ def missing_peers(bench: Bench) -> dict[str, str]:
     missing = {
         m: f"{package} is not installed" for m, package in PEERS.items() if not importlib.util.find_spec(package)
     }
-    if bench.device != "cuda":
-        missing["adamw_8bit"] = "bitsandbytes' 8-bit AdamW needs a GPU"
-    return missing
+    return missing if bench.device == "cuda" else {**missing, **dict.fromkeys(NEED_A_GPU, "it needs a GPU")}
 
 
 def make_model(bench: Bench, layers: int, *, vocabulary: int | None = None) -> PreTrainedModel:
@@ -134,10 +140,14 @@ def least_bytes(optimizer: GaLoreAdamW) -> int:
 def peer(bench: Bench, method: str, model: nn.Module) -> torch.optim.Optimizer:
     """Another method's optimizer on the parameters of a model that want gradients."""
     params = [p for p in model.parameters() if p.requires_grad]
-    if method == "adamw_8bit":
-        from bitsandbytes.optim import AdamW
+    if method in ("adamw_8bit", "adamw_8bit_paged"):
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-        return AdamW(params, lr=LR, optim_bits=8)
+        return (PagedAdamW8bit if method == "adamw_8bit_paged" else AdamW8bit)(params, lr=LR)
+    if method == "adamw_8bit_torchao":
+        from torchao.optim import AdamW8bit as CompiledAdamW8bit
+
+        return CompiledAdamW8bit(params, lr=LR)
     if method == "galore_torch":
         from galore_trainer.run.training.packages import PackageFactory
 
