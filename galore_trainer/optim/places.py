@@ -32,7 +32,6 @@ class StepTables:
         addresses: of first entries, one a weight, by name.
         dtypes: of these entries, by name.
         group: of the optimizer.
-        scale: factor on the rate.
         names: of the weights.
         seeds: for each table of random keys the seed, and what follows a weight's name.
         calls: of the weights, so far.
@@ -48,7 +47,6 @@ class StepTables:
         addresses: Mapping[str, list[int]],
         dtypes: Mapping[str, torch.dtype],
         group: Mapping[str, Any],
-        scale: float,
         names: Sequence[str],
         seeds: Mapping[str, tuple[int, str]],
         calls: Sequence[int],
@@ -56,7 +54,7 @@ class StepTables:
     ) -> None:
         from galore_trainer.kernels.tables import scatter
 
-        self.group, self._scale = group, scale
+        self.group = group
         self._first_keys = {
             name: [rounding_key(seed, f"{weight}{purpose}", 0) for weight in names]
             for name, (seed, purpose) in seeds.items()
@@ -65,12 +63,17 @@ class StepTables:
         every = {**addresses, **brought}
         self.tables = scatter(every, {**dict.fromkeys(brought, torch.int64), **dtypes}, device)
 
+    @property
+    def scale(self) -> float:
+        """Factor on the rate, as the group has it now."""
+        return 1.0
+
     def brought(self, calls: Sequence[int]) -> dict[str, list[int]]:
         """What a step brings beside gradients, by name: the rates of the group as they are now, and random keys."""
         from galore_trainer.kernels.tables import packed
 
         lr = float(self.group["lr"])  # torch takes tensors, too
-        rate = packed(lr * self._scale, lr * self.group["weight_decay"])
+        rate = packed(lr * self.scale, lr * self.group["weight_decay"])
         keys = {name: later_keys(first, calls) for name, first in self._first_keys.items()}
         return {RATES: [rate] * len(calls), **keys}
 
@@ -118,6 +121,7 @@ class Places(StepTables):
         from galore_trainer.kernels.routes import route_of
 
         first = bucket.pieces[0]
+        self._config = config
         self._matrix = bucket.matrix  # not the bucket, which keeps these places: a cycle would outlive the step
         self.of_weights = self.layout(first.weight)
         self.of_gradients: Any = self.layout(first.grad) if first.kept is None else None
@@ -159,8 +163,12 @@ class Places(StepTables):
         if rounds(first.weight, config):
             seeds[KEYS] = seed, ""
         names, calls = zip(*((piece.name, piece.owner.state["calls"]) for piece in bucket.pieces), strict=True)
-        scale = scale_of(bucket.group, config, bucket.matrix)
-        super().__init__(columns, dtypes, bucket.group, scale, names, seeds, calls, bucket.device)
+        super().__init__(columns, dtypes, bucket.group, names, seeds, calls, bucket.device)
+
+    @property
+    def scale(self) -> float:
+        """On lift(N)."""
+        return scale_of(self.group, self._config, self._matrix)
 
     def drop_copies(self) -> None:
         """Free the joined bases."""

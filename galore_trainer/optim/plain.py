@@ -91,7 +91,7 @@ class PlainBucket(StepTables):
         dtypes = {name: each[0].dtype for name, each in tensors.items()}
         seeds = {KEYS: (seed, "")} if rounds(first.weight, config) else {}
         names, calls = [w.name for w in weights], [w.state["calls"] for w in weights]
-        super().__init__(addresses, dtypes, first.group, 1.0, names, seeds, calls, first.weight.device)
+        super().__init__(addresses, dtypes, first.group, names, seeds, calls, first.weight.device)
 
     def move(self, known: Tensor | None = None) -> Tensor:
         """One step; which gradients were usable, [weights], where that is not known."""

@@ -131,7 +131,7 @@ def loaded(optimizer: GaLoreAdamW) -> None:
 
 
 def other_settings(optimizer: GaLoreAdamW) -> None:
-    optimizer.param_groups[0].update(lr=3e-3, weight_decay=0.2, betas=(0.8, 0.9))
+    optimizer.param_groups[0].update(lr=3e-3, weight_decay=0.2, betas=(0.8, 0.9), scale=0.7)
     optimizer.param_groups[1].update(lr=torch.tensor(2e-3), eps=1e-5)
 
 
