@@ -6,7 +6,9 @@ G [blocks, m, n]; on the left side it is [blocks, m, r] and approximates the lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ from galore_trainer.core.linalg import (
     Reduce,
     Tools,
     factor,
+    gram_of_rows,
     product,
+    right_vectors,
     subspace_iteration,
     thin_singular_vectors,
 )
@@ -28,6 +32,48 @@ REDUCES: set[str] = set()
 """Bases that take ``reduce``: they are found from the rows of each process, which stay where they are."""
 EXACT: set[str] = set()
 """Bases that join and widen the whole gradient, and take no test matrix."""
+
+
+class Begun(NamedTuple):
+    """A basis of which eigenvectors are missing.
+
+    A GPU finds those of many matrices in the time of one, so that bases of unequal matrices begin one after the other,
+    and are finished together.
+
+    Attributes:
+        gram: matrices [blocks, k, k], float64.
+        finish: takes their eigenvectors, as ``Tools.eigenvectors`` returns them; the basis.
+    """
+
+    gram: Tensor
+    finish: Callable[[Tensor], Tensor]
+
+
+BEGINS: dict[str, Callable[..., Begun | Tensor]] = {}
+"""Bases that can begin alone and be finished with others. A tensor is a basis that needed no eigenvectors."""
+
+
+def finish_together(begun: list[Begun | Tensor], tools: Sequence[Tools]) -> Iterator[Tensor]:
+    """The bases, in order: eigenvectors of matrices of one size, dtype and device are found by one call.
+
+    Args:
+        begun: by ``BEGINS``; the list is emptied, so that each is freed once it is finished.
+        tools: with which each began.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, (some, its_tools) in enumerate(zip(begun, tools, strict=True)):
+        if isinstance(some, Begun):
+            key = (its_tools.eigenvectors, some.gram.shape[-1], some.gram.dtype, some.gram.device)
+            alike.setdefault(key, []).append(i)
+    vectors: dict[int, Tensor] = {}
+    for members in alike.values():
+        grams = [some.gram for i in members if isinstance(some := begun[i], Begun)]
+        joined = grams[0] if len(grams) == 1 else torch.cat(grams)
+        found = tools[members[0]].eigenvectors(joined).split([len(gram) for gram in grams])
+        vectors.update(zip(members, found, strict=True))
+    for i in range(len(begun)):
+        some = begun.pop(0)
+        yield some.finish(vectors.pop(i)) if isinstance(some, Begun) else some
 
 
 def register(name: str, *, reduces: bool = False, exact: bool = False) -> Callable[[BasisFunction], BasisFunction]:
@@ -111,6 +157,47 @@ def exact(
     return Vh[..., :rank, :].mT.contiguous() if side == "right" else U[..., :rank].contiguous()
 
 
+def begin_randomized(
+    G: Sequence[Tensor],
+    rank: int,
+    side: str,
+    *,
+    omega: Tensor,
+    previous: Tensor | None = None,
+    iterations: int = 2,
+    raw_signs: bool = False,
+    tools: Tools = CERTAIN,
+    reduce: Reduce | None = None,
+) -> Begun | Tensor:
+    """``randomized`` up to the eigenvectors of the Gram matrix of Q^T G."""
+    if reduce is not None:
+        assert side == "right"
+    elif omega.shape[-1] >= min(G[0].shape[-2:]):
+        return exact(G, rank, side, raw_signs=raw_signs, tools=tools)
+    omega = omega.to(compute_dtype(G[0].dtype))
+    if previous is not None and side == "right":
+        omega = torch.cat([previous, omega[..., rank:]], dim=-1)
+    G = [factor(part) for part in G]
+    Y = product(G, omega)  # [blocks, m, k]
+    if previous is not None and side == "left":
+        Y = torch.cat([previous, Y[..., rank:]], dim=-1)
+    Q = subspace_iteration(G, Y, iterations, tools, reduce)  # [blocks, m, k]
+    B = product([part.mT for part in G], Q).mT.contiguous()  # Q^T G, [blocks, k, n]
+    B = B if reduce is None else reduce(B)
+    gram = gram_of_rows(B)
+    if side == "left":
+        return Begun(gram, functools.partial(_left_basis, Q, rank))
+    return Begun(gram, functools.partial(_right_basis, B, rank, tools))
+
+
+def _left_basis(Q: Tensor, rank: int, vectors: Tensor) -> Tensor:
+    return Q @ vectors[..., :rank].to(Q.dtype)
+
+
+def _right_basis(B: Tensor, rank: int, tools: Tools, vectors: Tensor) -> Tensor:
+    return right_vectors(B, vectors[..., :rank].to(B.dtype), tools)
+
+
 @register("randomized", reduces=True)
 def randomized(
     G: Sequence[Tensor],
@@ -141,21 +228,21 @@ def randomized(
     Returns:
         P as from ``exact``.
     """
-    if reduce is not None:
-        assert side == "right"
-    elif omega.shape[-1] >= min(G[0].shape[-2:]):
-        return exact(G, rank, side, raw_signs=raw_signs, tools=tools)
-    omega = omega.to(compute_dtype(G[0].dtype))
-    if previous is not None and side == "right":
-        omega = torch.cat([previous, omega[..., rank:]], dim=-1)
-    G = [factor(part) for part in G]
-    Y = product(G, omega)  # [blocks, m, k]
-    if previous is not None and side == "left":
-        Y = torch.cat([previous, Y[..., rank:]], dim=-1)
-    Q = subspace_iteration(G, Y, iterations, tools, reduce)  # [blocks, m, k]
-    B = product([part.mT for part in G], Q).mT.contiguous()  # Q^T G, [blocks, k, n]
-    U, V = thin_singular_vectors(B if reduce is None else reduce(B), rank, tools)
-    return V if side == "right" else Q @ U
+    begun = begin_randomized(
+        G,
+        rank,
+        side,
+        omega=omega,
+        previous=previous,
+        iterations=iterations,
+        raw_signs=raw_signs,
+        tools=tools,
+        reduce=reduce,
+    )
+    return next(finish_together([begun], [tools]))
+
+
+BEGINS["randomized"] = begin_randomized
 
 
 def from_sketch(S: Tensor, rank: int, side: str, tools: Tools = CERTAIN) -> Tensor:

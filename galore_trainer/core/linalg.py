@@ -127,9 +127,19 @@ def thin_singular_vectors(B: Tensor, rank: int, tools: Tools = CERTAIN) -> tuple
     Returns:
         U [..., k, rank] and V [..., n, rank], in the dtype of B.
     """
+    U = tools.eigenvectors(gram_of_rows(B))[..., :rank].to(B.dtype)  # [..., k, rank]
+    return U, right_vectors(B, U, tools)
+
+
+def gram_of_rows(B: Tensor) -> Tensor:
+    """B B^T in float64, [..., k, k]."""
     wide = B.double()
-    U = tools.eigenvectors(wide @ wide.mT)[..., :rank].to(B.dtype)  # [..., k, rank]
-    return U, tools.orthonormalize(B.mT @ U, None)  # scales columns that are orthogonal up to rounding
+    return wide @ wide.mT
+
+
+def right_vectors(B: Tensor, U: Tensor, tools: Tools) -> Tensor:
+    """The right singular vectors that belong to left ones: B^T U, whose columns are orthogonal, scaled to length 1."""
+    return tools.orthonormalize(B.mT @ U, None)
 
 
 def least_error(G: Tensor, rank: int, parts: int = 1) -> Tensor:

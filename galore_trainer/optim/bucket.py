@@ -50,6 +50,11 @@ class Bucket:
         self.projected: tuple[Tensor, Tensor] | None = None  # R and ok, while ``clipping`` holds them
         self._supports: dict[str, Support] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """Logical names of the pieces."""
+        return [piece.name for piece in self.pieces]
+
     def let_go(self) -> None:
         """Hold nothing that ``LocalWeight.open`` copied; before it can move, its pieces have to be opened again."""
         self.pieces = [p._replace(weight=p.owner.weight, grad=p.owner.grad) for p in self.pieces]

@@ -14,7 +14,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.errors import OptionError
 from galore_trainer.layouts.find import Placement
 from galore_trainer.layouts.shard import Ranks
-from galore_trainer.optim import clipping, lookup, param_groups, refresh
+from galore_trainer.optim import clipping, lenders, lookup, param_groups, refresh
 from galore_trainer.optim.guards import Retries, Watch, compare_bases, total_skips
 from galore_trainer.optim.kept import Directions, KeptWhole
 from galore_trainer.optim.layerwise import Averager, ProjectedGradient, attach_group, drop_projected, is_zero
@@ -187,20 +187,20 @@ class GaLoreAdamW(torch.optim.Optimizer):
             return update(weights, self.config, self.seed, self.max_stack_elements, held)
 
     def _refresh(self, weights: Sequence[LocalWeight], retries: Retries | None = None) -> None:
-        """New bases for weights that are due; see ``refresh_bucket`` for what their gradients have to be."""
-        for bucket in refresh.refresh_buckets(weights, self.config, self.max_stack_elements):
-            refreshes = bucket.pieces[0].owner.state["refreshes"]
-            with self.stopwatch.measure("refresh", bucket.device):
-                if bucket.is_kept or (refreshes == 0 and self.config.sketches_first):
-                    refresh.first_basis(bucket, self.config, self.seed)
-                    continue
-                P = refresh.refresh_bucket(bucket, self.config, self.seed, retries)
-                names = [piece.name for piece in bucket.pieces]
-                self.projection_errors.update(zip(names, refresh.projection_errors(bucket, P), strict=True))
-            if refreshes < self.config.diagnose_refreshes + self.config.sketches_first:
-                with self.stopwatch.measure("diagnosis", bucket.device):
-                    figures = refresh.diagnose(bucket, P, self.config, self.seed)
-                    self.excess_errors.update(zip(names, zip(*(x.tolist() for x in figures), strict=True), strict=True))
+        """New bases for weights that are due; see ``refresh_together`` for what their gradients have to be."""
+        for buckets in refresh.refresh_groups(weights, self.config, self.max_stack_elements):
+            device, diagnosed = buckets[0].device, self.config.diagnose_refreshes + self.config.sketches_first
+            with self.stopwatch.measure("refresh", device):
+                found = refresh.refresh_together(buckets, self.config, self.seed, retries)
+                for bucket, P in found:
+                    self.projection_errors.update(zip(bucket.names, lenders.projection_errors(bucket, P), strict=True))
+            for bucket, P in found:
+                if bucket.pieces[0].owner.state["refreshes"] < diagnosed:
+                    with self.stopwatch.measure("diagnosis", device):
+                        each = zip(
+                            *(x.tolist() for x in lenders.diagnose(bucket, P, self.config, self.seed)), strict=True
+                        )
+                        self.excess_errors.update(zip(bucket.names, each, strict=True))
         for w in weights:
             refresh.count_refresh(w, self.config)
         compare_bases(pair for w in weights for pair in w.named_bases(self.ranks))
@@ -223,7 +223,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _phase(self, w: LocalWeight) -> int:
         """Where in the gap the refreshes of a weight lie."""
         if self.config.staggers and not self._phases:
-            self._phases = refresh.phases(self.param_groups)
+            self._phases = param_groups.phases(self.param_groups)
         return self._phases.get(w.name, 0)
 
     @torch.no_grad()
@@ -326,9 +326,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def projection_report(self) -> dict[str, Any] | None:
         """Projection errors of the newest refreshes: ``mean`` and ``by_matrix``; None before the first refresh.
 
-        ``excess`` and ``sharing_excess`` (see ``refresh.diagnose``) are None unless ``diagnose_refreshes`` is set.
+        ``excess`` and ``sharing_excess`` (see ``lenders.diagnose``) are None unless ``diagnose_refreshes`` is set.
         """
-        return refresh.projection_report(self.projection_errors, self.excess_errors)
+        return lenders.projection_report(self.projection_errors, self.excess_errors)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind: basis, moments, residual, plain (AdamW of what is not projected)."""

@@ -1,8 +1,9 @@
-"""Which rows give a matrix its bases: all of a block, or those of some heads, wherever they lie."""
+"""Which rows give a matrix its bases: all of a block, or those of some heads, wherever they lie; what bases lose."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
 from galore_trainer.core.basis import REDUCES
 from galore_trainer.core.galore import widen
-from galore_trainer.core.linalg import Reduce
+from galore_trainer.core.linalg import Reduce, least_error
 from galore_trainer.core.matrix import LogicalMatrix, stored_rows
 from galore_trainer.core.streams import stream
 from galore_trainer.optim.bucket import Bucket
@@ -165,3 +166,51 @@ def _owned_squares(piece: Piece, P: Tensor) -> Tensor:
         norms = torch.stack([torch.linalg.vector_norm(x, dim=-1, dtype=P.dtype) for x in (X, R)])
         totals += (norms.square() * is_owned[rows.at].view(norms.shape[1:])).sum(dim=(1, 2))
     return totals
+
+
+# ---------------------------------------------------------------------- what a projection loses
+
+
+def projection_errors(bucket: Bucket, P: Tensor) -> list[Tensor]:
+    """||G - lift(R)|| / ||G|| of every matrix with new bases, scalar tensors."""
+    return list(galore.error_from_norms(*norms_of_projection(bucket, P)).unbind())
+
+
+def diagnose(bucket: Bucket, P: Tensor, config: GaLoreConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """What randomization and sharing cost, against the best that any basis could do: two tensors [pieces].
+
+    ``excess`` is e(P) / e(exact) - 1 on the rows that were decomposed, ``sharing_excess`` e(P) / e(joint exact) on the
+    whole matrix, with one basis of the same rank and side; e is the projection error. Where the best basis loses
+    nothing there is nothing to compare with: 0 and 1.
+    """
+    matrix, grads = bucket.matrix, bucket.gradients()
+    excess, sharing = [], []
+    for G, lent, bases in zip(grads, lending_rows_of_whole(bucket, grads, config, seed), bucket.split(P), strict=True):
+        best = least_error(lent, matrix.rank)  # 0 where the lending rows have no more directions than the rank
+        excess.append(torch.where(best > 1e-6, galore.lost_share(lent, bases, matrix.side) / best, 1.0))
+        whole = G.reshape(1, matrix.rows, matrix.columns) if matrix.head_dim else G
+        least = least_error(whole, matrix.rank)
+        sharing.append(torch.where(least > 1e-6, galore.lost_share(G, bases, matrix.side) / least, 1.0))
+    return torch.cat(excess) - 1.0, torch.cat(sharing)
+
+
+def projection_report(
+    errors: Mapping[str, Tensor], excess_errors: Mapping[str, tuple[float, float]]
+) -> dict[str, Any] | None:
+    """What ``GaLoreAdamW.projection_report`` returns.
+
+    Args:
+        errors: projection error of the newest refresh, by matrix.
+        excess_errors: excess and sharing excess, by matrix, where diagnosed.
+    """
+    if not errors:
+        return None
+    values = {name: error.item() for name, error in errors.items()}
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    excess, sharing = zip(*excess_errors.values(), strict=True) if excess_errors else ((), ())
+    return {
+        "mean": sum(finite.values()) / max(1, len(finite)),
+        "excess": sum(excess) / len(excess) if excess else None,
+        "sharing_excess": sum(sharing) / len(sharing) if sharing else None,
+        "by_matrix": finite,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -232,6 +233,26 @@ def gap_of(group: Mapping[str, Any]) -> int:
     """Steps between two refreshes of a projected group."""
     gap: int = group["galore"]["update_proj_gap"]
     return gap
+
+
+def phases(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Where in its gap the refreshes of each weight lie, by name: spread evenly over all projected weights.
+
+    Equal weights follow one another, since bases of equal matrices are found together in hardly more time than one.
+    """
+    alike: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
+    for group in groups:
+        if group["projected"]:
+            for name, matrices in zip(group["names"], group["matrices"], strict=True):
+                key = (id(group), *(matrix.form for matrix in matrices))
+                alike.setdefault(key, []).append((name, gap_of(group)))
+    ordered = list(itertools.chain.from_iterable(alike.values()))
+    return {name: i * gap // len(ordered) for i, (name, gap) in enumerate(ordered)}
+
+
+def next_due(calls: int, gap: int, phase: int) -> int:
+    """The first step after ``calls`` on the grid phase, phase + gap, ...; one that had to wait does not shift it."""
+    return calls + gap - (calls - phase) % gap
 
 
 # ---------------------------------------------------------------------- changed by hand

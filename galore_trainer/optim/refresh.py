@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,45 +18,34 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.basis import BASES, EXACT, decomposes, from_sketch
+from galore_trainer.core.basis import BASES, BEGINS, EXACT, Begun, decomposes, finish_together, from_sketch
 from galore_trainer.core.galore import compute_dtype
-from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, by_cholesky, by_eigh, by_householder, least_error
+from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, by_cholesky, by_eigh, by_householder
 from galore_trainer.core.streams import stream
 from galore_trainer.kernels import obstacle
-from galore_trainer.optim.bucket import MOMENTS, REFRESH_ELEMENTS, STACK_ELEMENTS, Bucket, bucket_elements, entries
+from galore_trainer.optim.bucket import (
+    MOMENTS,
+    REFRESH_ELEMENTS,
+    STACK_ELEMENTS,
+    Bucket,
+    bucket_elements,
+    entries,
+    runs,
+)
 from galore_trainer.optim.guards import Later, Retries
 from galore_trainer.optim.kept import sketch, sketch_matrices, width_of_sketch
 from galore_trainer.optim.layerwise import is_usable, norms_of
-from galore_trainer.optim.lenders import lending_rows, lending_rows_of_whole, norms_of_projection, stays
+from galore_trainer.optim.lenders import lending_rows, stays
 from galore_trainer.optim.local import AGE, RESIDUAL_AGE, LocalWeight, Piece
 from galore_trainer.optim.ops_triton import wanted
-from galore_trainer.optim.param_groups import gap_of
+from galore_trainer.optim.param_groups import gap_of, next_due
 from galore_trainer.optim.residual import reset_residual
 
+WAITING = 64  # most Gram matrices that wait for eigenvectors: a GPU finds so many in the time of one
 LIBRARY = 3_000_000  # below k^3 / this many k x k matrices, the library one by one is faster than the kernel
 
 
 # ---------------------------------------------------------------------- which weights
-
-
-def phases(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Where in its gap the refreshes of each weight lie, by name: spread evenly over all projected weights.
-
-    Equal weights follow one another, since bases of equal matrices are found together in hardly more time than one.
-    """
-    alike: dict[tuple[Any, ...], list[tuple[str, int]]] = {}
-    for group in groups:
-        if group["projected"]:
-            for name, matrices in zip(group["names"], group["matrices"], strict=True):
-                key = (id(group), *(matrix.form for matrix in matrices))
-                alike.setdefault(key, []).append((name, gap_of(group)))
-    ordered = list(itertools.chain.from_iterable(alike.values()))
-    return {name: i * gap // len(ordered) for i, (name, gap) in enumerate(ordered)}
-
-
-def next_due(calls: int, gap: int, phase: int) -> int:
-    """The first step after ``calls`` on the grid phase, phase + gap, ...; one that had to wait does not shift it."""
-    return calls + gap - (calls - phase) % gap
 
 
 def norms_later(weights: Sequence[LocalWeight]) -> Later:
@@ -168,20 +157,59 @@ def _entries_here(piece: Piece, config: GaLoreConfig) -> int:
     return REFRESH_ELEMENTS // STACK_ELEMENTS * math.prod(matrix.lending_shape)  # gathered rows are copied
 
 
-def refresh_bucket(bucket: Bucket, config: GaLoreConfig, seed: int, retries: Retries | None = None) -> Tensor:
+def refresh_groups(
+    weights: Sequence[LocalWeight], config: GaLoreConfig, asked: int | None = None
+) -> Iterator[list[Bucket]]:
+    """``refresh_buckets``, as many at a time as may wait for their eigenvectors."""
+    yield from runs(refresh_buckets(weights, config, asked), lambda bucket: _waiting(bucket, config), WAITING)
+
+
+def _waiting(bucket: Bucket, config: GaLoreConfig) -> int:
+    """Gram matrices that wait, each with Q^T G or Q. Buckets whose gradients were copied wait for no others."""
+    first = bucket.pieces[0]
+    lies_in_place = first.owner.shard.is_whole or stays(bucket.matrix, config)
+    if config.svd not in BEGINS or first.grad.dtype == torch.float16 or not lies_in_place:
+        return WAITING
+    return len(bucket.pieces) * bucket.matrix.blocks
+
+
+def refresh_together(
+    buckets: Sequence[Bucket], config: GaLoreConfig, seed: int, retries: Retries | None = None
+) -> list[tuple[Bucket, Tensor]]:
     """Find bases from the gradients, store them, and carry the moments over.
 
     Args:
-        bucket: matrices that are due; their gradients are finite and not all zero where there are no ``retries``.
+        buckets: matrices that are due; their gradients are finite and not all zero where there are no ``retries``.
         config, seed: of the optimizer.
         retries: takes what may have failed, and is not waited for; without it a failure is made good here.
 
     Returns:
-        The bases as they are stored, [pieces x blocks, ...].
+        Buckets, and their bases as they are stored, [pieces x blocks, ...], without those whose first basis came from a
+        sketch.
     """
+    dense = []
+    for bucket in buckets:
+        if bucket.is_kept or (config.sketches_first and bucket.pieces[0].owner.state["refreshes"] == 0):
+            first_basis(bucket, config, seed)
+        else:
+            dense.append(bucket)
+    searches = [Search(bucket, config, seed) for bucket in dense]
+    bases = finish_together([search.begin() for search in searches], [search.tools for search in searches])
+    stored = []
+    for bucket, search, P in zip(dense, searches, bases, strict=True):
+        found = P if retries is not None else certain(P, search.find, search.tools, search.reduce)
+        stored.append((bucket, _store(bucket, found, config, retries)))
+    return stored
+
+
+def refresh_bucket(bucket: Bucket, config: GaLoreConfig, seed: int, retries: Retries | None = None) -> Tensor:
+    """``refresh_together`` of one bucket, whose bases do not come from a sketch."""
+    return refresh_together([bucket], config, seed, retries)[0][1]
+
+
+def _store(bucket: Bucket, P: Tensor, config: GaLoreConfig, retries: Retries | None) -> Tensor:
+    """Store new bases and carry the moments over; where finding failed the old ones stay, and ``retries`` knows."""
     mode, old = config.momentum_transfer, bucket.get_basis()
-    rows, reduce = lending_rows(bucket, config, seed)
-    P = find_bases(bucket, rows, config, seed, reduce, certainly=retries is None)
     ok: Tensor | None = None
     if retries is not None:
         norms = torch.stack(_norms([piece.owner for piece in bucket.pieces]))
@@ -244,54 +272,61 @@ def count_refresh(w: LocalWeight, config: GaLoreConfig) -> None:
 # ---------------------------------------------------------------------- how bases are found
 
 
-def find_bases(
-    bucket: Bucket,
-    rows: Sequence[Tensor],
-    config: GaLoreConfig,
-    seed: int,
-    reduce: Reduce | None = None,
-    certainly: bool = True,
-) -> Tensor:
-    """Bases from the rows that give them; the state is read, not written.
+class Search:
+    """How the bases of a bucket are found; the state is read, not written.
 
     Args:
         bucket: matrices that are due.
-        rows: from ``lending_rows``.
         config, seed: of the optimizer.
-        reduce: sums over the processes that hold the rows.
-        certainly: see to it that none is NaN, which may wait for the device.
+
+    Attributes:
+        tools: to try first.
+        reduce: sums over the processes that hold rows; None where they are whole.
     """
-    omega, previous = None, None
-    if config.svd not in EXACT:
-        omega = draw_omega(bucket, config, seed)
-        if config.warm_start and bucket.pieces[0].owner.has_basis:
-            previous = bucket.get_basis()
-    find = functools.partial(
-        BASES[config.svd],
-        rows,
-        bucket.matrix.rank,
-        bucket.matrix.side,
-        omega=omega,
-        previous=previous,
-        iterations=config.subspace_iterations,
-        raw_signs=config.momentum_transfer == "keep",
-    )
-    if reduce is not None:
-        find = functools.partial(find, reduce=reduce)
-    tools = tools_for(config, bucket.device, bucket.dtype)
-    return certain(find, tools, reduce) if certainly else find(tools=tools)
+
+    def __init__(self, bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
+        self._bucket, self._config, self._seed = bucket, config, seed
+        self._rows, self.reduce = lending_rows(bucket, config, seed)
+        self.tools = tools_for(config, bucket.device, bucket.dtype)
+
+    def begin(self) -> Begun | Tensor:
+        """The bases, as ``core.basis.BEGINS`` begins them."""
+        svd = self._config.svd
+        return self._call(BEGINS.get(svd, BASES[svd]), self.tools)
+
+    def find(self, tools: Tools) -> Tensor:
+        """The bases."""
+        P: Tensor = self._call(BASES[self._config.svd], tools)
+        return P
+
+    def _call(self, function: Callable[..., Any], tools: Tools) -> Any:
+        bucket, config, omega, previous = self._bucket, self._config, None, None
+        if config.svd not in EXACT:
+            omega = draw_omega(bucket, config, self._seed)  # drawn again where it is needed again, and not held
+            if config.warm_start and bucket.pieces[0].owner.has_basis:
+                previous = bucket.get_basis()
+        return function(
+            self._rows,
+            bucket.matrix.rank,
+            bucket.matrix.side,
+            omega=omega,
+            previous=previous,
+            iterations=config.subspace_iterations,
+            raw_signs=config.momentum_transfer == "keep",
+            tools=tools,
+            **({} if self.reduce is None else {"reduce": self.reduce}),
+        )
 
 
-def certain(find: Callable[..., Tensor], tools: Tools, reduce: Reduce | None = None) -> Tensor:
-    """Bases with tools that may fail; if they did, with those that do not. Waits for the device if they can fail.
+def certain(P: Tensor, find: Callable[..., Tensor], tools: Tools, reduce: Reduce | None = None) -> Tensor:
+    """Bases that were found with tools that may fail; if they did, with those that do not. May wait for the device.
 
     With ``reduce`` the processes do so together: a failure of one is one of all.
     """
-    bases = find(tools=tools)
     if tools == CERTAIN:
-        return bases
-    failed = (~torch.isfinite(bases)).any().float()
-    return find(tools=CERTAIN) if bool(failed if reduce is None else reduce(failed)) else bases
+        return P
+    failed = (~torch.isfinite(P)).any().float()
+    return find(tools=CERTAIN) if bool(failed if reduce is None else reduce(failed)) else P
 
 
 def first_basis(bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
@@ -309,7 +344,8 @@ def first_basis(bucket: Bucket, config: GaLoreConfig, seed: int) -> None:
             [sketch(G, sketch_matrices(p.matrix, config, seed, p.name, bucket.device), side) for p, G in parts]
         )
     find = functools.partial(from_sketch, S, bucket.matrix.rank, side)
-    bucket.put_basis(certain(find, tools_for(config, bucket.device, bucket.dtype)))
+    tools = tools_for(config, bucket.device, bucket.dtype)
+    bucket.put_basis(certain(find(tools=tools), find, tools))
 
 
 def draw_omega(bucket: Bucket, config: GaLoreConfig, seed: int) -> Tensor:
@@ -345,51 +381,3 @@ def _eigenvectors(C: Tensor) -> Tensor:
 def by_library(C: Tensor) -> Tensor:
     """``by_eigh`` raises an error at NaN, so zeros are decomposed; the result is multiplied by NaN anyway."""
     return by_eigh(C.nan_to_num())
-
-
-# ---------------------------------------------------------------------- what a projection loses
-
-
-def projection_errors(bucket: Bucket, P: Tensor) -> list[Tensor]:
-    """||G - lift(R)|| / ||G|| of every matrix with new bases, scalar tensors."""
-    return list(galore.error_from_norms(*norms_of_projection(bucket, P)).unbind())
-
-
-def diagnose(bucket: Bucket, P: Tensor, config: GaLoreConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """What randomization and sharing cost, against the best that any basis could do: two tensors [pieces].
-
-    ``excess`` is e(P) / e(exact) - 1 on the rows that were decomposed, ``sharing_excess`` e(P) / e(joint exact) on the
-    whole matrix, with one basis of the same rank and side; e is the projection error. Where the best basis loses
-    nothing there is nothing to compare with: 0 and 1.
-    """
-    matrix, grads = bucket.matrix, bucket.gradients()
-    excess, sharing = [], []
-    for G, lent, bases in zip(grads, lending_rows_of_whole(bucket, grads, config, seed), bucket.split(P), strict=True):
-        best = least_error(lent, matrix.rank)  # 0 where the lending rows have no more directions than the rank
-        excess.append(torch.where(best > 1e-6, galore.lost_share(lent, bases, matrix.side) / best, 1.0))
-        whole = G.reshape(1, matrix.rows, matrix.columns) if matrix.head_dim else G
-        least = least_error(whole, matrix.rank)
-        sharing.append(torch.where(least > 1e-6, galore.lost_share(G, bases, matrix.side) / least, 1.0))
-    return torch.cat(excess) - 1.0, torch.cat(sharing)
-
-
-def projection_report(
-    errors: Mapping[str, Tensor], excess_errors: Mapping[str, tuple[float, float]]
-) -> dict[str, Any] | None:
-    """What ``GaLoreAdamW.projection_report`` returns.
-
-    Args:
-        errors: projection error of the newest refresh, by matrix.
-        excess_errors: excess and sharing excess, by matrix, where diagnosed.
-    """
-    if not errors:
-        return None
-    values = {name: error.item() for name, error in errors.items()}
-    finite = {name: value for name, value in values.items() if math.isfinite(value)}
-    excess, sharing = zip(*excess_errors.values(), strict=True) if excess_errors else ((), ())
-    return {
-        "mean": sum(finite.values()) / max(1, len(finite)),
-        "excess": sum(excess) / len(excess) if excess else None,
-        "sharing_excess": sum(sharing) / len(sharing) if sharing else None,
-        "by_matrix": finite,
-    }

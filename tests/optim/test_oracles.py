@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core.matrix import LogicalMatrix
@@ -306,3 +308,25 @@ def test_excess_error_falls_with_iterations(rank: int, iterations: int) -> None:
     assert excess[1] <= excess[0] + 1e-6
     assert excess[0] <= {0: 0.10, 1: 0.02, 2: 0.01, 3: 0.005}[iterations]
     assert excess[0] >= -1e-6
+
+
+def test_bases_that_are_finished_together_are_those_of_each_alone() -> None:
+    """Of unequal matrices and sides, with a basis among them that needs no eigenvectors; each is freed as it is done."""
+    from galore_trainer.core.basis import begin_randomized, finish_together, randomized
+    from galore_trainer.core.linalg import CERTAIN
+
+    generator = torch.Generator().manual_seed(0)
+    begun: list[Any] = []
+    alone: list[Tensor] = []
+    for (blocks, m, n), side, k in (((2, 40, 30), "right", 9), ((1, 20, 50), "left", 9), ((3, 30, 30), "right", 12)):
+        G = torch.randn(blocks, m, n, generator=generator)
+        omega = torch.randn(blocks, n, k, generator=generator)
+        begun.append(begin_randomized([G], 6, side, omega=omega, iterations=1))
+        alone.append(randomized([G], 6, side, omega=omega, iterations=1))
+    G = torch.randn(1, 8, 30, generator=generator)  # too small for a sketch
+    omega = torch.randn(1, 30, 8, generator=generator)
+    begun.append(begin_randomized([G], 6, "right", omega=omega))
+    alone.append(randomized([G], 6, "right", omega=omega))
+    for i, P in enumerate(finish_together(begun, [CERTAIN] * 4)):
+        assert torch.equal(P, alone[i])
+        assert len(begun) == 3 - i

@@ -81,14 +81,14 @@ def test_a_part_without_heads_beside_parts_with_heads_is_cut_like_them() -> None
 def test_equal_weights_find_their_bases_together(settings: dict[str, Any], kind: str) -> None:
     """As on a GPU; on a CPU each is alone."""
     joined = []
-    find = refresh.find_bases
+    search = refresh.Search
 
-    def counted(bucket: Any, *args: Any, **more: Any) -> Tensor:
+    def counted(bucket: Any, *args: Any) -> Any:
         joined.append(len(bucket.pieces))
-        return find(bucket, *args, **more)
+        return search(bucket, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refresh, "find_bases", counted)
+        patch.setattr(refresh, "Search", counted)
         check_sharding(LLAMA, settings, kind, most=1 << 20)
     assert max(joined) > 1
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from galore_trainer.errors import OptionError
-from galore_trainer.optim.refresh import next_due
+from galore_trainer.optim.param_groups import next_due
 from galore_trainer.run.results.columns import columns, metric_names, refreshes
 from galore_trainer.run.settings.run_config import load_run_config
 from galore_trainer.run.study.grid import Study, comparable, load_study, packaged_studies

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from galore_trainer.core import galore
 from galore_trainer.optim.bucket import REFRESH_ELEMENTS, STACK_ELEMENTS
 from galore_trainer.optim.galore_adamw import GaLoreAdamW
-from galore_trainer.optim.refresh import refresh_bucket, refresh_buckets
+from galore_trainer.optim.refresh import refresh_buckets, refresh_groups, refresh_together
 
 NEVER = 1 << 60
 
@@ -199,12 +199,14 @@ def _step(optimizer: GaLoreAdamW, live: LiveBytes) -> int:
     """The peak of the step above what is alive before it: of the update, and of the largest refresh."""
     before = live.now
     weights = [w for w in optimizer.weights_with_gradients() if w.matrices and w.kept is None]
-    elements = 0 if optimizer.config.staggers else REFRESH_ELEMENTS
-    buckets = refresh_buckets(weights, optimizer.config, elements)
-    peaks = []
-    for bucket in sorted(buckets, key=lambda b: -len(b.pieces) * b.pieces[0].weight.numel())[:3]:
+    config, peaks = optimizer.config, []
+    if config.staggers:  # single matrices: hardly more are due at a time
+        groups = [[bucket] for bucket in refresh_buckets(weights, config, 0)]
+    else:
+        groups = list(refresh_groups(weights, config, REFRESH_ELEMENTS))
+    for buckets in sorted(groups, key=lambda some: -sum(len(b.pieces) * b.pieces[0].weight.numel() for b in some))[:3]:
         with live.watching() as peak:
-            refresh_bucket(bucket, optimizer.config, optimizer.seed)
+            refresh_together(buckets, config, optimizer.seed)
         peaks += peak
     for _, state in _projected(optimizer):
         state["due"] = NEVER
