@@ -311,7 +311,7 @@ def test_excess_error_falls_with_iterations(rank: int, iterations: int) -> None:
 
 
 def test_bases_that_are_finished_together_are_those_of_each_alone() -> None:
-    """Of unequal matrices and sides, with a basis among them that needs no eigenvectors; each is freed as it is done."""
+    """Of unequal matrices and sides, one of which needs no eigenvectors; each is freed as it is done."""
     from galore_trainer.core.basis import begin_randomized, finish_together, randomized
     from galore_trainer.core.linalg import CERTAIN
 
