@@ -160,8 +160,10 @@ def _entries_here(piece: Piece, config: GaLoreConfig) -> int:
 def refresh_groups(
     weights: Sequence[LocalWeight], config: GaLoreConfig, asked: int | None = None
 ) -> Iterator[list[Bucket]]:
-    """``refresh_buckets``, as many at a time as may wait for their eigenvectors."""
-    yield from runs(refresh_buckets(weights, config, asked), lambda bucket: _waiting(bucket, config), WAITING)
+    """``refresh_buckets``, as many of a device at a time as may wait for their eigenvectors."""
+    buckets = refresh_buckets(weights, config, asked)
+    for _, on_device in itertools.groupby(buckets, key=lambda bucket: bucket.device):
+        yield from runs(on_device, lambda bucket: _waiting(bucket, config), WAITING)
 
 
 def _waiting(bucket: Bucket, config: GaLoreConfig) -> int:
