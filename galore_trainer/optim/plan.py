@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +32,8 @@ from galore_trainer.optim.places import GRADIENTS, Places, StepTables
 from galore_trainer.optim.plain import PlainBucket, equal_for_kernel
 from galore_trainer.optim.step import Joined, whole_step
 from galore_trainer.timing import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 MOST_WAIT = 1 << 10  # steps
 _kind, _kind_of_grad = operator.attrgetter("dtype", "shape"), operator.attrgetter("dtype", "layout")
@@ -167,7 +170,11 @@ class Plan:
         if constants != self._constants:
             self._constants, self._recording = constants, None
         elif self._recording is None and self._may_record:
-            self._recording = Recording(self._launch)
+            try:
+                self._recording = Recording(self._launch)
+            except RuntimeError as error:  # out of memory, for example: nothing has been launched
+                self._may_record = False
+                logger.warning("the launches of a step could not be recorded, and are made one by one: %s", error)
         return self._launch if self._recording is None else self._recording.repeat
 
     def _launch(self) -> Tensor:

@@ -257,6 +257,25 @@ def test_repeated_steps_of_a_small_model_are_recorded(device: torch.device, monk
     assert len(made) == 3
 
 
+def test_a_step_that_cannot_be_recorded_is_launched(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(launch: Callable[[], Tensor]) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(plan, "Recording", fails)
+    mine, other = (make("scaled", torch.bfloat16, device) for _ in range(2))
+    for optimizer in (mine, other):
+        for step in range(STEPS):
+            if optimizer is mine and optimizer._plans._plan is not None:
+                optimizer._plans._plan._may_record |= step == CHANGED
+            give_gradients(optimizer, step)
+            optimizer.step()
+    assert "no room" in caplog.text
+    for a, b in zip(params_of(mine), params_of(other), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_repeated_step_keeps_no_gradient(device: torch.device, repeated: list[int]) -> None:
     """Nor does anything wait for a garbage collection."""
     gc.collect()
