@@ -66,17 +66,16 @@ def figures_of(model: Any, rank: int, changes: dict[str, Any], device: str) -> d
     from galore_trainer.core.galore import lost_share
     from galore_trainer.core.linalg import least_error
     from galore_trainer.optim.lenders import lending_rows
-    from galore_trainer.optim.refresh import first_basis, refresh_bucket
+    from galore_trainer.optim.refresh import refresh_together
 
     galore = GaLoreConfig(rank=rank, residual_percent=0.0, **changes)
-    refresh = first_basis if galore.sketches_first else refresh_bucket
     seconds = []
     for _ in range(2):
         buckets = matrices(model, galore)
         _wait(device)
         start = time.perf_counter()
         for bucket in buckets:
-            refresh(bucket, galore, 0)
+            refresh_together([bucket], galore, 0)
         _wait(device)
         seconds.append(time.perf_counter() - start)
     errors: dict[str, list[tuple[float, float, float]]] = {"all": [], "qkv": []}

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from galore_trainer.core import galore
-from galore_trainer.core.basis import BASES
 from galore_trainer.kernels.routes import TABLE, ProjectRoute, Route, UpdateRoute, forced
 from galore_trainer.optim.ops_triton import TritonOps
 from galore_trainer.run.bench.limit import limit_ms, passes
 from galore_trainer.run.bench.measure import copy_bandwidth, timed
+from galore_trainer.run.bench.ranks import RandomBases
 from galore_trainer.run.bench.weights import Bench, galore_plus, linear_weights, peer
 from galore_trainer.run.results.artifacts import environment
 
@@ -260,17 +260,10 @@ def on_route(step: Callable[[], Any], route: Route) -> Callable[[], None]:
     return run
 
 
-def random_basis(rows: Sequence[Tensor], rank: int, side: str, **_: object) -> Tensor:
-    """In the place of a basis."""
-    blocks, first = sum(len(x) for x in rows), rows[0]
-    inner = first.shape[2] if side == "right" else first.shape[1]
-    return torch.randn(blocks, inner, rank, device=first.device) / inner**0.5
-
-
 def measure(bench: Bench, model: Any, rank: int, routes: list[Route], bandwidth: float, rounds: int) -> dict[str, Any]:
     """Routes at one rank, and the join of the fastest passes."""
     optimizer = galore_plus(bench, model, rank=rank)
-    with forced(NOW):
+    with forced(NOW), RandomBases():
         optimizer.step()
     limit = limit_ms(passes(optimizer), bandwidth)
     steps = {str(i): on_route(optimizer.step, route) for i, route in enumerate(routes)}
@@ -303,7 +296,8 @@ def others(bench: Bench, model: Any, rank: int, route: Route, rounds: int) -> di
     alive = {}
     for name, step in steps.items():
         try:
-            step()
+            with RandomBases():
+                step()
             alive[name] = step
         except Exception as error:
             print(f"r {rank} {name}: FAILED {str(error)[:300]}")
@@ -354,7 +348,6 @@ def main() -> None:
         for name, text in why.items():
             print(f"r {rank} {short(_dict(route))}: {name} FAILED {text}")
     print(f"{len(failures)} routes compiled and compared in {time.perf_counter() - begin:.0f} s", flush=True)
-    BASES["randomized"] = random_basis
     bandwidth = copy_bandwidth(bench.torch_device)
     model = linear_weights(bench)
     device = torch.cuda.get_device_name() if cuda else "cpu"

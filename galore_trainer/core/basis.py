@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from galore_trainer.core.galore import compute_dtype, widen
 from galore_trainer.core.linalg import (
     CERTAIN,
+    Eigenvectors,
     Reduce,
     Tools,
     factor,
@@ -26,7 +27,7 @@ from galore_trainer.core.linalg import (
     thin_singular_vectors,
 )
 
-BasisFunction = Callable[..., Tensor]
+BasisFunction = Callable[..., "Tensor | Begun"]
 BASES: dict[str, BasisFunction] = {}
 REDUCES: set[str] = set()
 """Bases that take ``reduce``: they are found from the rows of each process, which stay where they are."""
@@ -42,35 +43,30 @@ class Begun(NamedTuple):
 
     Attributes:
         gram: matrices [blocks, k, k], float64.
-        finish: takes their eigenvectors, as ``Tools.eigenvectors`` returns them; the basis.
+        eigenvectors: finds theirs.
+        finish: takes them; the basis.
     """
 
     gram: Tensor
+    eigenvectors: Eigenvectors
     finish: Callable[[Tensor], Tensor]
 
 
-BEGINS: dict[str, Callable[..., Begun | Tensor]] = {}
-"""Bases that can begin alone and be finished with others. A tensor is a basis that needed no eigenvectors."""
-
-
-def finish_together(begun: list[Begun | Tensor], tools: Sequence[Tools]) -> Iterator[Tensor]:
+def finish_together(begun: list[Begun | Tensor]) -> Iterator[Tensor]:
     """The bases, in order: eigenvectors of matrices of one size, dtype and device are found by one call.
 
     Args:
-        begun: by ``BEGINS``; the list is emptied, so that each is freed once it is finished.
-        tools: with which each began.
+        begun: by functions of ``BASES``; the list is emptied, so that each is freed once it is finished.
     """
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for i, (some, its_tools) in enumerate(zip(begun, tools, strict=True)):
+    alike: dict[tuple[Eigenvectors, int, torch.dtype, torch.device], dict[int, Tensor]] = {}
+    for i, some in enumerate(begun):
         if isinstance(some, Begun):
-            key = (its_tools.eigenvectors, some.gram.shape[-1], some.gram.dtype, some.gram.device)
-            alike.setdefault(key, []).append(i)
+            key = (some.eigenvectors, some.gram.shape[-1], some.gram.dtype, some.gram.device)
+            alike.setdefault(key, {})[i] = some.gram
     vectors: dict[int, Tensor] = {}
-    for members in alike.values():
-        grams = [some.gram for i in members if isinstance(some := begun[i], Begun)]
-        joined = grams[0] if len(grams) == 1 else torch.cat(grams)
-        found = tools[members[0]].eigenvectors(joined).split([len(gram) for gram in grams])
-        vectors.update(zip(members, found, strict=True))
+    for (eigenvectors, *_), grams in alike.items():
+        found = eigenvectors(torch.cat(list(grams.values()))).split([len(gram) for gram in grams.values()])
+        vectors.update(zip(grams, found, strict=True))
     for i in range(len(begun)):
         some = begun.pop(0)
         yield some.finish(vectors.pop(i)) if isinstance(some, Begun) else some
@@ -79,8 +75,8 @@ def finish_together(begun: list[Begun | Tensor], tools: Sequence[Tools]) -> Iter
 def register(name: str, *, reduces: bool = False, exact: bool = False) -> Callable[[BasisFunction], BasisFunction]:
     """Decorator that adds a basis function to ``BASES``.
 
-    The keyword arguments of a basis function are those of ``randomized``; it may ignore what it does not need. It
-    returns NaN where it fails, or is ``exact``, whose errors are allowed for.
+    The keyword arguments of a basis function are those of ``begin_randomized``; it may ignore what it does not need. It
+    returns a basis, or ``Begun``. The basis is NaN where it fails, or it is ``exact``, whose errors are allowed for.
 
     Args:
         name: the value of ``svd``.
@@ -157,6 +153,7 @@ def exact(
     return Vh[..., :rank, :].mT.contiguous() if side == "right" else U[..., :rank].contiguous()
 
 
+@register("randomized", reduces=True)
 def begin_randomized(
     G: Sequence[Tensor],
     rank: int,
@@ -169,7 +166,23 @@ def begin_randomized(
     tools: Tools = CERTAIN,
     reduce: Reduce | None = None,
 ) -> Begun | Tensor:
-    """``randomized`` up to the eigenvectors of the Gram matrix of Q^T G."""
+    """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
+
+    Args:
+        G: tensors that together are [blocks, m, n], in one dtype: float32, bfloat16 or float64.
+        rank: r, at most k.
+        side: ``right`` or ``left``.
+        omega: Gaussian test matrix [blocks, n, k]. At k = min(m, n) a sketch saves nothing, and ``exact`` is used.
+        previous: the last basis, for a warm start. It replaces the first r columns of Omega (right) or of G Omega
+            (left).
+        iterations: power iterations q.
+        raw_signs: for ``exact``.
+        tools: routines for small factorizations. P is NaN where they fail.
+        reduce: sums over processes, where G holds only this process's rows. Requires the right side and k < min(m, n).
+
+    Returns:
+        What lacks the eigenvectors of the Gram matrix of Q^T G; a basis where ``exact`` is used.
+    """
     if reduce is not None:
         assert side == "right"
     elif omega.shape[-1] >= min(G[0].shape[-2:]):
@@ -186,8 +199,8 @@ def begin_randomized(
     B = B if reduce is None else reduce(B)
     gram = gram_of_rows(B)
     if side == "left":
-        return Begun(gram, functools.partial(_left_basis, Q, rank))
-    return Begun(gram, functools.partial(_right_basis, B, rank, tools))
+        return Begun(gram, tools.eigenvectors, functools.partial(_left_basis, Q, rank))
+    return Begun(gram, tools.eigenvectors, functools.partial(_right_basis, B, rank, tools))
 
 
 def _left_basis(Q: Tensor, rank: int, vectors: Tensor) -> Tensor:
@@ -198,51 +211,9 @@ def _right_basis(B: Tensor, rank: int, tools: Tools, vectors: Tensor) -> Tensor:
     return right_vectors(B, vectors[..., :rank].to(B.dtype), tools)
 
 
-@register("randomized", reduces=True)
-def randomized(
-    G: Sequence[Tensor],
-    rank: int,
-    side: str,
-    *,
-    omega: Tensor,
-    previous: Tensor | None = None,
-    iterations: int = 2,
-    raw_signs: bool = False,
-    tools: Tools = CERTAIN,
-    reduce: Reduce | None = None,
-) -> Tensor:
-    """Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.1).
-
-    Args:
-        G: tensors that together are [blocks, m, n], in one dtype: float32, bfloat16 or float64.
-        rank: r, at most k.
-        side: ``right`` or ``left``.
-        omega: Gaussian test matrix [blocks, n, k]. At k = min(m, n) a sketch saves nothing, and ``exact`` is used.
-        previous: the last basis, for a warm start. It replaces the first r columns of Omega (right) or of G Omega
-            (left).
-        iterations: power iterations q.
-        raw_signs: for ``exact``.
-        tools: routines for small factorizations. P is NaN where they fail.
-        reduce: sums over processes, where G holds only this process's rows. Requires the right side and k < min(m, n).
-
-    Returns:
-        P as from ``exact``.
-    """
-    begun = begin_randomized(
-        G,
-        rank,
-        side,
-        omega=omega,
-        previous=previous,
-        iterations=iterations,
-        raw_signs=raw_signs,
-        tools=tools,
-        reduce=reduce,
-    )
-    return next(finish_together([begun], [tools]))
-
-
-BEGINS["randomized"] = begin_randomized
+def randomized(G: Sequence[Tensor], rank: int, side: str, **options: Any) -> Tensor:
+    """``begin_randomized``, and its end: P as from ``exact``."""
+    return next(finish_together([begin_randomized(G, rank, side, **options)]))
 
 
 def from_sketch(S: Tensor, rank: int, side: str, tools: Tools = CERTAIN) -> Tensor:

@@ -52,7 +52,6 @@ class Part:
         self.tables, self.states = tables, [w.state for w in weights]
         keys = [key for key, x in self.states[0].items() if isinstance(x, Tensor)]
         self._tensors = operator.itemgetter(*(key for key in keys if all(key in state for state in self.states)))
-        self._group = weights[0].group
 
     def addresses(self) -> list[int]:
         """Of all tensors of the states."""
@@ -61,7 +60,7 @@ class Part:
     @property
     def constants(self) -> tuple[Any, ...]:
         """What launches hold as numbers."""
-        return self._group["betas"], self._group["eps"]
+        return self.tables.group["betas"], self.tables.group["eps"]
 
     def columns(self, addresses: list[int]) -> dict[str, list[int]]:
         """What a step uploads, by name: addresses of gradients, rates and random keys."""

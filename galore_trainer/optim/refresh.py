@@ -18,7 +18,7 @@ from torch import Tensor
 
 from galore_trainer.config import GaLoreConfig
 from galore_trainer.core import galore
-from galore_trainer.core.basis import BASES, BEGINS, EXACT, Begun, decomposes, finish_together, from_sketch
+from galore_trainer.core.basis import BASES, EXACT, Begun, decomposes, finish_together, from_sketch
 from galore_trainer.core.galore import compute_dtype
 from galore_trainer.core.linalg import CERTAIN, Reduce, Tools, by_cholesky, by_eigh, by_householder
 from galore_trainer.core.streams import stream
@@ -170,7 +170,7 @@ def _waiting(bucket: Bucket, config: GaLoreConfig) -> int:
     """Gram matrices that wait, each with Q^T G or Q. Buckets whose gradients were copied wait for no others."""
     first = bucket.pieces[0]
     lies_in_place = first.owner.shard.is_whole or stays(bucket.matrix, config)
-    if config.svd not in BEGINS or first.grad.dtype == torch.float16 or not lies_in_place:
+    if config.svd in EXACT or first.grad.dtype == torch.float16 or not lies_in_place:
         return WAITING
     return len(bucket.pieces) * bucket.matrix.blocks
 
@@ -196,17 +196,12 @@ def refresh_together(
         else:
             dense.append(bucket)
     searches = [Search(bucket, config, seed) for bucket in dense]
-    bases = finish_together([search.begin() for search in searches], [search.tools for search in searches])
+    bases = finish_together([search.begin(search.tools) for search in searches])
     stored = []
     for bucket, search, P in zip(dense, searches, bases, strict=True):
         found = P if retries is not None else certain(P, search.find, search.tools, search.reduce)
         stored.append((bucket, _store(bucket, found, config, retries)))
     return stored
-
-
-def refresh_bucket(bucket: Bucket, config: GaLoreConfig, seed: int, retries: Retries | None = None) -> Tensor:
-    """``refresh_together`` of one bucket, whose bases do not come from a sketch."""
-    return refresh_together([bucket], config, seed, retries)[0][1]
 
 
 def _store(bucket: Bucket, P: Tensor, config: GaLoreConfig, retries: Retries | None) -> Tensor:
@@ -291,23 +286,18 @@ class Search:
         self._rows, self.reduce = lending_rows(bucket, config, seed)
         self.tools = tools_for(config, bucket.device, bucket.dtype)
 
-    def begin(self) -> Begun | Tensor:
-        """The bases, as ``core.basis.BEGINS`` begins them."""
-        svd = self._config.svd
-        return self._call(BEGINS.get(svd, BASES[svd]), self.tools)
-
     def find(self, tools: Tools) -> Tensor:
         """The bases."""
-        P: Tensor = self._call(BASES[self._config.svd], tools)
-        return P
+        return next(finish_together([self.begin(tools)]))
 
-    def _call(self, function: Callable[..., Any], tools: Tools) -> Any:
+    def begin(self, tools: Tools) -> Begun | Tensor:
+        """The bases, to be finished together with others."""
         bucket, config, omega, previous = self._bucket, self._config, None, None
         if config.svd not in EXACT:
             omega = draw_omega(bucket, config, self._seed)  # drawn again where it is needed again, and not held
             if config.warm_start and bucket.pieces[0].owner.has_basis:
                 previous = bucket.get_basis()
-        return function(
+        return BASES[config.svd](
             self._rows,
             bucket.matrix.rank,
             bucket.matrix.side,

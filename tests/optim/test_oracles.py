@@ -313,7 +313,6 @@ def test_excess_error_falls_with_iterations(rank: int, iterations: int) -> None:
 def test_bases_that_are_finished_together_are_those_of_each_alone() -> None:
     """Of unequal matrices and sides, one of which needs no eigenvectors; each is freed as it is done."""
     from galore_trainer.core.basis import begin_randomized, finish_together, randomized
-    from galore_trainer.core.linalg import CERTAIN
 
     generator = torch.Generator().manual_seed(0)
     begun: list[Any] = []
@@ -327,6 +326,6 @@ def test_bases_that_are_finished_together_are_those_of_each_alone() -> None:
     omega = torch.randn(1, 30, 8, generator=generator)
     begun.append(begin_randomized([G], 6, "right", omega=omega))
     alone.append(randomized([G], 6, "right", omega=omega))
-    for i, P in enumerate(finish_together(begun, [CERTAIN] * 4)):
+    for i, P in enumerate(finish_together(begun)):
         assert torch.equal(P, alone[i])
         assert len(begun) == 3 - i
