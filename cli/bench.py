@@ -17,10 +17,13 @@ Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the ratios, one row a line of the table.")
 ]
 Details = Annotated[Path | None, typer.Option("--details", metavar="FILE", help="Write every timing, too.")]
-Shape = Annotated[str | None, typer.Option("--shape", help="llama-7b (default on a GPU), llama3-8b, tiny.")]
+Shape = Annotated[
+    str | None,
+    typer.Option("--shape", help="llama-7b (default on a GPU), llama3-8b, smollm2-135m, tiny; small has its own."),
+]
 Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Layers of step, ranks and refresh (16).")]
 ModelLayers = Annotated[int | None, typer.Option("--model-layers", min=1, help="Layers of the model that trains (8).")]
-Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Of GaLore+ and galore-torch (128).")]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Of GaLore+ and galore-torch (128), but in ranks.")]
 Rounds = Annotated[int | None, typer.Option("--rounds", min=1, help="How often each method is timed (20).")]
 Steps = Annotated[int | None, typer.Option("--steps", min=2, help="Of each run with refreshes (200).")]
 Kernels = Annotated[str | None, typer.Option("--kernels", help="auto (default), triton or torch.")]

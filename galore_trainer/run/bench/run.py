@@ -13,6 +13,7 @@ import torch
 
 from galore_trainer.run.bench.measure import Timing
 from galore_trainer.run.bench.rows import PARTS, lines_of_tails, rows_of
+from galore_trainer.run.bench.small import small_bench
 from galore_trainer.run.bench.step import line_of, lines
 from galore_trainer.run.bench.weights import Bench
 from galore_trainer.run.files import check_writable, write_file
@@ -73,9 +74,13 @@ def run_bench(
 
 
 def _describe(part: str, bench: Bench) -> str:
-    layers = bench.model_layers if part == "e2e" else bench.layers
-    batch = f", batch {bench.batch_size} x {bench.length}" if part == "e2e" else ""
-    size = f"{bench.shape}, {layers} layers, rank {bench.rank}, {bench.dtype}{batch}"
+    if part == "small":
+        bench = small_bench(bench)
+    trains = part in ("small", "e2e")
+    layers = bench.model_layers if trains else bench.layers
+    batch = f", batch {bench.batch_size} x {bench.length}" if trains else ""
+    rank = "" if part == "ranks" else f", rank {bench.rank}"
+    size = f"{bench.shape}, {layers} layers{rank}, {bench.dtype}{batch}"
     return f"{size}, {bench.rounds} rounds, kernels {bench.kernels}"
 
 

@@ -15,15 +15,22 @@ LAYERS, ROUNDS = 30, 3  # rounds for each one of the benchmark: these steps are 
 METHODS: dict[str, dict[str, Any]] = {"GaLore+": {}, "GaLore+, scaled residual": {"residual": "scaled"}}
 
 
+def small_bench(bench: Bench) -> Bench:
+    """The benchmark with the small model in place of its own; a tiny one stays."""
+    small = dataclasses.replace(bench, dtype="float32", rounds=ROUNDS * bench.rounds)
+    if bench.shape == "tiny":
+        return small
+    return dataclasses.replace(small, shape="smollm2-135m", model_layers=LAYERS, batch_size=16, length=256)
+
+
 def bench_small(bench: Bench) -> dict[str, Any]:
     """Time updates of all weights, and training steps.
 
     Returns:
         ``timings``: updates and training steps of every method, by "update, METHOD" and "training, METHOD".
     """
-    size = {"shape": "tiny"} if bench.shape == "tiny" else {"shape": "smollm2-135m", "batch_size": 16, "length": 256}
-    small = dataclasses.replace(bench, dtype="float32", **size)
-    model = make_model(small, bench.model_layers if bench.shape == "tiny" else LAYERS)
+    small = small_bench(bench)
+    model = make_model(small, small.model_layers)
     model.gradient_checkpointing_disable()
     batches = batches_of(small)
 
@@ -44,8 +51,8 @@ def bench_small(bench: Bench) -> dict[str, Any]:
     optimizers = {"AdamW fused": peer(small, "adamw", model)}
     optimizers |= {name: galore_plus(small, model, **settings) for name, settings in METHODS.items()}
     steps = {f"training, {name}": training(optimizer) for name, optimizer in optimizers.items()}
-    timings = take_turns(steps, ROUNDS * bench.rounds, bench.torch_device)
+    timings = take_turns(steps, small.rounds, bench.torch_device)
     gradients()
     updates: dict[str, Step] = {f"update, {name}": optimizer.step for name, optimizer in optimizers.items()}
-    timings |= take_turns(updates, ROUNDS * bench.rounds, bench.torch_device)
+    timings |= take_turns(updates, small.rounds, bench.torch_device)
     return {"timings": timings, "missing": {}}
